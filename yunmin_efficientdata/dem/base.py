@@ -4,7 +4,7 @@
 
 # %% ../../nbs/03a_base.ipynb #c004
 from __future__ import annotations
-import itertools, json, os, re, shutil
+import itertools, json, os, re, shutil, warnings
 from pathlib import Path
 import numpy as np, torch
 from transformers import AutoConfig, AutoModelForCausalLM, Mamba2Config, MambaConfig
@@ -32,6 +32,7 @@ def make_deterministic(
 def quiet():
     "Silence transformers' progress bars and its notice that Mamba's fused kernels are missing: on a CPU there are none."
     hf_logging.set_verbosity_error(); hf_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 # %% ../../nbs/03a_base.ipynb #c010
 def is_hub_id(
