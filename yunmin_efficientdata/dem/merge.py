@@ -8,6 +8,7 @@ import errno, json, math, os, shutil
 from pathlib import Path
 import numpy as np, torch
 from ..core.settings import UserError
+from ..core.store import _commit
 from .base import TOKENIZER_FILES, copy_tokenizer
 from .vectors import CHUNK, FLOATS, Tensor, Vector, Weights, fingerprint, read_flat, read_header, shards, tied_keys
 
@@ -206,7 +207,7 @@ def _write_folder(base: Path, out: Path, combine, recipe: dict, chunk: int):
         for shard in shards(base): write_shard(shard, part/shard.name, combine, chunk)
         (part/"README.md").write_text(model_card(recipe), encoding="utf-8")
         (part/"merge_recipe.json").write_text(json.dumps(recipe, indent=1) + "\n", encoding="utf-8")
-        (part/"_COMMIT").write_text("", encoding="utf-8")
+        _commit(part)
         if out.exists(): shutil.rmtree(out)
         os.replace(part, out)
     except OSError as e:
