@@ -156,16 +156,20 @@ class EvaluationConfig(Section):
     "evaluation_config.yaml"
     general: str | None = Field(None, description="JSONL of general text (a path or an s3:// address)")
     general_domains: list[str] = Field(default_factory=lambda: ["main_data", "web"], description="without `general`: held-out text of these domains")
-    seq_len: int = Field(256, ge=16, description="tokens that the model sees at once")
+    seq_len: int = Field(256, ge=2, description="tokens that the model sees at once")
     stride: int = Field(128, ge=1, description="step of the sliding window")
+    batch_tokens: int = Field(8192, ge=16, description="padded tokens in a batch")
     max_documents: int = Field(200, ge=1, description="test documents a domain")
+    max_chars: int = Field(0, ge=0, description="characters of test text a domain; 0: no limit")
+    max_document_chars: int = Field(0, ge=0, description="longer test documents are cut; 0: never")
     prompts: str = Field("../eval_prompts.jsonl", description="prompts with reference answers, beside or above the config")
     scoring_rules: str = Field("../scoring_rules.yaml", description="rubric of the 5-point scale")
     max_prompts: int = Field(10, ge=1, description="prompts put to each model")
-    max_new_tokens: int = Field(64, ge=1)
-    multiple_choice: list[str] = Field(default_factory=list, description="JSONL files of question, choices, answer, subject")
+    max_new_tokens: int = Field(64, ge=1, description="tokens that a model writes as an answer or a continuation")
+    multiple_choice: list[str] = Field(default_factory=lambda: ["../eval_choices.jsonl"], description="JSONL files of question, choices, answer, subject")
     max_questions: int = Field(200, ge=1, description="questions a file")
     continuation_documents: int = Field(40, ge=1, description="test documents a domain that the models continue, for BLEU, chrF and ROUGE")
+    rouge_tokenizers: list[Literal["char", "morph"]] = Field(default_factory=lambda: ["char"], description="units of ROUGE: characters, morphemes (kiwipiepy)")
     seed: int = Field(0)
 
 class LoggingConfig(Section):
