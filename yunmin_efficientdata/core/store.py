@@ -4,15 +4,19 @@
 
 # %% ../../nbs/00b_store.ipynb #c003
 from __future__ import annotations
-import errno, fcntl, hashlib, io, os, secrets, shutil, stat as stat_module
+import errno, fcntl, hashlib, io, os, secrets, shutil, stat as stat_module, tempfile, time
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Iterator, NamedTuple
+from typing import Any, Callable, Iterable, Iterator, NamedTuple
 from fastcore.basics import patch
 from .settings import UserError
 
 # %% auto #0
-__all__ = ['TEMP', 'COMMIT', 'MissingKey', 'Stat', 'check_key', 'Store', 'LocalStore', 'open_store']
+__all__ = ['TEMP', 'COMMIT', 'PART', 'MissingKey', 'Stat', 'check_key', 'Store', 'LocalStore', 'S3Store', 'scratch_folder',
+           'open_store', 'split_source', 'source_keys']
 
 # %% ../../nbs/00b_store.ipynb #c006
 class MissingKey(UserError, FileNotFoundError):
@@ -59,8 +63,8 @@ def exists(
     self: Store,
     key: str # a key, or a folder when it ends with `/`
 ) -> bool: # is there something
-    "Does the key exist; for `folder/`: is there any key below it."
-    if key.endswith("/"): return bool(self.list(key))
+    "Does the key exist; for `folder/`: is there any key below it (`/` alone: anything at all)."
+    if key.endswith("/"): return bool(self.list("" if key == "/" else key))
     try: return bool(self.stat(key))
     except MissingKey: return False
 
@@ -110,12 +114,21 @@ def _os_errors(store: Store, key: str):
         if e.errno is None: raise
         raise UserError(f"{store.uri}: {key}: {e.strerror}; {_REMEDY.get(e.errno, 'check the disk')}") from None
 
+@contextmanager
+def _disk_errors(store: Store, key: str):
+    "The same around a caller's block, where only a failed write is ours: such an error carries no file name."
+    try: yield
+    except OSError as e:
+        if isinstance(e, UserError) or e.filename is not None or e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO): raise
+        with _os_errors(store, key): raise
+
 # %% ../../nbs/00b_store.ipynb #c016
 @patch
 def stat(self: LocalStore, key: str) -> Stat:
     "Size and version. Raises `MissingKey`; a folder is not a key."
     with _os_errors(self, key):
-        s = os.stat(self._path(key))
+        try: s = os.stat(self._path(key))
+        except NotADirectoryError: raise MissingKey(f"{self.uri}: {key}: does not exist") from None
         if stat_module.S_ISDIR(s.st_mode): raise MissingKey(f"{self.uri}: {key}: is a folder, not a file")
         return Stat(key, s.st_size, f"{s.st_mtime_ns}-{s.st_size}")
 
@@ -143,8 +156,11 @@ def read_range(
         return f.read(length)
 
 # %% ../../nbs/00b_store.ipynb #c019
-def _listing_error(store: Store, key: str):
-    raise UserError(f"{store.uri}: {key}: a symbolic link leads out of the folder; name the real folder instead, for example with --raw")
+def _link_leads_out(path: str, root: str) -> bool:
+    return os.path.islink(path) and not (os.path.realpath(path) + "/").startswith(root.rstrip("/") + "/")
+
+def _cannot_list(error: OSError):
+    if not isinstance(error, (FileNotFoundError, NotADirectoryError)): raise error  # os.walk would pass over an unreadable folder
 
 @patch
 def list(
@@ -152,20 +168,27 @@ def list(
     prefix: str = "" # keys that begin with this; "" for all
 ) -> list[str]: # sorted
     "All keys with a prefix, over all levels; temporary files never show."
-    folder = prefix.rpartition("/")[0]
-    if folder: check_key(folder)
-    keys, top, root = [], self.root/folder, os.path.realpath(self.root)
-    if folder: self._path(folder)
-    for at, folders, files in os.walk(top):
-        below = os.path.relpath(at, self.root).replace(os.sep, "/")
-        below = "" if below == "." else below + "/"
-        folders[:] = [d for d in folders if not d.startswith(TEMP)]
-        for d in folders:
-            if os.path.islink(os.path.join(at, d)) and (below + d + "/").startswith(prefix) and not os.path.realpath(os.path.join(at, d)).startswith(root): _listing_error(self, below + d)
-        keys += [check_key(below + f) for f in files if not f.startswith(TEMP) and (below + f).startswith(prefix)]
+    folder, keys = prefix.rpartition("/")[0], []
+    top, root = (self._path(folder) if folder else self.root), os.path.realpath(self.root)
+    with _os_errors(self, folder or "."):
+        for at, folders, files in os.walk(top, onerror=_cannot_list):
+            below = os.path.relpath(at, self.root) + "/" if at != str(self.root) else ""
+            folders[:] = [d for d in folders if not d.startswith(TEMP) and (below + d).startswith(prefix[:len(below + d)])]
+            for d in folders:
+                if _link_leads_out(os.path.join(at, d), root): self._path(below + d)
+            keys += [check_key(below + f) for f in files if not f.startswith(TEMP) and (below + f).startswith(prefix)]
     return sorted(keys)
 
-# %% ../../nbs/00b_store.ipynb #c021
+# %% ../../nbs/00b_store.ipynb #c020
+@patch
+def stats(
+    self: Store,
+    prefix: str = ""
+) -> list[Stat]: # sorted by key
+    "Size and version of all keys with a prefix: on S3 with the listing alone, without a request for each key."
+    return [self.stat(key) for key in self.list(prefix)]
+
+# %% ../../nbs/00b_store.ipynb #c022
 def _lock(path: str) -> int | None: # file descriptor that holds the lock, None when another process has it
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -178,7 +201,7 @@ def _remove(path: str):
     if os.path.isdir(path) and not os.path.islink(path): shutil.rmtree(path, ignore_errors=True)
     elif os.path.lexists(path): os.unlink(path)
 
-# %% ../../nbs/00b_store.ipynb #c022
+# %% ../../nbs/00b_store.ipynb #c023
 def _sweep(
     folder: str | Path # one folder; its subfolders are not entered
 ) -> int: # unfinished writes removed
@@ -192,28 +215,33 @@ def _sweep(
         _remove(entry.path); os.close(fd); count += 1
     return count
 
-# %% ../../nbs/00b_store.ipynb #c023
+# %% ../../nbs/00b_store.ipynb #c024
 _swept: set[str] = set()  # folders that this process has already cleaned
 
-@contextmanager
-def _temporary(
-    folder: Path, # made when missing
-    is_folder: bool # a folder, else an empty file
-) -> Iterator[Path]: # locked; removed at the end unless it was renamed
-    "A locked temporary name in `folder`."
+def _make_temporary(folder: Path, is_folder: bool) -> tuple[Path, int]: # path and the descriptor that locks it
     folder.mkdir(parents=True, exist_ok=True)
     if str(folder) not in _swept: _swept.add(str(folder)); _sweep(folder)
-    fd = None
-    while fd is None:
+    while True:
         path = folder/f"{TEMP}{secrets.token_hex(8)}"
         if is_folder: path.mkdir()
         else: os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         try: fd = _lock(str(path))
-        except FileNotFoundError: pass
+        except FileNotFoundError: continue
+        if fd is not None: return path, fd
+
+@contextmanager
+def _temporary(
+    store: Store, # named in errors, with `key`
+    key: str,
+    folder: Path, # made when missing
+    is_folder: bool # a folder, else an empty file
+) -> Iterator[Path]: # locked; removed at the end unless it was renamed
+    "A locked temporary name in `folder`."
+    with _os_errors(store, key): path, fd = _make_temporary(folder, is_folder)
     try: yield path
     finally: _remove(str(path)); os.close(fd)
 
-# %% ../../nbs/00b_store.ipynb #c024
+# %% ../../nbs/00b_store.ipynb #c025
 def _sync(path: str | Path):
     "Force a file or a folder's entries to the disk."
     fd = os.open(path, os.O_RDONLY)
@@ -229,7 +257,7 @@ def _replace(temp: Path, path: Path):
     os.replace(temp, path)
     _sync(path.parent)
 
-# %% ../../nbs/00b_store.ipynb #c026
+# %% ../../nbs/00b_store.ipynb #c027
 @patch
 @contextmanager
 def writer(
@@ -237,13 +265,12 @@ def writer(
     key: str
 ) -> Iterator[io.BufferedWriter]:
     "A binary file that appears under `key` at a clean exit and vanishes on an exception."
-    with _os_errors(self, key):
-        path = self._path(key)
-        with _temporary(path.parent, False) as temp:
-            with io.open(temp, "wb", buffering=1 << 18) as f: yield f
-            _replace(temp, path)
+    path = self._path(key)
+    with _temporary(self, key, path.parent, False) as temp:
+        with _disk_errors(self, key), io.open(temp, "wb", buffering=1 << 18) as f: yield f
+        with _os_errors(self, key): _replace(temp, path)
 
-# %% ../../nbs/00b_store.ipynb #c027
+# %% ../../nbs/00b_store.ipynb #c028
 @patch
 def write(
     self: LocalStore,
@@ -254,7 +281,7 @@ def write(
     data = _bytes(data)
     with self.writer(key) as f: f.write(data)
 
-# %% ../../nbs/00b_store.ipynb #c028
+# %% ../../nbs/00b_store.ipynb #c029
 @patch
 def delete(self: LocalStore, key: str):
     "Remove a key; a missing one is not an error, as on S3."
@@ -269,15 +296,6 @@ def delete_prefix(
 ):
     "Remove a folder and all below it; missing is no error."
     with _os_errors(self, prefix): _remove(str(self._path(prefix.rstrip("/"))))
-
-# %% ../../nbs/00b_store.ipynb #c029
-def open_store(
-    uri: str | Path | Store # folder, s3://bucket/prefix, or a store that is passed through
-) -> Store:
-    "The store behind an address. Raises `UserError` when a bucket cannot be used."
-    if isinstance(uri, Store): return uri
-    if str(uri).startswith("s3://"): raise UserError(f"{uri}: not yet")
-    return LocalStore(uri)
 
 # %% ../../nbs/00b_store.ipynb #c031
 @patch
@@ -320,11 +338,12 @@ def output(
     key: str # file or folder to be
 ) -> Iterator[Path]: # does not exist yet; its parent does
     "A path to write a file or folder to; published at a clean exit, discarded on an exception."
-    with _os_errors(self, key):
-        path = self._path(key.rstrip("/"))
-        with _temporary(path.parent, True) as temp:
-            made = temp/path.name
-            yield made
+    path = self._path(key.rstrip("/"))
+    with _temporary(self, key, path.parent, True) as temp:
+        made = temp/path.name
+        with _disk_errors(self, key): yield made
+        with _os_errors(self, key):
+            if not made.exists(): raise UserError(f"{self.uri}: {key}: nothing was written to the path that `output` gave")
             if made.is_dir(): _commit(made); _swap(made, path)
             else: _replace(made, path)
 
@@ -340,3 +359,491 @@ def publish(
     names = [(local/n, f"{key.rstrip('/')}/{n}") for n in _files(local)] if local.is_dir() else [(local, key)]
     for path, name in names:
         with io.open(path, "rb") as src, self.writer(name) as out: shutil.copyfileobj(src, out, 1 << 20)
+
+# %% ../../nbs/00b_store.ipynb #c037
+@patch
+def put_if_absent(
+    self: LocalStore,
+    key: str,
+    data: bytes | str
+) -> bool: # False: the key was there already, and is unchanged
+    "Create a key, whole, unless it exists; of several writers exactly one gets True."
+    path = self._path(key)
+    with _temporary(self, key, path.parent, False) as temp, _os_errors(self, key):
+        temp.write_bytes(_bytes(data)); _sync(temp)
+        try: os.link(temp, path)
+        except FileExistsError: return False
+        _sync(path.parent)
+        return True
+
+# %% ../../nbs/00b_store.ipynb #c038
+@patch
+def replace_if(
+    self: LocalStore,
+    key: str,
+    data: bytes | str,
+    version: str # of `stat`, when the key was read
+) -> bool: # False: the key is gone or is another version by now
+    "Replace a key only if nobody else has; of several writers exactly one gets True."
+    path = self._path(key)
+    try: fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError: return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        if not self.exists(key) or os.stat(path).st_ino != os.fstat(fd).st_ino or self.stat(key).version != version: return False
+        self.write(key, data)
+        return True
+    finally: os.close(fd)
+
+# %% ../../nbs/00b_store.ipynb #c043
+_clients: dict[tuple, Any] = {}
+
+def _client(
+    quick: bool = False # give up within some 20 s
+) -> Any: # boto3 S3 client
+    "The S3 client for the current environment. Raises `UserError` for an endpoint that is no address."
+    which = (*sorted(kv for kv in os.environ.items() if kv[0].startswith("AWS_")), os.getpid(), quick)
+    if which not in _clients:
+        import boto3
+        from botocore.config import Config
+        config = Config(connect_timeout=5, read_timeout=5 if quick else 60, retries={"mode": "standard", "total_max_attempts": 2 if quick else 4})
+        session = boto3.session.Session()
+        try: client = session.client("s3", config=config)
+        except ValueError as e: raise UserError(f"AWS_ENDPOINT_URL: {e}; write it as http://host:port") from None
+        if "amazonaws.com" not in client.meta.endpoint_url: config = config.merge(Config(s3={"addressing_style": "path"}))
+        if "storage.googleapis.com" in client.meta.endpoint_url: config = config.merge(Config(request_checksum_calculation="when_required", response_checksum_validation="when_required"))
+        _clients[which] = session.client("s3", config=config)
+    return _clients[which]
+
+# %% ../../nbs/00b_store.ipynb #c045
+_S3_WHY = [
+    (("NoSuchBucket",), "the bucket does not exist", "create it, or check its name and AWS_ENDPOINT_URL"),
+    (("InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken", "AuthorizationHeaderMalformed", "RequestTimeTooSkewed", "401"), "the credentials are refused", "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, the region and the clock"),
+    (("AccessDenied", "403", "Forbidden", "AllAccessDisabled"), "access is denied", "check the credentials and the permissions of the bucket"),
+    (("PermanentRedirect", "301", "IllegalLocationConstraintException"), "the bucket is in another region", "set AWS_DEFAULT_REGION"),
+    (("SlowDown", "ServiceUnavailable", "503", "InternalError", "500"), "the server fails or is overloaded", "try again later"),
+    (("QuotaExceeded", "InsufficientStorage", "507", "EntityTooLarge"), "the server has no room", "free some space")]
+
+def _s3_why(e: Exception) -> tuple[str, str] | None: # (why, remedy); None when it is no error of S3
+    import botocore.exceptions as b
+    from urllib3.exceptions import HTTPError
+    if isinstance(e, b.ClientError):
+        code, message = str(e.response["Error"].get("Code", "")), e.response["Error"].get("Message", "")
+        return next(((f"{why} ({code})", remedy) for codes, why, remedy in _S3_WHY if code in codes), (f"{code} {message}", "see the server's log"))
+    if isinstance(e, (b.NoCredentialsError, b.PartialCredentialsError, b.CredentialRetrievalError, b.ProfileNotFound)): return "no credentials", "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+    if isinstance(e, (b.ConnectionError, b.HTTPClientError, HTTPError)): return f"cannot be reached at {_client().meta.endpoint_url} ({type(e).__name__})", "check AWS_ENDPOINT_URL and the network"
+    return (str(e), "check the address") if isinstance(e, b.BotoCoreError) else None
+
+# %% ../../nbs/00b_store.ipynb #c046
+def _s3_code(e: Exception) -> str: # the server's error code, "" when there was no answer
+    answer = getattr(e, "response", None)
+    return str(answer.get("Error", {}).get("Code", "")) if isinstance(answer, dict) else ""
+
+@contextmanager
+def _s3_errors(store: Store, key: str):
+    "Turn boto3's errors into one line with bucket, key and remedy."
+    try: yield
+    except UserError: raise
+    except Exception as e:
+        if _s3_code(e) in ("NoSuchKey", "404", "NotFound"): raise MissingKey(f"{store.uri}: {key}: does not exist") from None
+        why = _s3_why(e)
+        if why is None: raise
+        raise UserError(" ".join(f"{store.uri}: {key}: {why[0]}; {why[1]}".replace(": : ", ": ").split())) from None
+
+# %% ../../nbs/00b_store.ipynb #c047
+class S3Store(Store):
+    "Keys are objects below `s3://bucket/prefix`."
+    def __init__(self, uri: str):
+        self.bucket, _, prefix = uri.removeprefix("s3://").partition("/")
+        prefix = prefix.strip("/")
+        if not self.bucket: raise UserError(f"{uri}: no bucket; write s3://bucket/prefix")
+        if prefix: check_key(prefix)
+        self.prefix = prefix + "/" if prefix else ""
+        super().__init__(f"s3://{self.bucket}/{prefix}".rstrip("/"))
+    def _at(self, key: str) -> dict: return {"Bucket": self.bucket, "Key": self.prefix + check_key(key)}
+
+# %% ../../nbs/00b_store.ipynb #c048
+_checked: set[tuple] = set()
+
+def _check_bucket(store: S3Store):
+    "One small listing, once for a process: is the bucket there, and may we read it. Raises `UserError` within 30 s."
+    which = (store.bucket, store.prefix, os.environ.get("AWS_ENDPOINT_URL"), os.environ.get("AWS_ACCESS_KEY_ID"), os.environ.get("AWS_SECRET_ACCESS_KEY"))
+    if which in _checked: return
+    with _s3_errors(store, ""): _client(quick=True).list_objects_v2(Bucket=store.bucket, Prefix=store.prefix, MaxKeys=1)
+    _checked.add(which)
+
+# %% ../../nbs/00b_store.ipynb #c049
+@patch
+def stat(self: S3Store, key: str) -> Stat:
+    "Size and ETag. Raises `MissingKey`."
+    with _s3_errors(self, key): head = _client().head_object(**self._at(key))
+    return Stat(key, head["ContentLength"], head["ETag"].strip('"'))
+
+@patch
+def stats(self: S3Store, prefix: str = "") -> list[Stat]:
+    "Size and ETag of all keys with a prefix, 1,000 a request. Objects that only stand for a folder are passed over."
+    if prefix.rpartition("/")[0]: check_key(prefix.rpartition("/")[0])
+    with _s3_errors(self, prefix):
+        pages = _client().get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self.prefix + prefix)
+        found = [Stat(check_key(o["Key"][len(self.prefix):]), o["Size"], o["ETag"].strip('"')) for p in pages for o in p.get("Contents", ()) if not o["Key"].endswith("/")]
+    return sorted(found)
+
+@patch
+def list(self: S3Store, prefix: str = "") -> list[str]:
+    "All keys with a prefix, sorted."
+    return [s.key for s in self.stats(prefix)]
+
+@patch
+def exists(self: S3Store, key: str) -> bool:
+    "Does the key exist; for `folder/`: is there any key below it (`/` alone: anything at all)."
+    if not key.endswith("/"): return Store.exists(self, key)
+    below = self.prefix + (check_key(key[:-1]) + "/" if key != "/" else "")
+    with _s3_errors(self, key): return _client().list_objects_v2(Bucket=self.bucket, Prefix=below, MaxKeys=1)["KeyCount"] > 0
+
+# %% ../../nbs/00b_store.ipynb #c051
+class _S3File(io.RawIOBase):
+    "A seekable stream over one version of an object; a broken connection is resumed up to five times in a row."
+    def __init__(self, store: S3Store, key: str):
+        self.store, self.info, self.at, self.body = store, store.stat(key), 0, None
+    def readable(self): return True
+    def seekable(self): return True
+    def tell(self): return self.at
+    def seek(self, offset: int, whence: int = 0) -> int:
+        at = max(0, offset + (0, self.at, self.info.size)[whence])
+        if at != self.at: self._drop(); self.at = at
+        return at
+    def readinto(self, buffer) -> int:
+        for attempt in range(6):
+            if self.at >= self.info.size: return 0
+            try:
+                with _s3_errors(self.store, self.info.key): data = self._stream().read(min(len(buffer), 1 << 20))
+                if data: break
+                raise UserError(f"{self.store.uri}: {self.info.key}: the connection ended early at byte {self.at}; try again")
+            except MissingKey: raise
+            except UserError:
+                self._drop()
+                if attempt == 5 or self.gone: raise
+                time.sleep(0.2 * 2**attempt)
+        buffer[:len(data)] = data
+        self.at += len(data)
+        return len(data)
+
+# %% ../../nbs/00b_store.ipynb #c052
+@patch
+def _stream(self: _S3File):
+    "The body from the current position on."
+    if self.body is None:
+        got = _client().get_object(**self.store._at(self.info.key), Range=f"bytes={self.at}-")
+        self.gone = got["ETag"].strip('"') != self.info.version
+        if self.gone: raise UserError(f"{self.store.uri}: {self.info.key}: changed while it was read; let only one run write there, then run again")
+        self.body = got["Body"]
+    return self.body
+
+@patch
+def _drop(self: _S3File):
+    if self.body is not None: self.body.close()
+    self.body = None
+
+@patch
+def close(self: _S3File): self._drop(); io.RawIOBase.close(self)
+
+_S3File.gone = False
+
+# %% ../../nbs/00b_store.ipynb #c053
+@patch
+def open(self: S3Store, key: str) -> io.BufferedReader: # seekable binary file
+    "Open for streaming. Raises `MissingKey`."
+    return io.BufferedReader(_S3File(self, key), 1 << 18)
+
+@patch
+def read(self: S3Store, key: str) -> bytes:
+    "The whole key. Raises `MissingKey`."
+    with self.open(key) as f: return f.read()
+
+@patch
+def read_range(self: S3Store, key: str, start: int, length: int) -> bytes:
+    "A byte range; what is beyond the end is not there. Raises `MissingKey`."
+    if length <= 0: return b""
+    try:
+        with _s3_errors(self, key): return _client().get_object(**self._at(key), Range=f"bytes={start}-{start+length-1}")["Body"].read()
+    except UserError as e:
+        if "InvalidRange" in str(e) or "416" in str(e): return b""
+        raise
+
+# %% ../../nbs/00b_store.ipynb #c055
+PART = 8 << 20  # bytes of the first parts
+
+class _S3Writer(io.BufferedIOBase):
+    "Collects parts and uploads them; nothing is visible before `complete`."
+    def __init__(self, store: S3Store, key: str):
+        self.store, self.key, self.at = store, key, store._at(key)
+        self.buffer, self.parts, self.upload, self.total = bytearray(), [], None, 0
+    def writable(self): return True
+    def tell(self): return self.total
+    def write(self, data) -> int:
+        n = memoryview(data).nbytes
+        self.buffer += data; self.total += n
+        while len(self.buffer) > (part := PART << len(self.parts)//2000): self._send(part)
+        return n
+    def _send(self, length: int):
+        with _s3_errors(self.store, self.key):
+            if self.upload is None: self.upload = _client().create_multipart_upload(**self.at)["UploadId"]
+            piece, number = bytes(memoryview(self.buffer)[:length]), len(self.parts) + 1
+            got = _client().upload_part(**self.at, UploadId=self.upload, PartNumber=number, Body=piece)
+        del self.buffer[:length]
+        self.parts.append({"PartNumber": number} | {k: v for k, v in got.items() if k == "ETag" or k.startswith("Checksum") and k != "ChecksumType"})
+
+# %% ../../nbs/00b_store.ipynb #c056
+@patch
+def complete(self: _S3Writer):
+    "Make the object visible."
+    with _s3_errors(self.store, self.key):
+        if self.upload is None: _client().put_object(**self.at, Body=bytes(self.buffer)); return
+        if self.buffer: self._send(len(self.buffer))
+        _client().complete_multipart_upload(**self.at, UploadId=self.upload, MultipartUpload={"Parts": self.parts})
+
+@patch
+def discard(self: _S3Writer):
+    "Throw the parts away; what cannot be reached now is left to `clean`."
+    if self.upload is None: return
+    try: _client().abort_multipart_upload(**self.at, UploadId=self.upload)
+    except Exception: pass
+
+# %% ../../nbs/00b_store.ipynb #c057
+@patch
+@contextmanager
+def writer(self: S3Store, key: str) -> Iterator[io.BufferedIOBase]:
+    "A binary file that appears under `key` at a clean exit and vanishes on an exception."
+    f = _S3Writer(self, key)
+    try: yield f; f.complete()
+    except BaseException: f.discard(); raise
+
+@patch
+def write(self: S3Store, key: str, data: bytes | str):
+    "Write a whole key atomically."
+    with self.writer(key) as f: f.write(_bytes(data))
+
+# %% ../../nbs/00b_store.ipynb #c059
+def _each(fn: Callable, items: Iterable):
+    "Call `fn` on each item in eight threads; the first error is raised."
+    with ThreadPoolExecutor(8) as pool:
+        for _ in pool.map(fn, items): pass
+
+@patch
+def delete(self: S3Store, key: str):
+    "Remove a key; a missing one is no error."
+    with _s3_errors(self, key): _client().delete_object(**self._at(key))
+
+@patch
+def delete_prefix(self: S3Store, prefix: str):
+    "Remove a folder and all below it; missing is no error."
+    prefix = check_key(prefix.rstrip("/"))
+    _each(self.delete, [prefix, *self.list(prefix + "/")])
+
+# %% ../../nbs/00b_store.ipynb #c060
+@patch
+def put_if_absent(self: S3Store, key: str, data: bytes | str) -> bool:
+    "Create a key unless it exists (`If-None-Match: *`); of several writers exactly one gets True."
+    return self._put_if(key, _bytes(data), IfNoneMatch="*")
+
+@patch
+def replace_if(self: S3Store, key: str, data: bytes | str, version: str) -> bool:
+    "Replace a key only if it still has this ETag (`If-Match`)."
+    return self._put_if(key, _bytes(data), IfMatch=f'"{version}"')
+
+@patch
+def _put_if(self: S3Store, key: str, data: bytes, **condition) -> bool:
+    with _s3_errors(self, key):
+        try: _client().put_object(**self._at(key), Body=data, **condition); return True
+        except Exception as e:
+            code = _s3_code(e)
+            if code in ("ConditionalRequestConflict", "409", "NoSuchKey", "404"): return False
+            if code not in ("PreconditionFailed", "412"): raise
+            # a retried request may find what its own first attempt wrote before the answer was lost
+            return e.response["ResponseMetadata"].get("RetryAttempts", 0) > 0 and self.read(key) == data
+
+# %% ../../nbs/00b_store.ipynb #c062
+def scratch_folder() -> Path: # exists, belongs to this user
+    "The folder for downloads and for outputs on their way to S3."
+    folder = Path(os.environ.get("YUNMIN_SCRATCH") or Path(tempfile.gettempdir())/f"yunmin-scratch-{os.getuid()}").expanduser().absolute()
+    try: folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as e: raise UserError(f"YUNMIN_SCRATCH: {folder}: {e.strerror}; set it to a folder that can be written") from None
+    if folder.stat().st_uid != os.getuid(): raise UserError(f"YUNMIN_SCRATCH: {folder} belongs to another user; set it to a folder of your own")
+    return folder
+
+def _scratch_limit() -> int: # bytes
+    text = os.environ.get("YUNMIN_SCRATCH_BYTES") or "20000000000"
+    try: return int(float(text))
+    except ValueError: raise UserError(f"YUNMIN_SCRATCH_BYTES={text!r}: not a number of bytes, for example 20e9") from None
+
+# %% ../../nbs/00b_store.ipynb #c063
+_held: OrderedDict[str, int] = OrderedDict()  # entries in use by this process: path, descriptor with a shared lock
+
+def _hold(entry: Path) -> bool: # False: the entry is not there (any more)
+    "Mark an entry as in use by this process and as used now."
+    if str(entry) in _held and entry.is_dir(): _held.move_to_end(str(entry)); os.utime(entry); return True
+    try: fd = os.open(entry, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError: return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        os.utime(entry)
+        if os.stat(entry).st_ino != os.fstat(fd).st_ino: raise OSError
+    except OSError: os.close(fd); return False
+    _let_go(str(entry)); _held[str(entry)] = fd
+    while len(_held) > 64: _let_go(next(iter(_held)))
+    return True
+
+def _let_go(entry: str):
+    fd = _held.pop(entry, None)
+    if fd is not None: os.close(fd)
+
+# %% ../../nbs/00b_store.ipynb #c064
+def _entry_bytes(entry: Path) -> int: # of an entry, or what a download in progress has reserved
+    if entry.name.startswith(TEMP): return next((p.stat().st_size for p in entry.glob("reserve")), 0)
+    return sum(p.stat().st_size for p in entry.rglob("*") if p.is_file())
+
+def _evict(entry: Path) -> bool: # is it gone
+    try: fd = _lock(str(entry))
+    except OSError: return False
+    if fd is None: return False
+    _remove(str(entry)); os.close(fd)
+    return True
+
+# %% ../../nbs/00b_store.ipynb #c065
+def _make_room(folder: Path, need: int, what: str):
+    "Remove entries, those used longest ago first, until `need` bytes fit. Raises `UserError` when they cannot."
+    limit = _scratch_limit()
+    if need > limit: raise UserError(f"{what}: {need} bytes do not fit into the scratch folder; set YUNMIN_SCRATCH_BYTES above {limit}")
+    entries = {e: _entry_bytes(e) for e in folder.iterdir() if e.is_dir()}
+    used = sum(entries.values())
+    old = sorted((e for e in entries if not e.name.startswith(TEMP)), key=lambda e: e.stat().st_mtime_ns)
+    for own in (False, True):
+        for e in old:
+            if used + need <= limit: return
+            if own: _let_go(str(e))
+            if e.exists() and _evict(e): used -= entries[e]
+    if used + need > limit: raise UserError(f"{what}: the scratch folder is full of files that other processes use; set YUNMIN_SCRATCH_BYTES above {limit}")
+
+# %% ../../nbs/00b_store.ipynb #c066
+def _download(store: S3Store, stats: list[Stat], base: str, entry: Path):
+    "Fill a scratch entry with these keys, whole or not at all."
+    folder, need = entry.parent, sum(s.size for s in stats)
+    with _temporary(store, base, folder, True) as temp:
+        with io.open(folder/".lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # two downloads must not count on the same room
+            _make_room(folder, need, f"{store.uri}: {base}")
+            with io.open(temp/"reserve", "wb") as f: f.truncate(need)
+        made = temp/"entry"
+        for s in stats:
+            path = made/s.key[len(base):].lstrip("/") if s.key != base else made/base.rpartition("/")[2]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with _s3_errors(store, s.key), _os_errors(store, s.key): _client().download_file(**{k: v for k, v in store._at(s.key).items()}, Filename=str(path))
+            if path.stat().st_size != s.size: raise UserError(f"{store.uri}: {s.key}: changed while it was fetched; run again")
+        try: os.rename(made, entry)
+        except OSError:
+            if not entry.is_dir(): raise
+
+# %% ../../nbs/00b_store.ipynb #c067
+@patch
+def fetch(self: S3Store, key: str) -> Path: # to read, never to write
+    "A local copy of a key or folder, downloaded only when this version is not in scratch. Raises `MissingKey`."
+    key = check_key(key.rstrip("/"))
+    try: stats, is_file = [self.stat(key)], True
+    except MissingKey: stats, is_file = self.stats(key + "/"), False
+    if not stats: raise MissingKey(f"{self.uri}: {key}: does not exist")
+    name = hashlib.sha256("\0".join([_client().meta.endpoint_url, self.uri, *(f"{s.key}\0{s.size}\0{s.version}" for s in stats)]).encode()).hexdigest()[:32]
+    entry = scratch_folder()/name
+    while not _hold(entry): _download(self, stats, key, entry)
+    return entry/key.rpartition("/")[2] if is_file else entry
+
+# %% ../../nbs/00b_store.ipynb #c068
+@patch
+def publish(self: S3Store, local_path: str | Path, key: str):
+    "Upload a file, or the files of a folder over what is there, `_COMMIT` last; large files in parallel parts."
+    local, key = Path(local_path), key.rstrip("/")
+    def send(name):
+        at = self._at(f"{key}/{name}" if name else key)
+        with _s3_errors(self, key), io.open(local/name if name else local, "rb") as f: _client().upload_fileobj(f, at["Bucket"], at["Key"])
+    if not local.is_dir(): return send("")
+    names = _files(local)
+    _each(send, [n for n in names if n != COMMIT])
+    if COMMIT in names: send(COMMIT)
+
+@patch
+@contextmanager
+def output(self: S3Store, key: str) -> Iterator[Path]:
+    "A path to write a file or folder to; published at a clean exit, discarded on an exception."
+    key = check_key(key.rstrip("/"))
+    with _temporary(self, key, scratch_folder(), True) as temp:
+        made = temp/key.rpartition("/")[2]
+        with _disk_errors(self, key): yield made
+        if not made.exists(): raise UserError(f"{self.uri}: {key}: nothing was written to the path that `output` gave")
+        if made.is_dir():
+            _commit(made)
+            self.delete(f"{key}/{COMMIT}")  # from here to the new marker the folder is unfinished
+            _each(self.delete, set(self.list(key + "/")) - {f"{key}/{n}" for n in _files(made)})
+        self.publish(made, key)
+
+# %% ../../nbs/00b_store.ipynb #c070
+@patch
+def clean(
+    self: LocalStore,
+    older_than: float = 0 # not used: locks say who is alive
+) -> int: # removed
+    "Remove unfinished writes of dead processes in all folders."
+    return sum(_sweep(at) for at, folders, files in os.walk(self.root) if any(n.startswith(TEMP) for n in folders + files))
+
+@patch
+def clean(
+    self: S3Store,
+    older_than: float = 86_400 # seconds since an upload began
+) -> int: # aborted
+    "Abort multipart uploads that nobody completed."
+    before, count = datetime.now(timezone.utc) - timedelta(seconds=older_than), 0
+    with _s3_errors(self, ""):
+        for page in _client().get_paginator("list_multipart_uploads").paginate(Bucket=self.bucket, Prefix=self.prefix):
+            for u in page.get("Uploads", ()):
+                if u["Initiated"] > before: continue
+                _client().abort_multipart_upload(Bucket=self.bucket, Key=u["Key"], UploadId=u["UploadId"]); count += 1
+    return count
+
+# %% ../../nbs/00b_store.ipynb #c072
+def open_store(
+    uri: str | Path | Store # folder, s3://bucket/prefix, or a store that is passed through
+) -> Store:
+    "The store behind an address. Raises `UserError` when a bucket cannot be used; a folder is made at the first write."
+    if isinstance(uri, Store): return uri
+    scheme, sep, _ = str(uri).partition("://")
+    if scheme.lower() == "s3" and sep:
+        store = S3Store("s3" + str(uri)[2:]); _check_bucket(store)
+        return store
+    if sep: raise UserError(f"{uri}: unknown kind of store; use a folder or s3://bucket/prefix (Google Cloud Storage: s3:// with AWS_ENDPOINT_URL=https://storage.googleapis.com)")
+    if not str(uri): raise UserError("the name of the workspace is empty; use a folder or s3://bucket/prefix")
+    store = LocalStore(uri)
+    if store.root.exists() and not store.root.is_dir(): raise UserError(f"{uri}: is a file; a folder is needed here")
+    return store
+
+# %% ../../nbs/00b_store.ipynb #c074
+def split_source(
+    uri: str | Path # folder, file, s3://bucket/prefix, or one object
+) -> tuple[Store, str]: # (store, prefix): one key if `store.exists(prefix)`, else all of `store.list(prefix)`
+    "Where raw files are. Raises `UserError` when there is nothing."
+    if not str(uri): raise UserError("the name of the source is empty; use a folder, a .jsonl file or s3://bucket/prefix")
+    text = str(uri).rstrip("/") or "/"
+    if "://" not in text:
+        path = Path(text).expanduser()
+        if not path.exists(): raise UserError(f"{uri}: no such file or folder; check the path given as the source")
+        return (open_store(path), "") if path.is_dir() else (open_store(path.parent), path.name)
+    store = open_store(text)
+    if not store.prefix or store.exists("/"): return store, ""
+    above, _, name = text.rpartition("/")
+    store = open_store(above)
+    if not store.exists(name) and not store.list(name): raise UserError(f"{uri}: no object has this name or prefix; check the address given as the source")
+    return store, name
+
+def source_keys(
+    uri: str | Path # as for `split_source`
+) -> tuple[Store, list[str]]: # (store, sorted keys)
+    "The store of a source and its keys: one for a file or object, all below a folder or prefix."
+    store, prefix = split_source(uri)
+    return store, [prefix] if prefix and store.exists(prefix) else store.list(prefix)
