@@ -12,7 +12,7 @@ from .facts import BENCHMARK, Facts, loading, metric, stages
 
 # %% auto #0
 __all__ = ['STEPS', 'PHASES', 'ORDER', 'PLOTS', 'plot_funnel', 'plot_time', 'plot_loading', 'relative_perplexity',
-           'plot_perplexity', 'merge_weights', 'plot_weights', 'draw']
+           'plot_perplexity', 'merge_weights', 'plot_weights', 'drawable', 'figure_key', 'draw']
 
 # %% ../../nbs/05d_figures.ipynb #c008
 STEPS = {"prepare": "정제·필터", "exact": "완전 중복", "near": "유사 중복"}
@@ -113,12 +113,21 @@ def plot_weights(facts: Facts): # figure, or None
 # %% ../../nbs/05d_figures.ipynb #c023
 PLOTS = {"funnel": plot_funnel, "time": plot_time, "loading": plot_loading, "perplexity": plot_perplexity, "weights": plot_weights}
 
+def drawable(facts: Facts) -> list[str]: # names in PLOTS
+    "The figures that this run has files for; cheap, so that the ledger can be told what to expect."
+    log, done = facts.csv("dedup_log.csv"), stages(facts)
+    have = {"funnel": log is not None and (log.scope != "total").any(), "time": (done.status == "done").any(),
+            "loading": any(loading(facts, c) is not None for c in ("seconds", "tracemalloc_mb")),
+            "perplexity": relative_perplexity(facts) is not None, "weights": bool(merge_weights(facts))}
+    return [name for name in PLOTS if have[name]]
+
+# %% ../../nbs/05d_figures.ipynb #c024
+def figure_key(name: str) -> str: return f"reports/figures/report_{name}.png"
+
 def draw(facts: Facts) -> list[str]: # keys of the figures that this run has
     "Draw every figure that the run has files for; figures left from an earlier run without those files are removed."
     korean_style()
-    keys = []
-    for name, plot in PLOTS.items():
-        key, fig = f"reports/figures/report_{name}.png", plot(facts)
-        if fig is not None: keys.append(save_figure(facts.store, fig, key))
-        elif facts.store.exists(key): facts.store.delete(key)
-    return keys
+    names = drawable(facts)
+    for old in (figure_key(n) for n in PLOTS if n not in names):
+        if facts.store.exists(old): facts.store.delete(old)
+    return [save_figure(facts.store, PLOTS[n](facts), figure_key(n)) for n in names]
