@@ -121,7 +121,7 @@ def test_second_run_is_refused_and_a_dead_one_frees_the_lock(tmp_path):
     with workspace_lock(open_store(str(tmp_path))): pass
 
 def test_s3_lease(s3):
-    uri = s3.workspace()
+    uri = f"{s3.uri}/ws"
     p = hold(uri)
     try:
         with pytest.raises(UserError, match=f"in use by process {p.pid}"):

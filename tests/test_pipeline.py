@@ -117,7 +117,7 @@ def test_killed_in_each_phase_and_resumed_ends_with_the_same_bytes(finished, tmp
 def test_whole_pipeline_in_a_bucket(finished, s3):
     "The same files, with the same bytes, as in a folder."
     ws, _ = finished
-    uri = s3.workspace()
+    uri = f"{s3.uri}/ws"
     store = open_store(uri)
     for key in open_store(str(ws)).list("raw/") + open_store(str(ws)).list("truth/"): store.write(key, (ws/key).read_bytes())
     done = yunmin("run", uri, *SETS)
