@@ -44,6 +44,8 @@ class CleanSettings(Section):
     rules: dict[str, bool] = Field(default_factory=dict, description="switch a cleaning rule off or on by name; the others keep their default")
     min_chars: int = Field(5, ge=0, description="shorter cleaned documents are filtered (rule `too_short`)")
     max_symbol_ratio: float = Field(0.5, gt=0, le=1, description="share of symbols above which a document is filtered")
+    max_duplicate_lines: float = Field(0.6, gt=0, le=1, description="share of characters in repeated lines above which a document is filtered")
+    min_hangul_ratio: float = Field(0.0, ge=0, le=1, description="share of Hangul among letters below which a document is filtered; 0: off, so that English stays")
     review_samples: int = Field(5, ge=0, description="before/after pairs a domain in review_samples.md")
 
 # %% ../../nbs/00a_settings.ipynb #c011
@@ -79,10 +81,12 @@ class FormatSettings(Section):
     "Phase 2: the Parquet files that serve SQL and training."
     file_bytes: int = Field(200 << 20, ge=1 << 16, description="a domain is split into files of about this size")
     page_bytes: int = Field(1 << 20, ge=4096, description="size of a data page of `tokens`")
-    row_group_rows: int = Field(8192, ge=1, description="documents in a row group")
+    row_group_rows: int = Field(8192, ge=1, description="documents in a row group at most")
+    row_group_bytes: int = Field(64 << 20, ge=1 << 16, description="text and tokens in a row group at most; bounds the writer's memory")
     benchmark_batch: int = Field(16, ge=1, description="rows in a batch of the JSONL against Parquet comparison")
     benchmark_repeats: int = Field(3, ge=1, description="repetitions of the comparison")
     benchmark_rows: int = Field(5000, ge=16, description="rows read at most in a repetition")
+    compare_tokenizers: list[str] = Field(default_factory=list, description="folders or hub ids of tokenizers for the fertility table, beside ours")
 
 class DatasetConfig(Section):
     "dataset_config.yaml"
@@ -150,6 +154,7 @@ class DemConfig(Section):
     vectors: VectorSettings = VectorSettings()
     merge: MergeSettings = MergeSettings()
     mixed_baseline: bool = Field(True, description="train one LoRA on all domains mixed, with the same total steps, for comparison")
+    threads: int = Field(2, ge=1, description="CPU threads of torch; part of the result, because sums are made in their order")
 
 # %% ../../nbs/00a_settings.ipynb #c019
 class EvaluationConfig(Section):
