@@ -4,7 +4,7 @@
 
 # %% ../../nbs/04f_inputs.ipynb #c004
 from __future__ import annotations
-import re, warnings
+import json, re, warnings
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np, torch, pyarrow.parquet as pq
@@ -14,7 +14,7 @@ from ..core.records import BadLine, read_jsonl
 
 # %% auto #0
 __all__ = ['BASE', 'MERGED', 'TEST', 'toy_tokenizer', 'toy', 'quiet', 'model_folders', 'find_models', 'pick_device', 'load_full',
-           'load_adapted', 'ModelSet', 'weight_bytes', 'load_tokenizer', 'TestDocument', 'test_domains',
+           'load_adapted', 'add_factors', 'ModelSet', 'weight_bytes', 'load_tokenizer', 'TestDocument', 'test_domains',
            'sample_documents', 'within_limits', 'general_documents', 'find_file', 'read_items', 'read_items_lines']
 
 # %% ../../nbs/04f_inputs.ipynb #c006
@@ -93,13 +93,38 @@ def load_full(
 
 def load_adapted(
     base: Path, # full model
-    adapter: Path # folder with adapter_config.json
+    adapter: Path # folder with adapter_config.json and adapter_model.safetensors
 ): # the base with the adapter added to its weights
-    "Load an adapter of peft over its base."
+    "Load an adapter over its base: plain LoRA factors are added here, other kinds (DoRA, patterns of rank) go through peft."
+    config = json.loads((Path(adapter)/"adapter_config.json").read_text(encoding="utf-8"))
+    model = load_full(base)
+    if config.get("peft_type") == "LORA" and not any(config.get(k) for k in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern")):
+        return add_factors(model, adapter, config["lora_alpha"]/config["r"], config.get("fan_in_fan_out", False))
     from peft import PeftModel
-    return PeftModel.from_pretrained(load_full(base), adapter).merge_and_unload().eval()
+    return PeftModel.from_pretrained(model, adapter).merge_and_unload().eval()
 
-# %% ../../nbs/04f_inputs.ipynb #c015
+# %% ../../nbs/04f_inputs.ipynb #c016
+@torch.no_grad()
+def add_factors(
+    model, # full model, changed in place
+    adapter: Path, # folder with adapter_model.safetensors in peft's layout
+    scale: float, # alpha / r
+    transpose: bool = False # weights stored as [in, out]
+): # the same model
+    "Add `scale * B @ A` to each adapted weight. Raises `UserError` for a tensor that is no LoRA factor of this model."
+    from safetensors.torch import load_file
+    factors, weights = load_file(Path(adapter)/"adapter_model.safetensors"), dict(model.named_parameters())
+    for key in sorted(k for k in factors if k.endswith(".lora_A.weight")):
+        a, b = factors.pop(key), factors.pop(key.replace(".lora_A.", ".lora_B."), None)
+        w = weights.get(key.removeprefix("base_model.model.").replace(".lora_A.weight", ".weight"))
+        delta = None if b is None else scale*(b.float() @ a.float())
+        if transpose and delta is not None: delta = delta.T
+        if w is None or delta is None or w.shape != delta.shape: raise UserError(f"{Path(adapter).name}: {key} does not fit the base; run `yunmin dem` again")
+        w.copy_((w.float() + delta.to(w.device)).to(w.dtype))
+    if factors: raise UserError(f"{Path(adapter).name}: {sorted(factors)[0]} is no LoRA factor that can be added to the base")
+    return model
+
+# %% ../../nbs/04f_inputs.ipynb #c017
 class ModelSet:
     "The models of a workspace, loaded when asked for, kept while they are small."
     def __init__(self, store: Store, domains: list[str], limit: int = 2 << 30): # limit: bytes of weights kept in memory
@@ -119,7 +144,7 @@ class ModelSet:
 def weight_bytes(model) -> int: # bytes of all parameters, tied ones once
     return sum(p.numel()*p.element_size() for p in model.parameters())
 
-# %% ../../nbs/04f_inputs.ipynb #c016
+# %% ../../nbs/04f_inputs.ipynb #c018
 def load_tokenizer(
     store: Store # workspace
 ): # the tokenizer that made the training tokens
@@ -131,7 +156,7 @@ def load_tokenizer(
     if tokenizer.pad_token_id is None: tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
-# %% ../../nbs/04f_inputs.ipynb #c019
+# %% ../../nbs/04f_inputs.ipynb #c021
 class TestDocument(NamedTuple):
     "A held-out document, possibly cut."
     id: str
@@ -152,7 +177,7 @@ def test_domains(
 def _domain_of(key: str) -> str:
     return re.sub(r"-\d{5}-of-\d{5}$", "", key.rsplit("/", 1)[-1].removesuffix(".parquet"))
 
-# %% ../../nbs/04f_inputs.ipynb #c020
+# %% ../../nbs/04f_inputs.ipynb #c022
 def _read_rows(path: Path, rows: np.ndarray) -> list[TestDocument]:
     "Rows of a Parquet file by their number, in ascending order."
     file, start, out = pq.ParquetFile(path), 0, []
@@ -165,7 +190,7 @@ def _read_rows(path: Path, rows: np.ndarray) -> list[TestDocument]:
         start += n
     return out
 
-# %% ../../nbs/04f_inputs.ipynb #c021
+# %% ../../nbs/04f_inputs.ipynb #c023
 def sample_documents(
     store: Store, keys: list[str], # Parquet files of a domain
     settings: EvaluationConfig # max_documents, max_chars, max_document_chars, seed
@@ -192,7 +217,7 @@ def within_limits(
         kept.append((row, doc._replace(text=text))); chars += len(text)
     return [doc for _, doc in sorted(kept)]
 
-# %% ../../nbs/04f_inputs.ipynb #c024
+# %% ../../nbs/04f_inputs.ipynb #c026
 def general_documents(
     store: Store, # workspace
     settings: EvaluationConfig, # general, general_domains
@@ -209,7 +234,7 @@ def general_documents(
     if not docs: raise UserError(f"evaluation.general: {settings.general} holds no line with a text; write one JSON object with `text` a line")
     return within_limits(docs, settings)
 
-# %% ../../nbs/04f_inputs.ipynb #c026
+# %% ../../nbs/04f_inputs.ipynb #c028
 def find_file(
     name: str, # path or s3:// address, as written in the config
     config_dir: str, # folder of the config
@@ -224,7 +249,7 @@ def find_file(
         if path.is_file(): return open_store(str(path.parent)), path.name
     raise UserError(f"{setting}: file {name!r} does not exist (looked beside the config and in the current folder); correct the path")
 
-# %% ../../nbs/04f_inputs.ipynb #c027
+# %% ../../nbs/04f_inputs.ipynb #c029
 def read_items(
     where: Store, key: str, # a JSONL file
     fields: dict[str, type], # name -> type of each required field
