@@ -13,9 +13,9 @@ from transformers.utils import logging as hf_logging
 from ..core.settings import BaseSettings, UserError
 
 # %% auto #0
-__all__ = ['TOKENIZER_FILES', 'make_deterministic', 'quiet', 'is_hub_id', 'check_base', 'find_base', 'demo_config',
-           'published_config', 'parameter_count', 'cycle', 'cosine', 'pretrain', 'copy_tokenizer', 'save_model',
-           'copy_model', 'load_model', 'check_tokenizer']
+__all__ = ['TOKENIZER_FILES', 'make_deterministic', 'quiet', 'is_hub_id', 'check_folder', 'find_base', 'check_base',
+           'demo_config', 'published_config', 'parameter_count', 'cycle', 'cosine', 'pretrain', 'copy_tokenizer',
+           'save_model', 'copy_model', 'load_model', 'check_tokenizer']
 
 # %% ../../nbs/03a_base.ipynb #c006
 def make_deterministic(
@@ -56,12 +56,14 @@ def _from_hub(name: str, timeout: float) -> Path:
     try:
         HfApi().model_info(name, timeout=timeout)
         return Path(snapshot_download(name, allow_patterns=wanted, etag_timeout=timeout))
-    except Exception as e:
-        why = " ".join(str(e).split())[:160] or type(e).__name__
-        raise UserError(f"base.path: {name!r} is no folder here and the hub did not give it ({type(e).__name__}: {why}); name a folder that exists, or check the network and HF_TOKEN") from None
+    except Exception as e: raise _no_model(name, e) from None
+
+def _no_model(name: str, e: Exception) -> UserError:
+    why = " ".join(str(e).split())[:160]
+    return UserError(f"base.path: {name!r} is no folder here and the hub did not give it ({type(e).__name__}: {why}); name a folder that exists, or check the network and HF_TOKEN")
 
 # %% ../../nbs/03a_base.ipynb #c013
-def check_base(
+def check_folder(
     folder: Path # a model in HF format
 ) -> AutoConfig: # its config
     "Config, model type and weights must be there. Raises `UserError` naming the file that is missing or not readable."
@@ -83,10 +85,22 @@ def find_base(
     if not folder.exists():
         if not is_hub_id(name): raise UserError(f"base.path: folder {name!r} does not exist; correct the path, or leave base.path empty to pretrain the small model")
         folder = _from_hub(name, timeout)
-    check_base(folder)
+    check_folder(folder)
     return folder
 
-# %% ../../nbs/03a_base.ipynb #c018
+# %% ../../nbs/03a_base.ipynb #c016
+def check_base(
+    s: BaseSettings # `base.path` may be empty
+):
+    "Raise `UserError` within seconds when the base is no model folder, not in the hub's cache and not on the hub."
+    if not s.path or Path(s.path).expanduser().exists() or not is_hub_id(s.path): return find_base(s.path) if s.path else None
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    if isinstance(try_to_load_from_cache(s.path, "config.json"), str): return
+    if _offline(): return _from_hub(s.path, 8)
+    try: HfApi().model_info(s.path, timeout=8)
+    except Exception as e: raise _no_model(s.path, e) from None
+
+# %% ../../nbs/03a_base.ipynb #c020
 def demo_config(
     s: BaseSettings, # sizes
     vocab_size: int, # entries of the tokenizer
@@ -98,12 +112,12 @@ def demo_config(
         num_heads=2*s.hidden_size//s.head_dim, state_size=s.state_size, chunk_size=s.chunk_size, n_groups=1, tie_word_embeddings=True,
         bos_token_id=eos, eos_token_id=eos, pad_token_id=eos)
 
-# %% ../../nbs/03a_base.ipynb #c019
+# %% ../../nbs/03a_base.ipynb #c021
 def published_config() -> MambaConfig: # the shape of YunMin-Mamba 3B
     "The 2.77-billion-parameter Mamba shape that `--plan` computes with when the base itself is not at hand."
     return MambaConfig(vocab_size=50280, hidden_size=2560, num_hidden_layers=64, state_size=16)
 
-# %% ../../nbs/03a_base.ipynb #c020
+# %% ../../nbs/03a_base.ipynb #c022
 def parameter_count(
     config # any causal LM's config
 ) -> int: # parameters, tied ones once
@@ -112,7 +126,7 @@ def parameter_count(
     model.tie_weights()
     return sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
 
-# %% ../../nbs/03a_base.ipynb #c023
+# %% ../../nbs/03a_base.ipynb #c025
 def cycle(
     loader # yields batches for one epoch; `set_epoch` is called when it has one
 ):
@@ -123,7 +137,7 @@ def cycle(
         for n, batch in enumerate(loader, 1): yield batch
         if not n: raise UserError("the training text is too short for one batch: lower seq_len or batch_size")
 
-# %% ../../nbs/03a_base.ipynb #c024
+# %% ../../nbs/03a_base.ipynb #c026
 def cosine(
     step: int, # 0-based
     steps: int, # in all
@@ -133,7 +147,7 @@ def cosine(
     if step < warmup: return (step + 1)/warmup
     return .5*(1 + np.cos(np.pi*(step - warmup)/max(1, steps - warmup)))
 
-# %% ../../nbs/03a_base.ipynb #c026
+# %% ../../nbs/03a_base.ipynb #c028
 def pretrain(
     config, # of the model to make
     loader, # batches of `input_ids`, int64 [batch, tokens]
@@ -157,7 +171,7 @@ def pretrain(
         if log: log({"step": step, "loss": loss.item(), "learning_rate": rate, "tokens": tokens})
     return model.eval()
 
-# %% ../../nbs/03a_base.ipynb #c032
+# %% ../../nbs/03a_base.ipynb #c034
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
                    "vocab.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json")
 
@@ -170,7 +184,7 @@ def copy_tokenizer(
     for name in names: shutil.copyfile(Path(source)/name, Path(target)/name)
     return names
 
-# %% ../../nbs/03a_base.ipynb #c033
+# %% ../../nbs/03a_base.ipynb #c035
 def save_model(
     model, # a transformers model
     out: Path, # folder, made when missing
@@ -181,7 +195,7 @@ def save_model(
     model.save_pretrained(out, safe_serialization=True)
     if tokenizer is not None: copy_tokenizer(tokenizer, out)
 
-# %% ../../nbs/03a_base.ipynb #c034
+# %% ../../nbs/03a_base.ipynb #c036
 def copy_model(
     source: Path, # model folder
     out: Path, # new folder
@@ -195,17 +209,17 @@ def copy_model(
         except OSError: shutil.copyfile(f, Path(out)/f.name)
     if tokenizer is not None and not (Path(out)/"tokenizer.json").is_file() and not (Path(out)/"tokenizer_config.json").is_file(): copy_tokenizer(tokenizer, out)
 
-# %% ../../nbs/03a_base.ipynb #c035
+# %% ../../nbs/03a_base.ipynb #c037
 def load_model(
     folder: Path, # HF format
     dtype=torch.float32, # of the weights in memory
     device: str = "cpu"
 ): # the model, ready to answer
     "Load a causal LM from safetensors. Raises `UserError` when the folder does not hold one."
-    check_base(Path(folder)); quiet()
+    check_folder(Path(folder)); quiet()
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True).to(device).eval()
 
-# %% ../../nbs/03a_base.ipynb #c038
+# %% ../../nbs/03a_base.ipynb #c040
 def _vocabulary(folder: Path):
     from transformers import AutoTokenizer
     if not any((folder/n).is_file() for n in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")): return None
