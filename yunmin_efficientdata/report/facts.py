@@ -282,7 +282,7 @@ def executive(facts: Facts) -> pd.DataFrame: # id, expectation, target, value, u
         m = e.measure(facts)
         met = e.met(m)
         if met == "not measured": m = Measured(float("nan"), "")
-        rows.append({"id": e.id, "expectation": e.en, "target": e.asked, "value": None if met == "not measured" else round(m.value, 6),
+        rows.append({"id": e.id, "expectation": e.en, "target": e.asked, "value": None if met == "not measured" else float(f"{m.value:.9g}"),
                      "unit": e.unit, "measured": "" if met == "not measured" else shown(m.value, e.unit), "met": met,
                      "source": m.source, "remark": m.en, "remark_ko": m.ko})
     return pd.DataFrame(rows)

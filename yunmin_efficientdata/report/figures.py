@@ -12,7 +12,7 @@ from .facts import BENCHMARK, Facts, loading, metric, stages
 
 # %% auto #0
 __all__ = ['STEPS', 'PHASES', 'ORDER', 'PLOTS', 'plot_funnel', 'plot_time', 'plot_loading', 'relative_perplexity',
-           'plot_perplexity', 'merge_weights', 'plot_weights', 'drawable', 'figure_key', 'draw']
+           'plot_perplexity', 'merge_weights', 'drawable', 'figure_key', 'draw']
 
 # %% ../../nbs/05d_figures.ipynb #c008
 STEPS = {"prepare": "정제·필터", "exact": "완전 중복", "near": "유사 중복"}
@@ -98,27 +98,15 @@ def merge_weights(facts: Facts) -> dict[str, float]: # weight for each domain, a
     weights = next((found[k] for k in ("weights", "delivered", "merged") if isinstance(found.get(k), dict)), {})
     return {k: float(v) for k, v in weights.items() if isinstance(v, (int, float))}
 
-def plot_weights(facts: Facts): # figure, or None
-    "Weight of each domain's difference vector in the merged model, beside equal weights."
-    weights = merge_weights(facts)
-    if not weights: return None
-    fig, ax = plt.subplots(figsize=(6.4, 3.0))
-    bars = ax.bar(list(weights), list(weights.values()), color="#029e73", width=.6)
-    ax.bar_label(bars, fmt="%.3f", fontsize=9.5, padding=2); ax.margins(y=.22)
-    equal = sum(weights.values())/len(weights)
-    ax.axhline(equal, color="#555555", linestyle="--", linewidth=1, label=f"같은 가중치 ({equal:.3f})")
-    ax.set(ylabel="가중치", title="병합 모델의 도메인 가중치"); ax.grid(False, axis="x"); ax.legend(fontsize=9)
-    return fig
-
 # %% ../../nbs/05d_figures.ipynb #c023
-PLOTS = {"funnel": plot_funnel, "time": plot_time, "loading": plot_loading, "perplexity": plot_perplexity, "weights": plot_weights}
+PLOTS = {"funnel": plot_funnel, "time": plot_time, "loading": plot_loading, "perplexity": plot_perplexity}
 
 def drawable(facts: Facts) -> list[str]: # names in PLOTS
     "The figures that this run has files for; cheap, so that the ledger can be told what to expect."
     log, done = facts.csv("dedup_log.csv"), stages(facts)
     have = {"funnel": log is not None and (log.scope != "total").any(), "time": (done.status == "done").any(),
             "loading": any(loading(facts, c) is not None for c in ("seconds", "tracemalloc_mb")),
-            "perplexity": relative_perplexity(facts) is not None, "weights": bool(merge_weights(facts))}
+            "perplexity": relative_perplexity(facts) is not None}
     return [name for name in PLOTS if have[name]]
 
 # %% ../../nbs/05d_figures.ipynb #c024

@@ -20,8 +20,8 @@ from .write import MET, Page
 # %% auto #0
 __all__ = ['PATHS', 'TEXTS', 'LINK', 'PHASE_NOTEBOOKS', 'scrub', 'machine_roots', 'clean_source', 'clean_parameters',
            'clean_output', 'clean_notebook', 'heading', 'title_cell', 'relink', 'notebook_sources', 'stage_notebooks',
-           'renumber', 'home_page', 'architecture_page', 'read_tasks', 'tasks_page', 'stage', 'front', 'guide_page',
-           'stage_fonts', 'choose_renderer', 'render', 'dead_links', 'build_site', 'page_sources']
+           'renumber', 'home_page', 'architecture_page', 'read_tasks', 'tasks_page', 'stage', 'uncaption', 'front',
+           'guide_page', 'stage_fonts', 'choose_renderer', 'render', 'dead_links', 'build_site', 'page_sources']
 
 # %% ../../nbs/05c_site.ipynb #c006
 PATHS = re.compile(r"(?<![\w.:/<>…-])(?:file://)?/(?:home|Users|root|tmp|var|work|mnt|opt|data|srv|usr|private|content|workspace)(?:/[^\s\"'`<>|:,;()\[\]{}\\&]*)+")
@@ -138,10 +138,12 @@ def notebook_sources(
 ) -> dict[str, tuple[str, bytes]]: # staged path -> (name, notebook JSON); executed copies where the run has them
     "What becomes a page: the five phase notebooks, executed where possible, and every other numbered notebook."
     found = {}
+    for name in PHASE_NOTEBOOKS:
+        key, path = f"reports/runs/{name}.ipynb", nbs/f"{name}.ipynb"
+        if store.exists(key): found[f"phases/{name}.ipynb"] = (name, store.read(key))
+        elif path.is_file(): found[f"phases/{name}.ipynb"] = (name, path.read_bytes())
     for path in sorted(nbs.glob("[0-9]*.ipynb")):
-        name, key = path.stem, f"reports/runs/{path.name}"
-        if name in PHASE_NOTEBOOKS: found[f"phases/{path.name}"] = (name, store.read(key) if store.exists(key) else path.read_bytes())
-        else: found[f"library/{path.name}"] = (name, path.read_bytes())
+        if path.stem not in PHASE_NOTEBOOKS: found[f"library/{path.name}"] = (path.stem, path.read_bytes())
     return found
 
 # %% ../../nbs/05c_site.ipynb #c020
@@ -246,14 +248,19 @@ def stage(
     for key in store.list("reports/figures/"):
         (folder/"figures").mkdir(exist_ok=True); (folder/"figures"/PurePosixPath(key).name).write_bytes(store.read(key))
     write = lambda name, text: (folder/name).write_text(text, encoding="utf-8")
-    write("report.md", front(relink(store.read_text("reports/report.md"), "", known)) if store.exists("reports/report.md") else "# 실행 보고서\n\n아직 없습니다.\n")
-    write("index.md", front(home_page(store, language).replace("reports/figures/", "figures/")))
+    write("report.md", front(relink(uncaption(store.read_text("reports/report.md")), "", known)) if store.exists("reports/report.md") else "# 실행 보고서\n\n아직 없습니다.\n")
+    write("index.md", front(uncaption(home_page(store, language))))
     write("architecture.md", front(architecture_page(pages, language)))
     write("tasks.md", front(tasks_page(read_tasks(nbs), known, language)))
     write("guide.md", front(guide_page(root, folder, known)))
     stage_fonts(folder)
 
-# %% ../../nbs/05c_site.ipynb #c028
+# %% ../../nbs/05c_site.ipynb #c029
+def uncaption(text: str) -> str: # Markdown without the captions that repeat a picture's text
+    "Drop the italic line after a picture when it says the same."
+    return re.sub(r"(!\[([^\n]+)\]\([^()\n]+\)\n)\n\*\2\*\n", r"\1", text)
+
+# %% ../../nbs/05c_site.ipynb #c031
 def front(text: str) -> str: # the page with its H1 as front matter
     "Quarto and smalldocs both take the title from front matter; a leading quotation stays in the page."
     m = re.match(r"\s*#\s+(.+)\n", text)
@@ -269,7 +276,7 @@ def guide_page(root: Path, folder: Path, known: dict[str, str]) -> str: # Markdo
             text = text.replace(f"]({target})", f"](images/{Path(target).name})")
     return relink(text, "", known | {p.name: f"images/{p.name}" for p in (folder/"images").glob("*")})
 
-# %% ../../nbs/05c_site.ipynb #c030
+# %% ../../nbs/05c_site.ipynb #c033
 def stage_fonts(folder: Path) -> None:
     "Write NanumGothic, regular and bold, cut to the characters of the staged pages, into fonts/."
     from fontTools import subset
@@ -284,7 +291,7 @@ def stage_fonts(folder: Path) -> None:
         cut.populate(text=wanted); cut.subset(font)
         font.save(folder/"fonts"/path.name)
 
-# %% ../../nbs/05c_site.ipynb #c032
+# %% ../../nbs/05c_site.ipynb #c035
 def choose_renderer(
     asked: str = "auto" # auto, quarto or smalldocs
 ) -> str: # quarto or smalldocs
@@ -304,7 +311,7 @@ def render(
         raise RuntimeError(f"{renderer} render failed ({done.returncode}): {(done.stdout + done.stderr).strip()[-1500:]}")
     return folder/"_site"
 
-# %% ../../nbs/05c_site.ipynb #c034
+# %% ../../nbs/05c_site.ipynb #c037
 class _Links(HTMLParser):
     "Collects href and src of a page, and the ids that anchors may point at."
     def __init__(self): super().__init__(); self.targets, self.ids = [], set()
@@ -331,7 +338,7 @@ def dead_links(
             if not file.is_file() or (url.fragment and file in pages and unquote(url.fragment) not in pages[file].ids): dead.append(f"{path.relative_to(site.resolve())} -> {target}")
     return dead
 
-# %% ../../nbs/05c_site.ipynb #c036
+# %% ../../nbs/05c_site.ipynb #c039
 def build_site(
     store, # the workspace
     language: str = "ko", # of the generated pages
@@ -347,7 +354,7 @@ def build_site(
         with store.output("reports/site") as out: shutil.copytree(site, out)
         return {"pages": len(list(site.rglob("*.html"))), "dead_links": dead, "renderer": used}
 
-# %% ../../nbs/05c_site.ipynb #c038
+# %% ../../nbs/05c_site.ipynb #c041
 def page_sources() -> str: # 16 hexadecimal digits
     "Digest of the project's files that become pages."
     root = project_root()

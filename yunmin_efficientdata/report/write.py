@@ -18,8 +18,8 @@ from .figures import ORDER, PHASES, merge_weights, relative_perplexity
 __all__ = ['CAPTIONS', 'MET', 'PACKAGES', 'SECTIONS', 'Page', 'plain', 'escape', 'summary_section', 'is_demo', 'parameters',
            'scale_note', 'run_section', 'data_section', 'losses', 'format_section', 'benchmark', 'dem_section',
            'ordered', 'perplexity_table', 'verdict', 'weights_table', 'vectors_table', 'cost_table',
-           'evaluation_section', 'gains_part', 'improvements', 'limitations', 'proposals', 'conclusions_section',
-           'versions', 'environment_section', 'compose']
+           'evaluation_section', 'gains_part', 'gain_row', 'improvements', 'limitations', 'proposals',
+           'conclusions_section', 'versions', 'environment_section', 'compose']
 
 # %% ../../nbs/05b_write.ipynb #c006
 class Page:
@@ -51,6 +51,7 @@ def plain(
 def escape(text: str) -> str: # safe inside a table cell
     "Escape what Markdown or HTML would take for markup; line breaks become spaces."
     text = " ".join(text.split())
+    text = "".join(c if c.isprintable() else "�" for c in text)   # a small model writes control characters too
     return re.sub(r"([\\|*_`\[\]<>#~$])", r"\\\1", text)
 
 @patch
@@ -73,7 +74,19 @@ def figure(self: Page, key: str, ko: str, en: str) -> bool: # False when the run
     return True
 
 # %% ../../nbs/05b_write.ipynb #c012
-CAPTIONS: dict[str, tuple[str, str]] = {}
+CAPTIONS: dict[str, tuple[str, str]] = {
+    "dem_training": ("도메인별 학습 손실과 검증 손실 (`summary/train_*.csv`)", "Training and validation loss by domain (`summary/train_*.csv`)"),
+    "dem_layer_norms": ("차이 벡터의 층별 norm (`diff_stats/`)", "Norm of the difference vectors by layer (`diff_stats/`)"),
+    "dem_histogram": ("차이 벡터 원소의 분포 (`diff_stats/`)", "Distribution of the elements of the difference vectors (`diff_stats/`)"),
+    "dem_cosines": ("도메인 사이의 코사인 유사도 (`diff_stats/cosines.csv`)", "Cosine similarity between domains (`diff_stats/cosines.csv`)"),
+    "dem_weights": ("병합 가중치: 같은 가중치, 설정값, 탐색값 (`results/merge_weights.json`)", "Merge weights: uniform, configured, searched (`results/merge_weights.json`)"),
+    "dem_search": ("가중치 탐색의 경로 (`results/merge_weights.json`)", "Path of the weight search (`results/merge_weights.json`)"),
+    "evaluation_perplexity": ("모델과 도메인별 PPL, 95 % 구간 (`results/perplexity.csv`)", "Perplexity by model and domain with 95 % intervals (`results/perplexity.csv`)"),
+    "evaluation_overlap": ("이어쓰기의 BLEU, chrF, ROUGE (`results/overlap.csv`)", "BLEU, chrF and ROUGE of continuations (`results/overlap.csv`)"),
+    "evaluation_choices": ("선다형 정답률 (`results/choices.csv`)", "Multiple-choice accuracy (`results/choices.csv`)"),
+    "evaluation_gains": ("프롬프트별 변화 (`results/eval_prompts.jsonl`)", "Change by prompt (`results/eval_prompts.jsonl`)"),
+    "evaluation_inference": ("추론 속도 (`results/inference.csv`)", "Inference speed (`results/inference.csv`)"),
+}
 
 @patch
 def figures_of(self: Page, phase: str) -> None:
@@ -232,17 +245,20 @@ def weights_table(page: Page) -> None:
     page.heading("병합 가중치", "Weights of the merge", 3)
     if not weights: return page.missing("results/merge_weights.json")
     page.table([page.t("도메인", "Domain"), page.t("가중치", "Weight")], [[d, f"{w:.4f}"] for d, w in weights.items()])
-    page.figure("reports/figures/report_weights.png", "병합 모델의 도메인 가중치 (`results/merge_weights.json`)", "Domain weights of the merged model (`results/merge_weights.json`)")
+    tried = tried_weights(page.facts)
+    if tried: page.add(f"검증 본문에서 가중치 {tried}개 조합을 시험했습니다. 시험 본문은 쓰지 않았습니다.", f"{tried} weightings were tried on validation text; test text was not used.")
 
 def vectors_table(page: Page) -> None:
     "Norms and sanity checks of the difference vectors."
     page.heading("차이 벡터", "Difference vectors", 3)
     found = {k.split("/")[-1][len("diff_"):-len("_summary.json")]: page.facts.json(k) for k in page.facts.keys("diff_stats/", "_summary.json")}
     if not found: return page.missing("diff_stats/")
-    names = ("norm", "relative_norm", "mean", "variance", "share_beyond_3_sigma")
-    page.table([page.t("도메인", "Domain"), *(f"`{n}`" for n in names)], [[d, *(s.get(n) for n in names)] for d, s in found.items()])
-    warnings = [f"`{d}`: {w}" for d, s in found.items() for w in (s.get("warnings") or [])]
-    if warnings: page.add("**점검 경고**: " + "; ".join(warnings), "**Warnings of the sanity checks**: " + "; ".join(warnings))
+    names = ("norm", "relative_norm", "mean", "variance", "share_beyond_3sigma")
+    page.table([page.t("도메인", "Domain"), *(f"`{n}`" for n in names)], [[d, *((s if n in ("norm", "relative_norm") else s.get("changed", s)).get(n) for n in names)] for d, s in found.items()])
+    page.add("평균, 분산, 3σ 밖의 비율은 학습이 바꾼 원소에 대한 값입니다 (`diff_stats/`).", "Mean, variance and the share beyond 3σ are over the elements that training changed (`diff_stats/`).")
+    failed = [f"`{d}` {name} = {plain(c.get('value'))} ({page.t('한도', 'limit')} {plain(c.get('limit'))})" for d, s in found.items() for name, c in (s.get("sanity") or {}).items() if not c.get("ok")]
+    if failed: page.add("**점검에서 한도를 넘은 값**: " + "; ".join(failed) + ".", "**Sanity checks that failed**: " + "; ".join(failed) + ".")
+    else: page.add("점검(norm, 평균, 꼬리, 상대 norm)은 모두 한도 안입니다.", "All sanity checks (norm, mean, tails, relative norm) are within their limits.")
 
 def cost_table(page: Page) -> None:
     "Measured costs of phase 3 by part."
@@ -259,8 +275,8 @@ def evaluation_section(page: Page) -> None:
     table = page.facts.csv(SUMMARY)
     if table is None: page.missing(SUMMARY)
     else:
-        rows = table[(table.metric != "perplexity") & (table.domain != "general")]
-        wide = rows.pivot_table(index="metric", columns="model", values="value", aggfunc="mean")
+        rows = table[(table.metric != "perplexity") & ((table.domain != "general") | (table.metric == "accuracy"))]
+        wide = rows.pivot_table(index="metric", columns="model", values="value", aggfunc="mean", sort=False)
         models = [m for m in ("base", "uniform", "merged", "mixed") if m in wide.columns]
         page.add("도메인 평균 (`results/metric_summary.csv`). BLEU의 토크나이저는 지표 이름에 있습니다 (`bleu_char`: 글자).", "Means over domains (`results/metric_summary.csv`); BLEU's tokenizer is in its name (`bleu_char`: characters).")
         page.table([page.t("지표", "Metric"), *models], [[m, *(float(v) for v in row)] for m, row in zip(wide.index, wide[models].to_numpy(float))])
@@ -277,13 +293,15 @@ def gains_part(page: Page) -> None:
         items = g.get(key) or []
         page.add(f"**{ko}** ({len(items)}건)", f"**{en}** ({len(items)})")
         if not items: page.add("이 실행에는 없습니다.", "None in this run.")
-        else: page.table([page.t(*h) for h in (("프롬프트", "Prompt"), ("base의 답", "Base"), ("병합 모델의 답", "Merged"), ("변화", "Change"))], [_gain_row(i) for i in items[:5]], left=3)
+        else: page.table([page.t(*h) for h in (("앞부분", "Beginning"), ("원문", "Reference"), ("base", "base"), ("merged", "merged"), ("변화", "Change"))], [gain_row(i) for i in items[:5]], left=4)
+    if g.get("sentences"): page.add(f"시험 본문의 문장 {g['sentences']:,}개 가운데 {g['sentences_improved']:,}개에서 병합 모델이 원문에 더 높은 확률을 주었습니다.", f"Of {g['sentences']:,} held-out sentences the merged model finds {g['sentences_improved']:,} more likely than the base does.")
+    page.add("변화는 병합 모델과 base가 원문에 준 로그우도의 차이입니다(글자당 nats, 클수록 좋음). 두 모델의 글은 앞부분에 이어 쓴 것입니다.", "The change is the difference of the log-likelihood that the two models give the reference (nats per character, higher is better). Both texts continue the beginning.")
 
-def _gain_row(item: dict) -> list:
-    answers = item.get("answers") if isinstance(item.get("answers"), dict) else item
-    short = lambda s: None if s is None else (str(s)[:160] + "…" if len(str(s)) > 160 else str(s))
-    delta = next((item[k] for k in ("gain", "delta", "change", "difference") if isinstance(item.get(k), (int, float))), None)
-    return [short(item.get("prompt")), short(answers.get("base")), short(answers.get("merged")), None if delta is None else f"{delta:+.3f}"]
+def gain_row(item: dict, width: int = 120) -> list: # cells
+    "A sentence as cells of the table; long texts are cut."
+    short = lambda text: None if text is None else (str(text)[:width] + "…" if len(str(text)) > width else str(text))
+    gain = item.get("gain")
+    return [*(short(item.get(k)) for k in ("prompt", "reference", "base", "merged")), None if gain is None else f"{gain:+.3f}"]
 
 # %% ../../nbs/05b_write.ipynb #c033
 def improvements(page: Page) -> list[str]: # best first
