@@ -110,6 +110,10 @@ def test_empty_continuations_score_zero():
     assert all(s.value == 0 for s in overlap.overlap(["", ""], ["가나다", "라마바"], draws=10))
     assert overlap.overlap([], []) == []
 
+def test_chrf_survives_samples_without_a_common_character():
+    scores = overlap.bleu_chrf(["가나다라마바", "xyzxyz"], ["가나다라마사", "한국어글"], draws=50)
+    assert all(s.low <= s.value <= s.high for s in scores) and scores[1].low == 0
+
 # ---- multiple choice
 
 def test_log_likelihood_is_the_sum_of_the_tokens(model_and_tokenizer):
@@ -181,6 +185,7 @@ def test_sentences_are_halved_without_loss():
     docs = [inputs.TestDocument(str(i), t) for i, t in enumerate(ALL)]
     for item in prompts.sentence_items("web", docs):
         assert any(item["prompt"] + item["reference"] in t for t in ALL) and item["reference"].startswith(" ")
+    assert prompts.sentence_items("web", [inputs.TestDocument("c", "title: _isctype, iswctype, _isctype_l, _iswctype_l")]) == []
 
 # ---- inference
 

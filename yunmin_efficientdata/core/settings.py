@@ -163,7 +163,7 @@ class EvaluationConfig(Section):
     general_domains: list[str] = Field(default_factory=lambda: ["main_data", "web"], description="without `general`: held-out text of these domains")
     seq_len: int = Field(256, ge=2, description="tokens that the model sees at once")
     stride: int = Field(128, ge=1, description="step of the sliding window")
-    batch_tokens: int = Field(8192, ge=16, description="padded tokens in a batch")
+    batch_tokens: int = Field(2048, ge=16, description="padded tokens in a batch; a GPU wants more")
     max_documents: int = Field(200, ge=1, description="test documents a domain")
     max_chars: int = Field(0, ge=0, description="characters of test text a domain; 0: no limit")
     max_document_chars: int = Field(0, ge=0, description="longer test documents are cut; 0: never")

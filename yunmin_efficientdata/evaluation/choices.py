@@ -27,7 +27,7 @@ def log_likelihoods(
     model, tokenizer, # causal language model and its tokenizer
     pairs: list[tuple[str, str]], # (context, continuation)
     max_length: int | None = None, # tokens that the model may see; None: all
-    batch_tokens: int = 8192 # padded tokens in a batch
+    batch_tokens: int = 2048 # padded tokens in a batch
 ) -> np.ndarray: # float64 [pairs], nats, never above zero
     "Log-likelihood of each continuation after its context."
     encoded = [_encode(tokenizer, c, t, max_length) for c, t in pairs]
@@ -67,7 +67,7 @@ def answer_questions(
     model, tokenizer, # causal language model and its tokenizer
     questions: list[dict], # as from `read_questions`
     seed: int = 0, # of the shuffle
-    max_length: int | None = None, batch_tokens: int = 8192
+    max_length: int | None = None, batch_tokens: int = 2048
 ) -> pd.DataFrame: # id, subject, choices (their number), answer, predicted, correct
     "Ask all questions: the choice with the highest log-likelihood per character is the answer."
     pairs, sizes, orders = [], [], [shuffled(q, i, seed) for i, q in enumerate(questions)]

@@ -69,19 +69,23 @@ class Score(NamedTuple):
     n: int # documents
     signature: str # how it was computed
 
-def _sacre(name: str, metric, written: list[str], references: list[str], draws: int) -> Score:
-    "A sacrebleu metric with its bootstrap interval (mean of the samples ± half of their 95 % range)."
-    r = metric.corpus_score(written, [references], n_bootstrap=draws)
-    return Score(name, six(r.score), six(max(0., r._mean - r._ci)), six(r._mean + r._ci), len(written), str(metric.get_signature()))
+def _sacre(name: str, metric, written: list[str], references: list[str], draws: int, seed: int) -> Score:
+    "A sacrebleu metric; the interval sums the statistics of drawn documents, exactly as the corpus score sums those of all."
+    value = metric.corpus_score(written, [references])
+    each = np.array(metric._extract_corpus_statistics(written, [references]), dtype=np.float64)      # [documents, statistics]
+    counts = np.random.default_rng(seed).multinomial(len(each), np.full(len(each), 1/len(each)), size=draws)
+    samples = [float(metric._compute_score_from_stats(total.tolist()).score) for total in counts @ each]
+    low, high = np.quantile(samples, [.025, .975])
+    return Score(name, six(value.score), six(low), six(high), len(written), str(metric.get_signature()))
 
 # %% ../../nbs/04b_overlap.ipynb #c013
 def bleu_chrf(
     written: list[str], references: list[str], # a continuation and its reference at the same place
-    draws: int = 1000 # bootstrap samples
+    draws: int = 1000, seed: int = 0 # of the bootstrap
 ) -> list[Score]: # bleu_char and chrf, both from 0 to 100
     "Corpus BLEU over characters (Papineni et al. 2002) and chrF (Popović 2015), by sacrebleu."
     from sacrebleu.metrics import BLEU, CHRF
-    return [_sacre("bleu_char", BLEU(tokenize="char"), written, references, draws), _sacre("chrf", CHRF(), written, references, draws)]
+    return [_sacre("bleu_char", BLEU(tokenize="char"), written, references, draws, seed), _sacre("chrf", CHRF(), written, references, draws, seed)]
 
 # %% ../../nbs/04b_overlap.ipynb #c016
 class CharTokenizer:
@@ -123,7 +127,7 @@ def overlap(
 ) -> list[Score]: # empty when there is nothing to compare
     "BLEU, chrF and ROUGE of a set of continuations."
     if not written: return []
-    return bleu_chrf(written, references, draws) + [s for t in rouge_tokenizers for s in rouge(written, references, t, draws, seed)]
+    return bleu_chrf(written, references, draws, seed) + [s for t in rouge_tokenizers for s in rouge(written, references, t, draws, seed)]
 
 # %% ../../nbs/04b_overlap.ipynb #c024
 def plot_overlap(

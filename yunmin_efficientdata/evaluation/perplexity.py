@@ -44,7 +44,7 @@ def _batches(lengths, batch_tokens):
 def token_nll(
     model, # causal language model, in evaluation mode
     sequences: list, # each: token ids [length], any integer sequence
-    batch_tokens: int = 8192 # padded tokens in a batch; also at most 2^27 logits
+    batch_tokens: int = 2048 # padded tokens in a batch; also at most 2^27 logits
 ) -> list[np.ndarray]: # each: float64 [length - 1], nats of tokens 1, 2, …; empty for fewer than two tokens
     "Negative log-likelihood of every token given those before it. Right padding: causal, so it changes nothing."
     out = [np.zeros(0)]*len(sequences)
@@ -74,7 +74,7 @@ def document_scores(
     texts: list[str], # documents, each evaluated by itself
     seq_len: int, # tokens that the model sees at once
     stride: int, # step of the window
-    batch_tokens: int = 8192 # padded tokens in a batch
+    batch_tokens: int = 2048 # padded tokens in a batch
 ) -> DocumentScores: # one entry a document; a document of fewer than two tokens has zero nats and tokens
     "Charge every token of every document once."
     nats, tokens = np.zeros(len(texts)), np.zeros(len(texts), dtype=np.int64)
@@ -168,7 +168,9 @@ def plot_perplexity(
     base = grid.loc["base"] if "base" in grid.index else grid.iloc[0]
     fig, ax = plt.subplots(figsize=(1.6 + 1.15*grid.shape[1], 1.2 + 0.46*grid.shape[0]))
     sns.heatmap(np.log2(grid/base), annot=grid.map(lambda v: f"{v:,.4g}"), fmt="", cmap="RdBu_r", center=0, vmin=-1, vmax=1, linewidths=.5, ax=ax,
-                cbar_kws={"label": "기준 모델 대비 변화 (log₂)"})
+                cbar_kws={"label": "기준 모델 대비 (로그 눈금)"})
+    bar = ax.collections[0].colorbar
+    bar.set_ticks([-1, 0, 1]); bar.set_ticklabels(["절반 이하", "같음", "두 배 이상"])
     ax.set(xlabel="시험 영역", ylabel="모델", title="모델과 영역별 퍼플렉시티 (낮을수록 좋음)")
     ax.tick_params(axis="y", rotation=0); ax.tick_params(axis="x", rotation=0)
     fig.tight_layout()

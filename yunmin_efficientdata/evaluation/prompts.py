@@ -14,8 +14,9 @@ from .overlap import generate
 from .perplexity import six
 
 # %% auto #0
-__all__ = ['CRITERIA', 'SENTENCE', 'read_rubric', 'spread', 'answer_prompts', 'assemble', 'improved_rule', 'sentence_items',
-           'rank_gains', 'per_character', 'one_line', 'rubric_table', 'prompt_block', 'comparison_page', 'plot_gains']
+__all__ = ['CRITERIA', 'SENTENCE', 'HANGUL', 'read_rubric', 'spread', 'answer_prompts', 'assemble', 'improved_rule', 'is_korean',
+           'sentence_items', 'rank_gains', 'per_character', 'one_line', 'rubric_table', 'prompt_block',
+           'comparison_page', 'plot_gains']
 
 # %% ../../nbs/04d_prompts.ipynb #c006
 CRITERIA = ("information", "logic", "brevity", "tone")
@@ -49,7 +50,7 @@ def answer_prompts(
     model, tokenizer, # causal language model and its tokenizer
     prompts: list[dict], # each with `prompt` and `reference`
     max_new_tokens: int, # length of an answer
-    batch_tokens: int = 8192
+    batch_tokens: int = 2048
 ) -> list[dict]: # {"answer": text, "log_likelihood": nats per character of the reference}, in the order of the prompts
     "Let a model continue each prompt greedily, and ask it how likely the reference is."
     if not prompts: return []
@@ -85,16 +86,23 @@ def improved_rule(
 
 # %% ../../nbs/04d_prompts.ipynb #c019
 SENTENCE = re.compile(r"[^.!?。\n]{16,200}[.!?。]?")
+HANGUL = re.compile("[가-힣]")
+
+def is_korean(
+    text: str # a sentence
+) -> bool: # at least half of what is no white space is Hangul
+    "Is this worth showing to a Korean reader: code, tables and metadata are not."
+    return 2*len(HANGUL.findall(text)) >= len("".join(text.split()))
 
 def sentence_items(
     domain: str, documents: list[TestDocument], # held-out text of a domain
     limit: int = 40 # sentences at most, from as many documents as there are
 ) -> list[dict]: # id, domain, prompt, reference
-    "Held-out sentences of 16 to 200 characters, halved at a space."
+    "Held-out Korean sentences of 16 to 200 characters, halved at a space."
     per = max(1, -(-limit//max(1, len(documents))))
     items = []
     for doc in documents:
-        found = [s for s in map(str.strip, SENTENCE.findall(doc.text)) if " " in s[:-1] and len(s) >= 16]
+        found = [s for s in map(str.strip, SENTENCE.findall(doc.text)) if " " in s[:-1] and len(s) >= 16 and is_korean(s)]
         for i, s in enumerate(found[:per]):
             spaces = [m.start() for m in re.finditer(" ", s)]
             cut = min(spaces, key=lambda k: abs(k - len(s)//2))
@@ -116,7 +124,7 @@ def rank_gains(
 # %% ../../nbs/04d_prompts.ipynb #c023
 def per_character(
     model, tokenizer, items: list[dict], # each with `prompt` and `reference`
-    batch_tokens: int = 8192
+    batch_tokens: int = 2048
 ) -> np.ndarray: # float64 [items], nats per character
     "Log-likelihood per character of every reference after its prompt."
     nats = log_likelihoods(model, tokenizer, [(i["prompt"], i["reference"]) for i in items], batch_tokens=batch_tokens)
