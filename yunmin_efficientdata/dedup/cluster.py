@@ -14,7 +14,7 @@ from .lsh import keeper_order, partition_of, read_segments, write_pairs, write_s
 
 # %% auto #0
 __all__ = ['CLUSTERS', 'exact_part', 'equal_groups', 'exact_partition', 'find_exact', 'components', 'choose_keepers', 'decide',
-           'first_of_label', 'write_clusters', 'survivors_part', 'edge_arrays', 'decide_all']
+           'first_of_label', 'write_clusters', 'survivors_part', 'count_sources', 'edge_arrays', 'decide_all']
 
 # %% ../../nbs/01d_cluster.ipynb #c006
 def exact_part(
@@ -159,7 +159,7 @@ def survivors_part(
     "Copy the kept lines of one part to deduped/."
     corpus = Corpus(task["workspace"])
     store, start = corpus.store, int(corpus.starts[task["part"]])
-    t = corpus.table(task["part"], ["length", "bytes", "words"])
+    t = corpus.table(task["part"], ["length", "bytes", "words", "source"])
     removed = load_array(store, task["removed"])
     mask = [np.ones(len(t["length"]), bool) for _ in range(3)]
     for m, docs in zip(mask[1:], (removed[removed[:, 1] == 1, 0], removed[:, 0])):
@@ -170,7 +170,18 @@ def survivors_part(
         with store.open(f"dedup_ready/{task['name']}.jsonl") as f, store.writer(key) as out:
             out.writelines(line for line, keep in zip(f, mask[2]) if keep)
     counts = [{"docs": int(m.sum()), "bytes": int(t["bytes"][m].sum()), "words": int(t["words"][m].sum())} for m in mask]
-    return {"domain": corpus.parts[task["part"]]["domain"], "key": key if mask[2].any() else None, "counts": counts}
+    return {"domain": corpus.parts[task["part"]]["domain"], "key": key if mask[2].any() else None, "counts": counts, "sources": count_sources(t["source"], t["bytes"], mask[2])}
+
+def count_sources(
+    names: list[str], size: np.ndarray, kept: np.ndarray # source, bytes and fate of each document
+) -> dict[str, dict]: # source -> docs, removed, bytes, bytes_removed
+    "What each source lost. Sources beyond the 1,000 largest of a part are counted together."
+    values, at = np.unique(np.array(names, object), return_inverse=True)
+    columns = [np.bincount(at, w, len(values)).astype(np.int64) for w in (np.ones(len(at)), ~kept, size, size * ~kept)]
+    rows = sorted(zip(values, *(c.tolist() for c in columns)), key=lambda r: (-r[1], r[0]))
+    out = {n: dict(zip(("docs", "removed", "bytes", "bytes_removed"), r)) for n, *r in rows[:1000]}
+    if rest := rows[1000:]: out["(other)"] = {k: sum(r[i] for r in rest) for i, k in enumerate(("docs", "removed", "bytes", "bytes_removed"), 1)}
+    return out
 
 # %% ../../nbs/01d_cluster.ipynb #c022
 def edge_arrays(store: Store, keys: list[str]) -> tuple[np.ndarray, np.ndarray]: # edges int64 [m, 2], jaccard
