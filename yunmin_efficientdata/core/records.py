@@ -40,9 +40,9 @@ class BadLine(NamedTuple):
 def _depth(value: Any) -> int: # levels; stops counting beyond the limit
     "Nesting of a parsed value, without recursion."
     level, depth = [value], 0
-    while level and depth <= MAX_DEPTH:
-        level = [v for x in level if isinstance(x, (dict, list)) for v in (x.values() if isinstance(x, dict) else x)] if any(isinstance(x, (dict, list)) for x in level) else None
-        depth += level is not None
+    while depth <= MAX_DEPTH and (level := [x for x in level if isinstance(x, (dict, list))]):
+        level = [v for x in level for v in (x.values() if isinstance(x, dict) else x)]
+        depth += 1
     return depth
 
 # %% ../../nbs/00c_records.ipynb #c011
@@ -64,7 +64,7 @@ def _diagnose(
 def _no_constant(name): raise ValueError(name)  # NaN and Infinity are not JSON
 
 # %% ../../nbs/00c_records.ipynb #c012
-_TOKENS = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]')
+_TOKENS = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[\[\]{}]', re.DOTALL)  # possessive, end quote optional: linear on a cut line too
 
 def _brackets(text: str) -> int: # deepest level of open brackets
     "Nesting by brackets outside of strings: works for broken JSON too."
@@ -94,7 +94,7 @@ class _Unpacked(io.RawIOBase):
     "The unpacked bytes of a stream; at damage it ends, and `error` says why."
     def __init__(self, source, suffix: str):
         self.source, self.new, self.error = source, _OPEN[suffix], None
-        self.decoder, self.packed, self.out, self.at = None, b"", memoryview(b""), 0
+        self.decoder, self.packed, self.out, self.at, self.empty = None, b"", memoryview(b""), 0, True
     def readable(self): return True
     def readinto(self, buffer) -> int:
         while not self.out and not self.error and self._more(): pass
@@ -106,9 +106,9 @@ class _Unpacked(io.RawIOBase):
         piece = self.packed[self.at:self.at + 4096]; self.at += len(piece)
         if not piece:
             self.packed, self.at = self.source.read(1 << 18), 0
-            if self.packed: return True
-            if self.decoder is not None or self.new is None: self.error = "ends too early"
-            return False
+            if not self.packed and (self.decoder or self.empty): self.error = "ends too early"
+            self.empty = False
+            return bool(self.packed)
         try: self.out = memoryview(self._unpack(piece))
         except (zlib.error, zstandard.ZstdError) as e: self.error = str(e)
         return True

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/00b_store.ipynb #c003
 from __future__ import annotations
-import errno, fcntl, hashlib, io, os, secrets, shutil, stat as stat_module, tempfile, time
+import errno, fcntl, hashlib, io, os, secrets, shutil, stat as stat_module, tempfile, threading, time
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -189,12 +189,14 @@ def stats(
     return [self.stat(key) for key in self.list(prefix)]
 
 # %% ../../nbs/00b_store.ipynb #c022
-def _lock(path: str) -> int | None: # file descriptor that holds the lock, None when another process has it
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+def _lock(path: str) -> int | None: # descriptor that holds the lock; None when another process has it, or the path changed hands
+    "Lock a file or folder for this process. Raises OSError where the file system knows no locks (some network mounts)."
+    fd = os.open(path, (os.O_RDONLY if os.path.isdir(path) else os.O_RDWR) | os.O_CLOEXEC)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.stat(path).st_ino == os.fstat(fd).st_ino: return fd
-    except OSError: pass
+    except (BlockingIOError, FileNotFoundError): pass
+    except OSError: os.close(fd); raise
     os.close(fd)
 
 def _remove(path: str):
@@ -227,6 +229,7 @@ def _make_temporary(folder: Path, is_folder: bool) -> tuple[Path, int]: # path a
         else: os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         try: fd = _lock(str(path))
         except FileNotFoundError: continue
+        except OSError: fd = os.open(path, os.O_RDONLY)  # no locks here: work without, and nobody will sweep
         if fd is not None: return path, fd
 
 @contextmanager
@@ -373,6 +376,10 @@ def put_if_absent(
         temp.write_bytes(_bytes(data)); _sync(temp)
         try: os.link(temp, path)
         except FileExistsError: return False
+        except OSError as e:
+            if e.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK): raise
+            try: path.open("xb").write(_bytes(data))  # a file system without hard links
+            except FileExistsError: return False
         _sync(path.parent)
         return True
 
@@ -386,7 +393,7 @@ def replace_if(
 ) -> bool: # False: the key is gone or is another version by now
     "Replace a key only if nobody else has; of several writers exactly one gets True."
     path = self._path(key)
-    try: fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try: fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError: return False
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
@@ -555,22 +562,32 @@ def open(self: S3Store, key: str) -> io.BufferedReader: # seekable binary file
     "Open for streaming. Raises `MissingKey`."
     return io.BufferedReader(_S3File(self, key), 1 << 18)
 
+# %% ../../nbs/00b_store.ipynb #c054
+def _get(store: S3Store, key: str, **request) -> bytes:
+    "One request and its whole body, asked again when the connection breaks in the body, where boto3 does not retry."
+    for attempt in range(4):
+        with _s3_errors(store, key): body = _client().get_object(**store._at(key), **request)["Body"]
+        try:
+            with _s3_errors(store, key): return body.read()
+        except UserError:
+            if attempt == 3: raise
+            time.sleep(0.2 * 2**attempt)
+
 @patch
 def read(self: S3Store, key: str) -> bytes:
     "The whole key. Raises `MissingKey`."
-    with self.open(key) as f: return f.read()
+    return _get(self, key)
 
 @patch
 def read_range(self: S3Store, key: str, start: int, length: int) -> bytes:
     "A byte range; what is beyond the end is not there. Raises `MissingKey`."
     if length <= 0: return b""
-    try:
-        with _s3_errors(self, key): return _client().get_object(**self._at(key), Range=f"bytes={start}-{start+length-1}")["Body"].read()
+    try: return _get(self, key, Range=f"bytes={start}-{start+length-1}")
     except UserError as e:
         if "InvalidRange" in str(e) or "416" in str(e): return b""
         raise
 
-# %% ../../nbs/00b_store.ipynb #c055
+# %% ../../nbs/00b_store.ipynb #c056
 PART = 8 << 20  # bytes of the first parts
 
 class _S3Writer(io.BufferedIOBase):
@@ -593,7 +610,7 @@ class _S3Writer(io.BufferedIOBase):
         del self.buffer[:length]
         self.parts.append({"PartNumber": number} | {k: v for k, v in got.items() if k == "ETag" or k.startswith("Checksum") and k != "ChecksumType"})
 
-# %% ../../nbs/00b_store.ipynb #c056
+# %% ../../nbs/00b_store.ipynb #c057
 @patch
 def complete(self: _S3Writer):
     "Make the object visible."
@@ -609,7 +626,7 @@ def discard(self: _S3Writer):
     try: _client().abort_multipart_upload(**self.at, UploadId=self.upload)
     except Exception: pass
 
-# %% ../../nbs/00b_store.ipynb #c057
+# %% ../../nbs/00b_store.ipynb #c058
 @patch
 @contextmanager
 def writer(self: S3Store, key: str) -> Iterator[io.BufferedIOBase]:
@@ -623,7 +640,7 @@ def write(self: S3Store, key: str, data: bytes | str):
     "Write a whole key atomically."
     with self.writer(key) as f: f.write(_bytes(data))
 
-# %% ../../nbs/00b_store.ipynb #c059
+# %% ../../nbs/00b_store.ipynb #c060
 def _each(fn: Callable, items: Iterable):
     "Call `fn` on each item in eight threads; the first error is raised."
     with ThreadPoolExecutor(8) as pool:
@@ -640,7 +657,7 @@ def delete_prefix(self: S3Store, prefix: str):
     prefix = check_key(prefix.rstrip("/"))
     _each(self.delete, [prefix, *self.list(prefix + "/")])
 
-# %% ../../nbs/00b_store.ipynb #c060
+# %% ../../nbs/00b_store.ipynb #c061
 @patch
 def put_if_absent(self: S3Store, key: str, data: bytes | str) -> bool:
     "Create a key unless it exists (`If-None-Match: *`); of several writers exactly one gets True."
@@ -662,7 +679,7 @@ def _put_if(self: S3Store, key: str, data: bytes, **condition) -> bool:
             # a retried request may find what its own first attempt wrote before the answer was lost
             return e.response["ResponseMetadata"].get("RetryAttempts", 0) > 0 and self.read(key) == data
 
-# %% ../../nbs/00b_store.ipynb #c062
+# %% ../../nbs/00b_store.ipynb #c065
 def scratch_folder() -> Path: # exists, belongs to this user
     "The folder for downloads and for outputs on their way to S3."
     folder = Path(os.environ.get("YUNMIN_SCRATCH") or Path(tempfile.gettempdir())/f"yunmin-scratch-{os.getuid()}").expanduser().absolute()
@@ -676,8 +693,9 @@ def _scratch_limit() -> int: # bytes
     try: return int(float(text))
     except ValueError: raise UserError(f"YUNMIN_SCRATCH_BYTES={text!r}: not a number of bytes, for example 20e9") from None
 
-# %% ../../nbs/00b_store.ipynb #c063
+# %% ../../nbs/00b_store.ipynb #c066
 _held: OrderedDict[str, int] = OrderedDict()  # entries in use by this process: path, descriptor with a shared lock
+_fetching = threading.RLock()  # threads of a process fetch one after the other; each download is parallel in itself
 
 def _hold(entry: Path) -> bool: # False: the entry is not there (any more)
     "Mark an entry as in use by this process and as used now."
@@ -697,7 +715,7 @@ def _let_go(entry: str):
     fd = _held.pop(entry, None)
     if fd is not None: os.close(fd)
 
-# %% ../../nbs/00b_store.ipynb #c064
+# %% ../../nbs/00b_store.ipynb #c067
 def _entry_bytes(entry: Path) -> int: # of an entry, or what a download in progress has reserved
     if entry.name.startswith(TEMP): return next((p.stat().st_size for p in entry.glob("reserve")), 0)
     return sum(p.stat().st_size for p in entry.rglob("*") if p.is_file())
@@ -709,7 +727,7 @@ def _evict(entry: Path) -> bool: # is it gone
     _remove(str(entry)); os.close(fd)
     return True
 
-# %% ../../nbs/00b_store.ipynb #c065
+# %% ../../nbs/00b_store.ipynb #c068
 def _make_room(folder: Path, need: int, what: str):
     "Remove entries, those used longest ago first, until `need` bytes fit. Raises `UserError` when they cannot."
     limit = _scratch_limit()
@@ -724,7 +742,7 @@ def _make_room(folder: Path, need: int, what: str):
             if e.exists() and _evict(e): used -= entries[e]
     if used + need > limit: raise UserError(f"{what}: the scratch folder is full of files that other processes use; set YUNMIN_SCRATCH_BYTES above {limit}")
 
-# %% ../../nbs/00b_store.ipynb #c066
+# %% ../../nbs/00b_store.ipynb #c069
 def _download(store: S3Store, stats: list[Stat], base: str, entry: Path):
     "Fill a scratch entry with these keys, whole or not at all."
     folder, need = entry.parent, sum(s.size for s in stats)
@@ -734,16 +752,17 @@ def _download(store: S3Store, stats: list[Stat], base: str, entry: Path):
             _make_room(folder, need, f"{store.uri}: {base}")
             with io.open(temp/"reserve", "wb") as f: f.truncate(need)
         made = temp/"entry"
-        for s in stats:
-            path = made/s.key[len(base):].lstrip("/") if s.key != base else made/base.rpartition("/")[2]
+        def get(s):
+            path = made/(s.key[len(base)+1:] or base.rpartition("/")[2])
             path.parent.mkdir(parents=True, exist_ok=True)
-            with _s3_errors(store, s.key), _os_errors(store, s.key): _client().download_file(**{k: v for k, v in store._at(s.key).items()}, Filename=str(path))
-            if path.stat().st_size != s.size: raise UserError(f"{store.uri}: {s.key}: changed while it was fetched; run again")
+            with _s3_errors(store, s.key), _os_errors(store, s.key): _client().download_file(**store._at(s.key), Filename=str(path))
+            if path.stat().st_size != s.size or store.stat(s.key) != s: raise UserError(f"{store.uri}: {s.key}: changed while it was fetched; run again")
+        _each(get, stats)
         try: os.rename(made, entry)
         except OSError:
             if not entry.is_dir(): raise
 
-# %% ../../nbs/00b_store.ipynb #c067
+# %% ../../nbs/00b_store.ipynb #c070
 @patch
 def fetch(self: S3Store, key: str) -> Path: # to read, never to write
     "A local copy of a key or folder, downloaded only when this version is not in scratch. Raises `MissingKey`."
@@ -753,10 +772,11 @@ def fetch(self: S3Store, key: str) -> Path: # to read, never to write
     if not stats: raise MissingKey(f"{self.uri}: {key}: does not exist")
     name = hashlib.sha256("\0".join([_client().meta.endpoint_url, self.uri, *(f"{s.key}\0{s.size}\0{s.version}" for s in stats)]).encode()).hexdigest()[:32]
     entry = scratch_folder()/name
-    while not _hold(entry): _download(self, stats, key, entry)
+    with _fetching:
+        while not _hold(entry): _download(self, stats, key, entry)
     return entry/key.rpartition("/")[2] if is_file else entry
 
-# %% ../../nbs/00b_store.ipynb #c068
+# %% ../../nbs/00b_store.ipynb #c071
 @patch
 def publish(self: S3Store, local_path: str | Path, key: str):
     "Upload a file, or the files of a folder over what is there, `_COMMIT` last; large files in parallel parts."
@@ -784,7 +804,7 @@ def output(self: S3Store, key: str) -> Iterator[Path]:
             _each(self.delete, set(self.list(key + "/")) - {f"{key}/{n}" for n in _files(made)})
         self.publish(made, key)
 
-# %% ../../nbs/00b_store.ipynb #c070
+# %% ../../nbs/00b_store.ipynb #c074
 @patch
 def clean(
     self: LocalStore,
@@ -807,7 +827,7 @@ def clean(
                 _client().abort_multipart_upload(Bucket=self.bucket, Key=u["Key"], UploadId=u["UploadId"]); count += 1
     return count
 
-# %% ../../nbs/00b_store.ipynb #c072
+# %% ../../nbs/00b_store.ipynb #c076
 def open_store(
     uri: str | Path | Store # folder, s3://bucket/prefix, or a store that is passed through
 ) -> Store:
@@ -823,7 +843,7 @@ def open_store(
     if store.root.exists() and not store.root.is_dir(): raise UserError(f"{uri}: is a file; a folder is needed here")
     return store
 
-# %% ../../nbs/00b_store.ipynb #c074
+# %% ../../nbs/00b_store.ipynb #c078
 def split_source(
     uri: str | Path # folder, file, s3://bucket/prefix, or one object
 ) -> tuple[Store, str]: # (store, prefix): one key if `store.exists(prefix)`, else all of `store.list(prefix)`
