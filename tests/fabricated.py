@@ -26,7 +26,7 @@ def format_(store, domains=DOMAINS):
     store.write("benchmark/io_speed_comparison.csv", BENCHMARK)
 
 
-BENCHMARK = "format,repeat,seconds,tracemalloc_mb,rss_mb\n" + "".join(f"{f},{i},{s + i/100},{m},{r}\n" for f, s, m, r in (("jsonl", .9, 40, 80), ("parquet", .15, 6, 30)) for i in range(3))
+BENCHMARK = "format,repeat,seconds,tracemalloc_mb,rss_mb\n" + "".join(f"{f},{i},{s + i/100},{m},{r}\n" for f, s, m, r in (("jsonl", .9, 40, 80), ("parquet", .15, 6, 30), ("jsonl; tokenized", 3, 50, 90), ("parquet; windows", .2, 5, 20)) for i in range(3)).replace("jsonl; tokenized", '"jsonl, tokenized"').replace("parquet; windows", '"parquet, windows"')
 
 
 def dem(store, domains=DOMAINS):

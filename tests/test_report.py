@@ -31,10 +31,10 @@ def test_executive_table_recomputed_from_the_files(store):
     ratios = [math.log(summary["merged", d, "perplexity"]/summary["base", d, "perplexity"]) for d in fabricated.DOMAINS]
     expected = {
         "data": 100*(1 - int(log[-1]["bytes_out"])/int(log[0]["bytes_in"])), "cost_one": 100*(1 - dem/66), "cost_search": 100*(1 - dem/(12*66)),
-        "loading": .91/.16, "memory": 85.0, "choices": 10.0, "train": 16/3600, "five": sum(c["seconds"] for c in costs["domains"].values())/3600,
+        "loading": .91/.16, "windows": 3.01/.21, "memory": 85.0, "window_memory": 90.0, "choices": 10.0, "train": 16/3600, "five": sum(c["seconds"] for c in costs["domains"].values())/3600,
         "ppl": -100*(math.exp(sum(ratios)/len(ratios)) - 1), "bleu": 3.0, "prompts": 7.0, "errors": 100*2/202}
     assert {k: pytest.approx(table.value[k], rel=1e-4) for k in expected} == expected
-    assert table.met.to_dict() == {"data": "no", "cost_one": "no", "cost_search": "yes", "loading": "yes", "memory": "yes", "choices": "no", "train": "yes", "vectors": "yes",
+    assert table.met.to_dict() == {"data": "no", "cost_one": "no", "cost_search": "yes", "loading": "yes", "windows": "yes", "memory": "yes", "window_memory": "yes", "choices": "no", "train": "yes", "vectors": "yes",
                                    "merge": "yes", "five": "yes", "ppl": "yes", "bleu": "yes", "prompts": "yes", "errors": "yes"}
     assert all(store.exists(s) for s in table.source)
 
@@ -62,7 +62,7 @@ def test_a_damaged_file_is_named(store):
 def test_report_of_a_whole_run(tmp_path):
     ws = str(tmp_path/"ws"); store = fabricated.workspace(open_store(ws))
     counts = phase.run(ws, overrides=["report.site=false"])
-    assert counts == {"no": 3, "yes": 11}
+    assert counts == {"no": 3, "yes": 13}
     text = store.read_text("reports/report.md")
     assert text.startswith("# YunMin-EfficientData 실행 보고서") and "시연 규모" in text and "1,234,567" in text
     figures = re.findall(r"!\[[^\]]+\]\((figures/[^)]+\.png)\)", text)
@@ -134,7 +134,7 @@ def test_second_start_skips_and_a_changed_measurement_does_not(tmp_path, capsys)
     assert store.read("reports/report.md") == before
     assert [json.loads(store.read(f"ledger/report.{s}.json"))["status"] for s in ("figures", "write")] == ["done", "done"]
     store.write("results/gains.json", json.dumps({"prompts": 10, "improved": 2, "gains": [], "losses": []}))
-    assert phase.run(ws, overrides=["report.site=false"])["yes"] == 10
+    assert phase.run(ws, overrides=["report.site=false"])["yes"] == 12
 
 
 def test_figures_without_their_file_go(tmp_path):

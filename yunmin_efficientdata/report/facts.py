@@ -10,11 +10,11 @@ from typing import Any, Callable
 import pandas as pd
 
 # %% auto #0
-__all__ = ['BENCHMARK', 'COSTS', 'SUMMARY', 'GAINS', 'EXPECTATIONS', 'UNITS', 'Facts', 'stages', 'seconds', 'Measured',
-           'data_reduction', 'quarantine_rate', 'loading', 'loading_speed', 'loading_memory', 'costs', 'domain_costs',
-           'cost_one_run', 'tried_weights', 'cost_mixture_search', 'slowest_domain', 'all_domains', 'vectors_time',
-           'merge_time', 'metric', 'change', 'perplexity_gain', 'bleu_gain', 'choice_gain', 'prompts_better',
-           'Expectation', 'shown', 'executive']
+__all__ = ['BENCHMARK', 'TEXT', 'WINDOWS', 'COSTS', 'SUMMARY', 'GAINS', 'EXPECTATIONS', 'UNITS', 'Facts', 'stages', 'seconds',
+           'Measured', 'data_reduction', 'quarantine_rate', 'loading', 'loading_speed', 'loading_memory',
+           'window_speed', 'window_memory', 'costs', 'domain_costs', 'cost_one_run', 'tried_weights',
+           'cost_mixture_search', 'slowest_domain', 'all_domains', 'vectors_time', 'merge_time', 'metric', 'change',
+           'perplexity_gain', 'bleu_gain', 'choice_gain', 'prompts_better', 'Expectation', 'shown', 'executive']
 
 # %% ../../nbs/05a_facts.ipynb #c006
 class Facts:
@@ -96,18 +96,27 @@ def loading(
     if table is None or column not in table: return None
     return table.groupby("format")[column].median()
 
-# %% ../../nbs/05a_facts.ipynb #c020
-def loading_speed(facts: Facts) -> Measured | None: # times faster than JSONL
-    s = loading(facts, "seconds")
-    if s is None or not {"jsonl", "parquet"} <= set(s.index) or not s["parquet"]: return None
-    return Measured(s["jsonl"]/s["parquet"], BENCHMARK, f"JSONL {s['jsonl']:.3g}초, Parquet {s['parquet']:.3g}초", f"JSONL {s['jsonl']:.3g} s, Parquet {s['parquet']:.3g} s")
+# %% ../../nbs/05a_facts.ipynb #c021
+TEXT, WINDOWS = ("jsonl", "parquet"), ("jsonl, tokenized", "parquet, windows")
 
-def loading_memory(facts: Facts) -> Measured | None: # percent less peak memory than JSONL
-    s = loading(facts, "tracemalloc_mb")
-    if s is None or not {"jsonl", "parquet"} <= set(s.index) or not s["jsonl"]: return None
-    return Measured(100*(1 - s["parquet"]/s["jsonl"]), BENCHMARK, f"tracemalloc 최대 {s['jsonl']:.3g} MB → {s['parquet']:.3g} MB", f"tracemalloc peak {s['jsonl']:.3g} MB to {s['parquet']:.3g} MB")
+def _pair(facts: Facts, column: str, formats: tuple[str, str]) -> tuple[float, float] | None:
+    s = loading(facts, column)
+    return (float(s[formats[0]]), float(s[formats[1]])) if s is not None and set(formats) <= set(s.index) and min(s[list(formats)]) > 0 else None
 
-# %% ../../nbs/05a_facts.ipynb #c024
+def loading_speed(facts: Facts, formats: tuple[str, str] = TEXT) -> Measured | None: # times faster than JSONL
+    pair = _pair(facts, "seconds", formats)
+    return Measured(pair[0]/pair[1], BENCHMARK, f"JSONL {pair[0]:.3g}초, Parquet {pair[1]:.3g}초", f"JSONL {pair[0]:.3g} s, Parquet {pair[1]:.3g} s") if pair else None
+
+def loading_memory(facts: Facts, formats: tuple[str, str] = TEXT) -> Measured | None: # percent less peak memory than JSONL
+    pair, rss = _pair(facts, "tracemalloc_mb", formats), loading(facts, "rss_mb")
+    if not pair: return None
+    more = f", RSS {rss[formats[0]]:.3g} → {rss[formats[1]]:.3g} MB" if rss is not None else ""
+    return Measured(100*(1 - pair[1]/pair[0]), BENCHMARK, f"tracemalloc {pair[0]:.3g} → {pair[1]:.3g} MB{more}", f"tracemalloc {pair[0]:.3g} to {pair[1]:.3g} MB{more.replace('→', 'to')}")
+
+def window_speed(facts: Facts) -> Measured | None: return loading_speed(facts, WINDOWS) # times
+def window_memory(facts: Facts) -> Measured | None: return loading_memory(facts, WINDOWS) # percent
+
+# %% ../../nbs/05a_facts.ipynb #c025
 COSTS = "results/dem_costs.json"
 
 def costs(facts: Facts) -> dict[str, dict]: # {"web": {"seconds", "cpu_seconds", "tokens", "steps"}, …, "mixed", "search", "merge", "base"}
@@ -123,7 +132,7 @@ def domain_costs(facts: Facts) -> dict[str, dict]: # the same, only the domains'
     "The parts of `costs` that are a domain's training."
     return {k: v for k, v in costs(facts).items() if k not in ("base", "mixed", "search", "merge", "vectors", "total")}
 
-# %% ../../nbs/05a_facts.ipynb #c025
+# %% ../../nbs/05a_facts.ipynb #c026
 def _dem_seconds(facts: Facts) -> tuple[float, dict] | None:
     "Seconds of all domains + search + merge, beside all costs; None without a mixed run to compare with."
     every, domains = costs(facts), domain_costs(facts)
@@ -137,7 +146,7 @@ def cost_one_run(facts: Facts) -> Measured | None: # percent cheaper than one mi
     dem, every = both; mixed = every["mixed"]["seconds"]
     return Measured(100*(1 - dem/mixed), COSTS, f"DEM {dem:.1f}초, 혼합 학습 1회 {mixed:.1f}초", f"DEM {dem:.1f} s, one mixed run {mixed:.1f} s")
 
-# %% ../../nbs/05a_facts.ipynb #c026
+# %% ../../nbs/05a_facts.ipynb #c027
 def tried_weights(facts: Facts) -> int | None: # weightings that the search scored without training
     "How many weightings the search on validation text looked at."
     weights = facts.json("results/merge_weights.json") or {}
@@ -153,7 +162,7 @@ def cost_mixture_search(facts: Facts) -> Measured | None: # percent cheaper than
     dem, every = both; search = n*every["mixed"]["seconds"]
     return Measured(100*(1 - dem/search), COSTS, f"계산값: 시험한 가중치 {n}개를 각각 혼합 학습했다면 {search:.0f}초", f"arithmetic: training each of the {n} weightings tried would take {search:.0f} s")
 
-# %% ../../nbs/05a_facts.ipynb #c027
+# %% ../../nbs/05a_facts.ipynb #c028
 def slowest_domain(facts: Facts) -> Measured | None: # hours of the slowest domain's training
     c = domain_costs(facts)
     if not c: return None
@@ -172,7 +181,7 @@ def _minutes(facts: Facts, stage: str) -> Measured | None:
 def vectors_time(facts: Facts) -> Measured | None: return _minutes(facts, "dem.vectors") # minutes
 def merge_time(facts: Facts) -> Measured | None: return _minutes(facts, "dem.merge") # minutes
 
-# %% ../../nbs/05a_facts.ipynb #c030
+# %% ../../nbs/05a_facts.ipynb #c031
 SUMMARY = "results/metric_summary.csv"
 
 def metric(
@@ -188,7 +197,7 @@ def metric(
     last = ["general"] if "general" in wide.index else []
     return wide.loc[[d for d in wide.index if d not in last] + last]
 
-# %% ../../nbs/05a_facts.ipynb #c031
+# %% ../../nbs/05a_facts.ipynb #c032
 def change(
     facts: Facts, name: str, # the metric
     model: str = "merged", # against base
@@ -203,7 +212,7 @@ def change(
     if ratio: return 100*(math.exp(sum(math.log(m/b) for b, m in both.itertuples(index=False))/len(both)) - 1), len(both)
     return float((both[model] - both["base"]).mean()), len(both)
 
-# %% ../../nbs/05a_facts.ipynb #c033
+# %% ../../nbs/05a_facts.ipynb #c034
 def perplexity_gain(facts: Facts) -> Measured | None: # percent below base
     c = change(facts, "perplexity")
     return Measured(-c[0], SUMMARY, f"{c[1]}개 도메인의 기하평균", f"geometric mean of {c[1]} domains") if c else None
@@ -219,7 +228,7 @@ def choice_gain(facts: Facts) -> Measured | None: # percent more right answers t
     remark = (f"정답률 base {base:.3f}, merged {merged:.3f}", f"accuracy base {base:.3f}, merged {merged:.3f}")
     return Measured(100*(merged/base - 1), SUMMARY, *remark) if base else None
 
-# %% ../../nbs/05a_facts.ipynb #c035
+# %% ../../nbs/05a_facts.ipynb #c036
 GAINS = "results/gains.json"
 
 def prompts_better(facts: Facts) -> Measured | None: # of ten prompts
@@ -229,7 +238,7 @@ def prompts_better(facts: Facts) -> Measured | None: # of ten prompts
     if isinstance(n, list): n = len(n)
     return Measured(10*better/n, GAINS, f"프롬프트 {n}개 가운데 {better}개", f"{better} of {n} prompts") if n and better is not None else None
 
-# %% ../../nbs/05a_facts.ipynb #c037
+# %% ../../nbs/05a_facts.ipynb #c038
 @dataclass(frozen=True)
 class Expectation:
     "One published expectation: met when the measured value is at least (or at most) the target."
@@ -245,13 +254,15 @@ class Expectation:
         if m is None or not math.isfinite(m.value): return "not measured"
         return "yes" if (m.value >= self.target if self.at_least else m.value <= self.target) else "no"
 
-# %% ../../nbs/05a_facts.ipynb #c038
+# %% ../../nbs/05a_facts.ipynb #c039
 EXPECTATIONS = (
     Expectation("data", "데이터 축소", "data reduction", 50, "%", True, "up to -50 %", data_reduction),
     Expectation("cost_one", "DEM 학습 비용 절감 (혼합 학습 1회 대비)", "DEM training cost saved, against one mixed run", 70, "%", True, "-70..90 %", cost_one_run),
     Expectation("cost_search", "DEM 학습 비용 절감 (혼합 비율 탐색 대비)", "DEM training cost saved, against a mixture search", 70, "%", True, "-70..90 %", cost_mixture_search),
-    Expectation("loading", "로딩 속도 (JSONL 대비)", "loading speed against JSONL", 5, "x", True, "up to 5x", loading_speed),
-    Expectation("memory", "로딩 메모리 절감", "loading memory saved", 80, "%", True, "up to -80 %", loading_memory),
+    Expectation("loading", "로딩 속도: 본문 읽기 (JSONL 대비)", "loading speed, text, against JSONL", 5, "x", True, "up to 5x", loading_speed),
+    Expectation("windows", "로딩 속도: 학습용 토큰 창 (JSONL 토큰화 대비)", "loading speed, token windows, against tokenizing JSONL", 5, "x", True, "up to 5x", window_speed),
+    Expectation("memory", "로딩 메모리 절감: 본문 읽기", "loading memory saved, text", 80, "%", True, "up to -80 %", loading_memory),
+    Expectation("window_memory", "로딩 메모리 절감: 학습용 토큰 창", "loading memory saved, token windows", 80, "%", True, "up to -80 %", window_memory),
     Expectation("choices", "선다형(MMLU식) 정답률 향상", "multiple choice (MMLU style), more right answers", 15, "%", True, "up to +15 %", choice_gain),
     Expectation("train", "도메인당 학습 시간", "training a domain", 2, "h", False, "<= 2 h", slowest_domain),
     Expectation("vectors", "차이 벡터 계산", "difference vectors", 5, "min", False, "5 min", vectors_time),
@@ -263,7 +274,7 @@ EXPECTATIONS = (
     Expectation("errors", "처리하지 못한 입력 줄", "input lines not processed", 1, "%", False, "<= 1 %", quarantine_rate),
 )
 
-# %% ../../nbs/05a_facts.ipynb #c039
+# %% ../../nbs/05a_facts.ipynb #c040
 UNITS = {"x": "배", "h": "시간", "min": "분", "points": "점", "of 10": "/10"}   # what Korean says for a unit
 
 def shown(
@@ -274,7 +285,7 @@ def shown(
     text = f"{value:.3g}" if unit in ("h", "min") else f"{value:.2f}" if unit in ("x", "points") else f"{value:.1f}"
     return f"{text} {UNITS.get(unit, unit) if language == 'ko' else unit}"
 
-# %% ../../nbs/05a_facts.ipynb #c041
+# %% ../../nbs/05a_facts.ipynb #c042
 def executive(facts: Facts) -> pd.DataFrame: # id, expectation, target, value, unit, measured, met, source, remark, remark_ko
     "Every expectation with what was measured, whether it is met, and from which file."
     rows = []

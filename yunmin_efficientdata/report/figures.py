@@ -61,9 +61,9 @@ def plot_loading(facts: Facts): # figure, or None
     if not panels: return None
     fig, axes = plt.subplots(1, len(panels), figsize=(3.6*len(panels), 2.9), squeeze=False)
     for ax, (column, title, values) in zip(axes[0], panels):
-        bars = ax.bar(values.index, values, color=["#de8f05" if f == "jsonl" else "#0173b2" for f in values.index], width=.6)
+        bars = ax.bar(values.index, values, color=["#de8f05" if f.startswith("jsonl") else "#0173b2" for f in values.index], width=.6)
         ax.bar_label(bars, fmt="%.3g", fontsize=9.5, padding=2); ax.set_title(title); ax.grid(False, axis="x"); ax.margins(y=.15)
-        ax.tick_params(axis="x", labelsize=9, rotation=20 if len(values) > 3 else 0)
+        ax.tick_params(axis="x", labelsize=9, rotation=20 if len(values) > 2 else 0)
     fig.tight_layout()
     return fig
 

@@ -75,6 +75,9 @@ def figure(self: Page, key: str, ko: str, en: str) -> bool: # False when the run
 
 # %% ../../nbs/05b_write.ipynb #c012
 CAPTIONS: dict[str, tuple[str, str]] = {
+    "format_formats": ("형식별 크기와 읽기 시간", "Size and reading time by format"),
+    "format_fertility": ("토크나이저별 fertility", "Fertility by tokenizer"),
+    "format_lengths": ("문서 길이의 분포", "Distribution of document lengths"),
     "dem_training": ("도메인별 학습 손실과 검증 손실 (`summary/train_*.csv`)", "Training and validation loss by domain (`summary/train_*.csv`)"),
     "dem_layer_norms": ("차이 벡터의 층별 norm (`diff_stats/`)", "Norm of the difference vectors by layer (`diff_stats/`)"),
     "dem_histogram": ("차이 벡터 원소의 분포 (`diff_stats/`)", "Distribution of the elements of the difference vectors (`diff_stats/`)"),
@@ -197,7 +200,7 @@ def benchmark(page: Page) -> None:
     "The benchmark's medians by format, every numeric column that it has."
     table = page.facts.csv(BENCHMARK)
     if table is None: return page.missing(BENCHMARK)
-    numeric = [c for c in table.select_dtypes("number").columns if c not in ("repeat", "repetition", "batch", "batch_size", "workers")]
+    numeric = [c for c in table.select_dtypes("number").columns if c not in ("repeat", "batch", "seconds_mean", "seconds_std")]
     middle = table.groupby("format", sort=False)[numeric].median()
     page.table([page.t("형식", "Format"), *(f"`{c}`" for c in numeric)], [[f, *(float(v) for v in row)] for f, row in zip(middle.index, middle.to_numpy())])
 
@@ -306,7 +309,7 @@ def gain_row(item: dict, width: int = 120) -> list: # cells
 # %% ../../nbs/05b_write.ipynb #c033
 def improvements(page: Page) -> list[str]: # best first
     "Measured changes for the better, ranked by value / target."
-    gains = ("data", "cost_one", "cost_search", "loading", "memory", "choices", "ppl", "bleu", "prompts")
+    gains = ("data", "cost_one", "cost_search", "loading", "windows", "memory", "window_memory", "choices", "ppl", "bleu", "prompts")
     found = []
     for e in EXPECTATIONS:
         m = e.measure(page.facts) if e.id in gains else None
