@@ -102,7 +102,7 @@ class LocalStore(Store):
 # %% ../../nbs/00b_store.ipynb #c015
 _REMEDY = {errno.ENOSPC: "free some space", errno.EDQUOT: "free some space", errno.EACCES: "check the permissions", errno.EPERM: "check the permissions",
     errno.EROFS: "choose a folder that can be written", errno.ENAMETOOLONG: "use a shorter name", errno.EMFILE: "raise `ulimit -n`",
-    errno.EISDIR: "a folder has this name; remove it or use another", errno.ENOTDIR: "a file stands where a folder is needed; move it away"}
+    errno.EISDIR: "a folder has this name; remove it or use another", errno.ENOTDIR: "a file stands where a folder is needed; move it away", errno.EEXIST: "a file stands where a folder is needed; move it away"}
 
 @contextmanager
 def _os_errors(store: Store, key: str):
