@@ -10,10 +10,11 @@ from pathlib import Path
 import matplotlib
 import matplotlib.pyplot as plt
 from matplotlib import font_manager
+from matplotlib.ticker import Formatter, LogFormatterMathtext
 from .settings import UserError
 
 # %% auto #0
-__all__ = ['STYLE', 'font_files', 'korean_style', 'figure_png', 'save_figure', 'read_figure']
+__all__ = ['STYLE', 'font_files', 'korean_style', 'plain_log_labels', 'figure_png', 'save_figure', 'read_figure']
 
 # %% ../../nbs/00h_figures.ipynb #c006
 def font_files() -> list[Path]: # TTF files of NanumGothic, sorted
@@ -48,18 +49,35 @@ def korean_style(
     sns.set_theme(style="whitegrid", palette=palette, rc=STYLE)
     return sns.color_palette(palette)
 
-# %% ../../nbs/00h_figures.ipynb #c014
+# %% ../../nbs/00h_figures.ipynb #c015
+class _PlainLog(Formatter):
+    "0.1, 1, 1,000 in place of powers of ten, where the formatter that it wraps would write a label."
+    def __init__(self, inner): self.inner = inner
+    def set_axis(self, axis): super().set_axis(axis); self.inner.set_axis(axis)
+    def set_locs(self, locs): self.inner.set_locs(locs)
+    def __call__(self, v, pos=None): return "" if not self.inner(v, pos) else f"{v:,.0f}" if v >= 1 else f"{v:g}"
+
+def plain_log_labels(
+    fig # matplotlib figure
+) -> None:
+    "Plain numbers on every logarithmic axis of a figure."
+    for axis in (a for ax in fig.axes for a in (ax.xaxis, ax.yaxis)):
+        if isinstance(axis.get_major_formatter(), LogFormatterMathtext): axis.set_major_formatter(_PlainLog(axis.get_major_formatter()))
+        if isinstance(axis.get_minor_formatter(), LogFormatterMathtext): axis.set_minor_formatter(_PlainLog(axis.get_minor_formatter()))
+
+# %% ../../nbs/00h_figures.ipynb #c017
 def figure_png(
     fig, # matplotlib figure
     dpi: int = 130 # dots an inch
 ) -> bytes: # a PNG file
     "The figure as PNG without software name or date; the figure is closed afterwards."
     out = io.BytesIO()
+    plain_log_labels(fig)
     fig.savefig(out, format="png", dpi=dpi, bbox_inches="tight", pad_inches=0.12, facecolor="white", metadata={"Software": None})
     plt.close(fig)
     return out.getvalue()
 
-# %% ../../nbs/00h_figures.ipynb #c016
+# %% ../../nbs/00h_figures.ipynb #c019
 def save_figure(
     store, # a `Store`
     fig, # matplotlib figure
@@ -71,7 +89,7 @@ def save_figure(
     store.write(key, figure_png(fig, dpi))
     return key
 
-# %% ../../nbs/00h_figures.ipynb #c017
+# %% ../../nbs/00h_figures.ipynb #c020
 def read_figure(
     store, # a `Store`
     key: str # as given to `save_figure`
