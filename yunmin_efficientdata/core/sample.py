@@ -211,6 +211,7 @@ class Grammar:
             elif fixed:
                 if name not in memo: memo[name] = self.expand(name, rng, memo)
                 word = memo[name]
+                used.add(word)
             else:
                 word = self.expand(name, rng, memo)
                 if word in used: word = self.expand(name, rng, memo)
@@ -298,7 +299,7 @@ news_open : {@gov:이} {day} {govdo~ㄴ다고} 밝혔다. | {@gov:은} {ago} {go
  | {stat:이} {#2-9}개월 만에 {trend~은} 것으로 나타났다. {@gov:은} {day} 이 같은 내용의 조사 결과를 발표했다. | {@gov:이} {later}부터 {govdo~기로} 했다. 이를 위해 {@company:과} 협의를 시작했다.
 news_body : {@gov:은} 이를 위해 {govdo~고} {govdo~기로} 했다. | {@gov:은} {ago} {govdo~은} 데 이어 {later} {govdo~을} 예정이다. | {reporter:은} “{opinion}”고 말했다. | {reporter:은} “{opinion}”며 “{opinion}”고 덧붙였다.
  | 지난해 {stat:은} 전년보다 {#1-40}.{#1-9}% {trend~았다}. | {stat:이} {trend~은} 데에는 {cause:이} 영향을 미친 것으로 보인다. | {cause:이} 주된 원인으로 꼽힌다. | 전문가들은 {cause:과} {cause:을} 원인으로 보고 있다.
- | {@company:은} {ago} {codo~았으며}, {later} {codo~을} 계획이다. | 같은 기간 {company:은} {codo~았다}. | 반면 {city} 지역에서는 {stat:이} 오히려 {trend~았다}. | 앞서 {gov}도 {ago} {govdo~은} 바 있다.
+ | {@company:은} {ago} {codo~았으며}, {later} {codo~을} 계획이다. | 같은 기간 {company:은} {codo~았다}. | 반면 {stat:은} 오히려 {trend~았다}. | 앞서 {gov}도 {ago} {govdo~은} 바 있다.
  | {@gov:이} {govdo~으면} {stat}도 {trend~을} 것이라는 전망이 나온다. | 그러나 {people:을} 위한 대책이 부족하다는 지적도 나온다. | {city}에 사는 {person} 씨는 “{opinion}”고 했다. | 한편 {nation:은} {ago} 비슷한 제도를 도입했다.
  | 참가 신청은 {day}까지 누리집에서 받는다. | 사업에는 모두 {budget:이} 들어간다. | 이번 조사는 {#2-9}월부터 {people} {#300-9000}명을 대상으로 이루어졌다. | {company:과} {company:은} {product} 시장을 두고 경쟁하고 있다.
 news_close : {@gov:은} 자세한 내용을 {later} 공개한다. | 구체적인 일정은 {later} 확정된다. | {reporter:은} “{opinion}”고 강조했다. | 결과는 {later} 나올 것으로 보인다. | 관련 업계는 {later} 공동 대응에 나설 방침이다.
@@ -383,7 +384,7 @@ party = 사업자 관리인 신청인 소유자 점유자 영업자 이용자
 duty = 의무 권한 책무 절차 기준 요건 범위 방법 기간 비용 수수료 과징금 보조금 부담금
 act_noun = 허가 등록 신고 승인 인증 지정 면허 조사 점검 심의 감독 징수 환급 제출 열람
 lawdo : {doc:을} {party}에게 통보하 | {doc:을} 비치하 | {act_noun:을} 취소하 | {duty:을} 정하 | {duty:을} 이행하 | {duty:을} 고시하 | {minister:과} 협의하 | {party}의 의견을 들 | {party}에게 필요한 조치를 명하 | {doc:을} {#3-10}년간 보존하 | {duty:을} 공개하 | {act_noun} 업무를 공단에 위탁하 | {#5-60}일 이내에 {act_noun} 결과를 통지하 | {duty:을} 감면하
-case : {act_noun:을} 받지 아니하고 영업을 한 경우 | 거짓이나 그 밖의 부정한 방법으로 {act_noun:을} 받은 경우 | 정당한 사유 없이 {doc:을} 제출하지 아니한 경우 | {duty:을} 위반한 경우 | {#2-5}년 이내에 {act_noun:이} 취소된 경우 | {doc:을} 사실과 다르게 작성한 경우 | 천재지변으로 {duty:을} 이행할 수 없는 경우
+case : {act_noun:을} 받지 아니하고 영업을 한 경우 | 거짓이나 그 밖의 부정한 방법으로 {act_noun:을} 받은 경우 | 정당한 사유 없이 {doc:을} 제출하지 아니한 경우 | {duty:을} 위반한 경우 | {#2-5}년 이내에 {act_noun:이} 취소된 경우 | {doc:을} 사실과 다르게 작성한 경우
 statute_open : {@act}\\n\\n제1조(목적) 이 법은 {@subject}에 관한 {duty:과} {duty:을} 정함으로써 국민의 권익 보호에 이바지함을 목적으로 한다. | {@act} 일부개정법률안\\n\\n{@act} 일부를 다음과 같이 개정한다. | {@act} 시행령\\n\\n제1조(목적) 이 영은 {@act}에서 위임된 사항과 그 시행에 필요한 사항을 규정함을 목적으로 한다.
 statute_body : 제{#2-89}조({act_noun}의 {duty}) ① {agency:은} {lawdo~여야} 한다. ② 제1항에 따른 {act_noun}의 {duty}에 관하여 필요한 사항은 {decree:으로} 정한다. | 제{#2-89}조({duty}) ① {@minister:은} {case}에는 {lawdo~을} 수 있다. ② {@minister:은} 제1항에 따라 {lawdo~을} 때에는 미리 {lawdo~여야} 한다.
  | 제{#2-89}조({act_noun}의 취소) {minister:은} 다음 각 호의 어느 하나에 해당하는 경우에는 {act_noun:을} 취소할 수 있다.\\n1. {case}\\n2. {case} | 제{#2-89}조(과태료) {case}에는 {#1-50}00만원 이하의 과태료를 부과한다. | 제{#2-89}조(벌칙) {case}에는 {#1-9}년 이하의 징역 또는 {#1-9}천만원 이하의 벌금에 처한다. | 제{#2-89}조(다른 법률과의 관계) {act_noun}에 관하여 다른 법률에 특별한 규정이 있는 경우를 제외하고는 {act:을} 준용한다.
