@@ -156,9 +156,10 @@ class Record(TrainerCallback):
         row = {k: logs[k] for k in ("loss", "eval_loss", "learning_rate") if k in (logs or {})}
         if not row: return
         if not all(math.isfinite(v) for v in row.values()): raise UserError(f"the loss is not finite after step {state.global_step}: lower lora.learning_rate, or use bf16")
-        if self.rows and self.rows[-1]["step"] == state.global_step: self.rows[-1].update(row)
-        else: self.rows.append({"step": state.global_step, "epoch": round(state.epoch or 0, 4), **row, "tokens": state.global_step*self.tokens, "seconds": round(time.perf_counter() - self.began, 2)})
-        if self.log and ("eval_loss" in row): self.log(self.rows[-1])
+        new = not (self.rows and self.rows[-1]["step"] == state.global_step)
+        if new: self.rows.append({"step": state.global_step, "epoch": round(state.epoch or 0, 4), "tokens": state.global_step*self.tokens, "seconds": round(time.perf_counter() - self.began, 2)})
+        first = "eval_loss" in row and "eval_loss" not in self.rows[-1]; self.rows[-1].update(row)
+        if self.log and first: self.log({"loss": next((r["loss"] for r in reversed(self.rows) if "loss" in r), math.nan), **self.rows[-1]})
 
 # %% ../../nbs/03b_lora.ipynb #c025
 def precision(

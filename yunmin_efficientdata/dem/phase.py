@@ -128,7 +128,7 @@ def _train(ctx, corpus: Corpus, name: str, domains: list[str], steps: int | None
     windows = np.concatenate([_validation(ctx, corpus, d, s.seq_len, max(4, 32//len(domains))) for d in domains])
     steps = steps or total_steps(s, len(loader))
     if not len(windows): ctx.warn(f"{name}: no validation text of {s.seq_len} tokens, so no validation loss is measured")
-    def log(row): ctx.log(f"{name}: step {row['step']} of {steps}, loss {row.get('loss', math.nan):.3f}, validation {row['eval_loss']:.3f}")
+    def log(row): ctx.log(f"{name}: step {row['step']} of {steps}, loss {row['loss']:.3f}, validation {row['eval_loss']:.3f}")
     with ctx.store.output(f"checkpoints/lora_{name}") as out: rows = train_adapter(ctx.store.fetch("models/base/"), loader, windows, s, out, steps, ctx.settings.dem.threads, log)
     ctx.store.write(f"summary/train_{name}.csv", training_table(rows)); ctx.store.write(f"logs/train_{name}.log", training_log(name, rows, s))
     last = next((r["eval_loss"] for r in reversed(rows) if "eval_loss" in r), None)
@@ -192,7 +192,7 @@ def _weights(ctx, corpus: Corpus, domains: list[str]) -> dict:
         path, measured = _search(ctx, mix, windows, known)
     elif s.search: ctx.warn("no domain has validation text: the weights are not searched")
     chosen = "searched" if "searched" in known else "configured"
-    if len(ctx.settings.dem.vectors.model_fields) and ctx.settings.dem.vectors.normalize: ctx.log("the vectors have norm 1: weights are on another scale than usual")
+    if ctx.settings.dem.vectors.normalize: ctx.log("the vectors have norm 1: weights are on another scale than usual")
     store.write("results/merge_weights.json", _json({"method": s.method, "delivered": chosen, "weights": known[chosen], **known, "validation": measured,
         "evaluations": len(path), "windows": {d: len(w) for d, w in windows.items()}, "path": path, "skipped": corpus.skipped}))
     return cost.done(tokens=int(sum(w.size for w in windows.values()))*len(path), steps=len(path))
