@@ -50,6 +50,7 @@ def exact_partition(
     best = [g[rank[np.searchsorted(members, g)].argmin()] for g in groups]
     pairs = [(d, b) for g, b in zip(groups, best) for d in g if d != b]
     pairs = np.array(sorted(pairs), np.int64).reshape(-1, 2)
+    if not len(pairs): return {"groups": 0, "removed": 0}
     with corpus.store.writer(f"minhash_lsh/exact/{partition:05d}.npy") as f: np.save(f, pairs, allow_pickle=False)
     write_pairs(corpus, f"minhash_lsh/pairs/exact-{partition:05d}.parquet", pairs, np.ones(len(pairs)))
     return {"groups": len(groups), "removed": len(pairs)}
@@ -63,7 +64,9 @@ def find_exact(ctx) -> dict: # groups, removed
     tasks = [{"workspace": ctx.store.uri, "part": i, "partitions": s.partitions} for i in range(len(corpus.parts))]
     done = ctx.executor.map_shuffle(exact_part, tasks, functools.partial(exact_partition, ctx.store.uri, s.model_dump()), "exact")
     ctx.store.delete_prefix("minhash_lsh/spill")
-    return {k: sum(d[k] for d in done) for k in ("groups", "removed")}
+    counts = {k: sum(d[k] for d in done) for k in ("groups", "removed")}
+    ctx.store.write("minhash_lsh/exact/counts.json", orjson.dumps(counts))
+    return counts
 
 # %% ../../nbs/01d_cluster.ipynb #c011
 @_jit
@@ -195,7 +198,7 @@ def decide_all(
 ) -> dict: # counts
     "Decide, write clusters/ and the list of removed documents."
     store = corpus.store
-    exact = np.concatenate([np.empty((0, 2), np.int64)] + [load_array(store, k) for k in store.list("minhash_lsh/exact/")])
+    exact = np.concatenate([np.empty((0, 2), np.int64)] + [load_array(store, k) for k in store.list("minhash_lsh/exact/") if k.endswith(".npy")])
     d = decide(corpus, exact, edge_arrays(store, edges)[0], s)
     write_clusters(corpus, d)
     gone = d["keeper"] != np.arange(len(d["doc"]))

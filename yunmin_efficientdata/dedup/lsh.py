@@ -83,7 +83,7 @@ def partition_of(
 # %% ../../nbs/01c_lsh.ipynb #c014
 def exact_removed(store: Store) -> np.ndarray: # sorted document numbers
     "Documents that are exact copies of another one that is kept."
-    return np.sort(np.concatenate([np.empty(0, np.int64)] + [load_array(store, k)[:, 0] for k in store.list("minhash_lsh/exact/")]))
+    return np.sort(np.concatenate([np.empty(0, np.int64)] + [load_array(store, k)[:, 0] for k in store.list("minhash_lsh/exact/") if k.endswith(".npy")]))
 
 def band_part(
     task: dict # workspace, part, name, settings
@@ -182,8 +182,9 @@ def join_partition(
         stars.append(star_pairs(order, read_signatures(corpus, members)[np.searchsorted(members, order)], s.threshold))
     pairs = unique_pairs(np.concatenate([pairs, *stars]))
     key = f"minhash_lsh/spill/candidates/{partition:05d}.npy"
-    with corpus.store.writer(key) as f: np.save(f, pairs, allow_pickle=False)
-    return {"key": key, "candidates": len(pairs), "hot": len(hot)}
+    if len(pairs):
+        with corpus.store.writer(key) as f: np.save(f, pairs, allow_pickle=False)
+    return {"key": key if len(pairs) else None, "candidates": len(pairs), "hot": len(hot)}
 
 # %% ../../nbs/01c_lsh.ipynb #c024
 BLOCK_BYTES = 48 << 20  # of text in memory at once

@@ -16,7 +16,7 @@ from .lsh import find_candidates, sign_part, verify_range
 from .prepare import Corpus, list_raw, normal_source, prepare, resumable, sweep
 
 # %% auto #0
-__all__ = ['choose_sources', 'find_near', 'audit', 'run', 'check_bands']
+__all__ = ['VERIFY_CANDIDATES', 'choose_sources', 'find_near', 'audit', 'run', 'check_bands']
 
 # %% ../../nbs/01_dedup.ipynb #c006
 def choose_sources(
@@ -34,6 +34,8 @@ def choose_sources(
     raise UserError(f"this workspace was made from {', '.join(known)}; to add {source} use --append, to start anew use another workspace")
 
 # %% ../../nbs/01_dedup.ipynb #c008
+VERIFY_CANDIDATES = 50_000  # about so many candidates are verified in one task
+
 def find_near(ctx, stage) -> dict: # counts, seconds of each step, what happened by domain and source
     "Signatures, candidates, verified edges, keepers, survivors. Resumes by part."
     store, s, corpus = ctx.store, ctx.settings.dedup, Corpus(ctx.store)
@@ -44,8 +46,8 @@ def find_near(ctx, stage) -> dict: # counts, seconds of each step, what happened
     resumable(ctx, stage, "sign", sign_part, parts, "sign"); clock.lap("sign")
     if not stage.done_part("join"): stage.mark_part("join", find_candidates(ctx, parts))
     joined = stage.parts["join"]; clock.lap("build")
-    n, v = len(corpus), s.partitions
-    ranges = [base | {"number": i, "low": i * n // v, "high": (i + 1) * n // v, "candidates": [j["key"] for j in joined if j["candidates"]]} for i in range(v)]
+    n, v = len(corpus), min(s.partitions, 1 + sum(j["candidates"] for j in joined) // VERIFY_CANDIDATES)
+    ranges = [base | {"number": i, "low": i * n // v, "high": (i + 1) * n // v, "candidates": [j["key"] for j in joined if j["key"]]} for i in range(v)]
     verified = resumable(ctx, stage, "verify", verify_range, ranges, "verify"); clock.lap("query")
     if not stage.done_part("decide"): stage.mark_part("decide", decide_all(corpus, s, [e["key"] for e in verified]))
     kept = resumable(ctx, stage, "keep", survivors_part, [p | {"removed": "minhash_lsh/spill/removed.npy"} for p in parts], "keep")

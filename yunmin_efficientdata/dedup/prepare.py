@@ -392,7 +392,7 @@ def _publish(store, domains, parts, ranged, mapped, ignored, sources, files, set
     names = [p["name"] for p in parts]
     manifest = {"total": total, "domains": {d: domains[d] for d in sorted(domains)}, "repeated_ids": sum(r["repeated_ids"] for r in ranged),
                 "sources": sources, "files": len(files), "ignored": sorted(ignored), "quarantine": quarantine, "parts": [f"dedup_ready/{n}.jsonl" for n in names]}
-    store.write("minhash_lsh/index/parts.json", orjson.dumps({"parts": parts}, option=orjson.OPT_INDENT_2))
+    store.write("minhash_lsh/index/parts.json", orjson.dumps({"parts": parts}, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS))
     store.write("dedup_ready/review_samples.md", review_markdown(mapped, settings.review_samples))
     store.write("dedup_ready/manifest.json", orjson.dumps(manifest, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS))
     own = ("manifest.json", "review_samples.md", "sources.json", "statistics.json")

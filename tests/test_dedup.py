@@ -1,0 +1,299 @@
+"Phase 1: properties, faults, determinism, quality."
+from __future__ import annotations
+import json, os, random, time
+from collections import defaultdict
+from pathlib import Path
+import numpy as np, pyarrow.parquet as pq, pytest
+from hypothesis import given, settings as hyp, strategies as st
+from yunmin_efficientdata.core.sample import bad_lines, write_sample
+from yunmin_efficientdata.core.settings import CleanSettings, UserError
+from yunmin_efficientdata.core.store import open_store
+from yunmin_efficientdata.dedup import cluster, minhash, phase
+from yunmin_efficientdata.dedup.clean import Cleaner, luhn
+from yunmin_efficientdata.dedup.minhash import shingle_hash, signatures, token_ngrams
+from yunmin_efficientdata.dedup.phase import run
+
+DATA = ("dedup_ready/", "deduped/", "minhash_lsh/")
+
+def files(ws: Path, skip=("manifest.json", "statistics.json", "sources.json")) -> dict[str, bytes]:
+    store = open_store(ws)
+    return {k: store.read(k) for p in DATA for k in store.list(p) if not k.endswith(skip)}
+
+def write_raw(folder: Path, lines: list[str], cuts: list[int], name="web"):
+    folder.mkdir(parents=True)
+    for i, (a, b) in enumerate(zip([0, *cuts], [*cuts, len(lines)])): (folder/f"{name}-{i}.jsonl").write_text("\n".join(lines[a:b]), encoding="utf-8")
+
+def clusters_of(ws) -> dict[str, dict]:
+    store = open_store(ws)
+    return {r["id"]: r for k in store.list("minhash_lsh/clusters/") for r in pq.read_table(store.fetch(k)).to_pylist()}
+
+def pairs_of(ws) -> list[dict]:
+    store = open_store(ws)
+    return [r for k in store.list("minhash_lsh/pairs/") for r in pq.read_table(store.fetch(k)).to_pylist()]
+
+def texts_of(ws, prefix="dedup_ready/") -> dict[str, str]:
+    store = open_store(ws)
+    return {r["id"]: r["text"] for k in store.list(prefix) if "/part-" in k for r in map(json.loads, store.read_text(k).splitlines())}
+
+WORDS = [a + b for a in "가나다라마바사아자차카타파하" for b in "물불산강꽃별달해밤낮길집"]
+
+@pytest.fixture(autouse=True)
+def quick_figures(request, monkeypatch):
+    "Drawing takes longer than deduplicating these corpora; one test draws for all."
+    if request.node.name == "test_sample_recall": return
+    monkeypatch.setattr(phase, "save_figure", lambda store, fig, key: store.write(key, b"x"))
+    for name in ("plot_rates", "plot_sizes", "plot_recall"): monkeypatch.setattr(phase, name, lambda *a: None)
+
+def corpus_lines(n=240, seed=0, ids=True) -> list[str]:
+    "Documents with exact copies, edited copies, and repeats of given ids."
+    rng, out = random.Random(seed), []
+    for i in range(n):
+        text = " ".join(rng.choices(WORDS, k=rng.randint(3, 90)))
+        if i % 5 == 4: text = out[rng.randrange(len(out))]["text"]
+        if i % 7 == 6: text = " ".join([*(w := out[rng.randrange(len(out))]["text"].split())[:-1], rng.choice(WORDS)])
+        record = {"text": text, "source": f"s{i % 3}", "date": f"2024-01-{i % 28 + 1:02}", "domain": "web" if i % 4 else "뉴스"}
+        if ids and i % 3: record["id"] = i if i % 11 else "같은 번호"
+        out.append(record)
+    return [json.dumps(r, ensure_ascii=False) for r in out]
+
+# ---- signatures
+
+text_strategy = st.text(st.one_of(st.sampled_from(" \n\t\u3000가나다ㅋé𝒳a1.😀"), st.characters(codec="utf-8")), max_size=120)
+
+@given(st.lists(text_strategy, max_size=5), st.sampled_from(["word5", "char5"]))
+@hyp(max_examples=120, deadline=None)
+def test_signatures_equal_datasketch(texts, kind):
+    from datasketch import MinHash
+    got = signatures(texts, 32, kind, 3)
+    assert got.shape == (len(texts), 32) and got.dtype == np.uint32
+    for t, row in zip(texts, got):
+        m = MinHash(num_perm=32, seed=3, hashfunc=shingle_hash, scheme="affine32")
+        m.update_batch([s.encode() for s in token_ngrams(t, kind)])
+        assert (m.hashvalues == row).all()
+
+def test_numpy_fallback(monkeypatch):
+    texts = [json.loads(line)["text"] for line in corpus_lines(40)] + ["", "하나", "가 나 다 라 마"]
+    want = {k: signatures(texts, 64, k) for k in ("word5", "char5")}
+    sets = [minhash.shingle_set(t) for t in texts]
+    similar = [minhash.jaccard(sets[0], s) for s in sets]
+    labels = cluster.components(np.array([[0, 3], [4, 3], [1, 2]]), 6)
+    monkeypatch.setattr(minhash, "njit", None); monkeypatch.setattr(cluster, "njit", None)
+    for k in want: assert (signatures(texts, 64, k) == want[k]).all()
+    assert [minhash.jaccard(minhash.shingle_set(texts[0]), minhash.shingle_set(t)) for t in texts] == similar
+    again = cluster.components(np.array([[0, 3], [4, 3], [1, 2]]), 6)
+    assert [[x == y for y in labels] for x in labels] == [[x == y for y in again] for x in again]
+
+def test_char5_finds_variants():
+    import unicodedata
+    text = "서울특별시에서 열린 회의에서 새로운 계획을 발표했다고 한다 2024"
+    full = "".join(chr(ord(c) + 0xFEE0) if "!" <= c <= "~" else c for c in text)
+    a, *others = signatures([text, unicodedata.normalize("NFD", text), full, text.replace(" ", "")], shingle="char5")
+    assert all((a == o).all() for o in others)
+
+# ---- cleaning
+
+@given(st.text(max_size=200))
+@hyp(max_examples=200, deadline=None)
+def test_cleaning_never_fails_and_settles(text):
+    once = Cleaner().clean(text)[0]
+    Cleaner().reject(once); twice = Cleaner().clean(once)[0]
+    assert Cleaner().clean(twice)[0] == twice
+
+@given(st.text("가나닭ㅋㅠㅎ! ", min_size=1, max_size=40))
+@hyp(max_examples=100, deadline=None)
+def test_repeats_keep_syllables(text):
+    after = Cleaner(CleanSettings(rules={"white_space": False})).clean(text)[0]
+    assert [c for c in after if "가" <= c <= "힣"] == [c for c in text if "가" <= c <= "힣"]
+
+def test_ordinary_numbers_stay():
+    rng, cleaner = random.Random(5), Cleaner()
+    for _ in range(300):
+        digits = "".join(rng.choices("123456789", k=1) + rng.choices("0123456789", k=rng.randint(3, 11)))
+        for t in (f"값은 {digits}입니다", f"{int(digits):,}원", "2024-03-15 12:30", f"제{digits[:4]}호", f"v{digits[0]}.{digits[1]}.{digits[2:4]}"):
+            if len(digits) == 13 or len(digits) >= 15: continue
+            assert cleaner.clean(t)[0] == t
+
+def resident(rng):
+    front = f"{rng.randint(50, 99):02}{rng.randint(1, 12):02}{rng.randint(1, 28):02}"
+    body = front + rng.choice("12") + "".join(rng.choices("0123456789", k=5))
+    check = (11 - sum(int(d) * w for d, w in zip(body, (2, 3, 4, 5, 6, 7, 8, 9, 2, 3, 4, 5))) % 11) % 10
+    return front, body[6:] + str(check)
+
+def card(rng):
+    body = rng.choice("45") + "".join(rng.choices("0123456789", k=14))
+    return next(body + d for d in "0123456789" if luhn(body + d))
+
+def test_each_hit_gets_its_own_mask():
+    rng, cleaner = random.Random(1), Cleaner()
+    for _ in range(100):
+        (front, back), c = resident(rng), card(rng)
+        text = f"번호 {front}-{back}, 카드 {c[:4]}-{c[4:8]}-{c[8:12]}-{c[12:]}, 전화 010-{rng.randint(2000, 9999)}-{rng.randint(0, 9999):04}, 메일 u{rng.randint(1, 99)}@ex.co.kr, 우리은행 1002-123-{rng.randint(100000, 999999)}로"
+        assert cleaner.clean(text)[0] == "번호 [주민등록번호], 카드 [카드번호], 전화 [전화번호], 메일 [이메일], 우리은행 [계좌번호]로"
+        wrong = str((int(back[-1]) + 1) % 10)
+        assert f"{front}-{back[:-1]}{wrong}" in cleaner.clean(f"번호 {front}-{back[:-1]}{wrong} 끝")[0]
+
+def test_rules_switch_off():
+    text = "대박ㅋㅋㅋㅋ 010-1234-5678"
+    assert Cleaner(CleanSettings(rules={"repeats": False, "mask_phone": False})).clean(text)[0] == text
+    assert Cleaner(CleanSettings(rules={"too_short": False})).reject("아") is None
+
+# ---- the driver
+
+SMALL = ["dedup.part_bytes=65536", "dedup.partitions=3"]
+
+def test_same_bytes_for_workers_and_cuts(tmp_path):
+    lines = corpus_lines()
+    rng = random.Random(2); shuffled = rng.sample(lines, len(lines))
+    write_raw(tmp_path/"a", lines, []); write_raw(tmp_path/"b", shuffled, [10, 11, 100]); write_raw(tmp_path/"c/d", lines, [120], "part")
+    (tmp_path/"c/d").rename(tmp_path/"c/web")
+    run(tmp_path/"1", raw=str(tmp_path/"a"), workers=1, overrides=SMALL)
+    run(tmp_path/"2", raw=str(tmp_path/"b"), workers=2, overrides=SMALL)
+    run(tmp_path/"3", raw=str(tmp_path/"c"), workers=1, overrides=SMALL)
+    one, two, three = (files(tmp_path/n) for n in "123")
+    assert one == two == three and any(k.startswith("deduped/뉴스/") for k in one)
+
+def test_spills_of_any_size(tmp_path, monkeypatch):
+    lines = corpus_lines(100); write_raw(tmp_path/"a", lines, [])
+    run(tmp_path/"1", raw=str(tmp_path/"a"), workers=1, overrides=SMALL)
+    import yunmin_efficientdata.dedup.prepare as prepare
+    monkeypatch.setattr(prepare, "SPILL_BYTES", 4000)
+    run(tmp_path/"2", raw=str(tmp_path/"a"), workers=1, overrides=SMALL)
+    assert files(tmp_path/"1") == files(tmp_path/"2")
+
+def test_decisions_hold(tmp_path):
+    write_raw(tmp_path/"a", corpus_lines(300), [50]); run(tmp_path/"w", raw=str(tmp_path/"a"), workers=1)
+    texts, kept, rows, pairs = texts_of(tmp_path/"w"), texts_of(tmp_path/"w", "deduped/"), clusters_of(tmp_path/"w"), pairs_of(tmp_path/"w")
+    sets = {i: set(token_ngrams(t)) for i, t in texts.items()}
+    def true(a, b): return len(sets[a] & sets[b]) / len(sets[a] | sets[b])
+    assert len(texts) > len(kept) > 0 and set(kept) == set(texts) - {i for i, r in rows.items() if not r["keep"]}
+    assert all(abs(true(p["a"], p["b"]) - p["jaccard"]) < 1e-12 and p["jaccard"] >= 0.8 for p in pairs)
+    assert not any(p["a"] in kept and p["b"] in kept for p in pairs)
+    for i, r in rows.items():
+        assert r["keep"] == (r["keeper"] == i) and r["keeper"] in kept and true(i, r["keeper"]) >= 0.8 and rows[r["keeper"]]["cluster"] == r["cluster"]
+    exact = {i for i, r in rows.items() if r["reason"] == "exact" and not r["keep"]}
+    ones = defaultdict(int)
+    for p in pairs: ones[p["a"]] += p["jaccard"] == 1
+    assert all(ones[i] == 1 for i in exact)
+    ids = list(texts); missed = [(a, b) for n, a in enumerate(ids) for b in ids[:n] if sets[a] & sets[b] and true(a, b) >= 0.8 and rows.get(a, {}).get("cluster") != rows.get(b, {}).get("cluster", 0)]
+    assert len(missed) <= 2
+
+def test_keep_date_and_priority(tmp_path):
+    text = " ".join(WORDS[:40])
+    records = [{"id": "old", "text": text + " 더 긴 글", "date": "2020-01-01", "source": "x"}, {"id": "new", "text": text, "date": "2024-05-05", "source": "y"}]
+    write_raw(tmp_path/"a", [json.dumps(r, ensure_ascii=False) for r in records], [])
+    for n, (override, winner) in enumerate((([], "old"), (["dedup.keep=date"], "new"), (["dedup.source_priority=[y]"], "new"))):
+        run(tmp_path/f"w{n}", raw=str(tmp_path/"a"), workers=1, overrides=override)
+        assert set(texts_of(tmp_path/f"w{n}", "deduped/")) == {winner}
+
+def test_bad_lines_are_accounted_for(tmp_path):
+    bad = bad_lines(200, limit=20_000)
+    good = [line.encode() for line in corpus_lines(50)]
+    lines = [x for pair in zip([b for b, _ in bad], good * 4) for x in pair]
+    (tmp_path/"raw").mkdir(); (tmp_path/"raw/web.jsonl").write_bytes(b"\n".join(lines))
+    run(tmp_path/"w", raw=str(tmp_path/"raw"), workers=1, overrides=["clean.max_line_bytes=20000"])
+    manifest = json.loads((tmp_path/"w/dedup_ready/manifest.json").read_text())
+    total = manifest["total"]
+    assert total["read"] == 400 == total["kept"] + sum(total["filtered"].values()) + sum(total["quarantined"].values())
+    assert sum(total["quarantined"].values()) == 200 and total["kept"] + sum(total["filtered"].values()) == 200
+    rows = [json.loads(x) for p in sorted((tmp_path/"w/dedup_ready/quarantine").iterdir()) for x in p.read_text(encoding="utf-8").splitlines()]
+    assert len(rows) == 200 and all(r["file"] == "web.jsonl" and r["reason"] and r["line"] % 2 == 1 for r in rows) and len({r["reason"] for r in rows}) == 10
+
+def test_killed_runs_end_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(phase, "VERIFY_CANDIDATES", 5)
+    write_raw(tmp_path/"a", corpus_lines(), [60, 120]); run(tmp_path/"whole", raw=str(tmp_path/"a"), workers=1, overrides=SMALL)
+    for name, after in (("prepare_file", 1), ("prepare_range", 1), ("sign_part", 1), ("verify_range", 2), ("survivors_part", 0)):
+        import yunmin_efficientdata.dedup.prepare as prepare
+        module = prepare if name.startswith("prepare") else phase
+        original, calls = getattr(module, name), []
+        def dies(task):
+            if len(calls) >= after: raise KeyboardInterrupt
+            calls.append(1); return original(task)
+        with monkeypatch.context() as m:
+            m.setattr(module, name, dies)
+            with pytest.raises(KeyboardInterrupt): run(tmp_path/name, raw=str(tmp_path/"a"), workers=1, overrides=SMALL)
+        run(tmp_path/name, workers=1, overrides=SMALL)
+        assert files(tmp_path/name) == files(tmp_path/"whole"), name
+
+def test_skips_reruns_and_leftovers(tmp_path, capsys):
+    write_raw(tmp_path/"a", corpus_lines(), [])
+    run(tmp_path/"w", raw=str(tmp_path/"a"), workers=1, overrides=SMALL)
+    before = files(tmp_path/"w"); capsys.readouterr()
+    run(tmp_path/"w", raw=str(tmp_path/"a"), workers=1, overrides=SMALL)
+    assert capsys.readouterr().out.count("skipped") == 4 and files(tmp_path/"w") == before
+    run(tmp_path/"w", workers=1, overrides=["dedup.partitions=2"])
+    run(tmp_path/"fresh", raw=str(tmp_path/"a"), workers=1, overrides=["dedup.partitions=2"])
+    assert files(tmp_path/"w") == files(tmp_path/"fresh")
+
+def test_sources(tmp_path):
+    lines = corpus_lines()
+    write_raw(tmp_path/"a", lines[:100], []); write_raw(tmp_path/"b", lines[100:], []); write_raw(tmp_path/"ab", lines, [])
+    run(tmp_path/"w", raw=str(tmp_path/"a"), workers=1)
+    with pytest.raises(UserError, match="--append"): run(tmp_path/"w", raw=str(tmp_path/"b"), workers=1)
+    run(tmp_path/"w", raw=str(tmp_path/"b"), workers=1, append=True)
+    run(tmp_path/"w", workers=1)
+    run(tmp_path/"one", raw=str(tmp_path/"ab"), workers=1)
+    assert files(tmp_path/"w") == files(tmp_path/"one")
+
+@pytest.mark.parametrize("make, message", [
+    (lambda d: None, "no such folder"), (lambda d: (d.mkdir(), (d/"a.txt").write_text("x")), "only those names"),
+    (lambda d: write_raw(d, ['{"text": ""}', "x"], []), "no document is left"), (lambda d: write_raw(d, [""], []), "no document is left"),
+    (lambda d: write_raw(d, [json.dumps({"text": "충분히 긴 글입니다", "domain": f"d{i}"}) for i in range(51)], []), "clean.max_domains"),
+])
+def test_one_clear_line(tmp_path, make, message):
+    make(tmp_path/"raw_x")
+    with pytest.raises(UserError, match=message) as e: run(tmp_path/"w", raw=str(tmp_path/"raw_x"), workers=1)
+    assert "\n" not in str(e.value)
+
+def test_no_raw_and_wrong_settings(tmp_path):
+    with pytest.raises(UserError, match="yunmin sample"): run(tmp_path/"w", workers=1)
+    with pytest.raises(UserError, match="num_perm"): run(tmp_path/"w", workers=1, overrides=["dedup.bands=99"])
+    with pytest.raises(UserError, match="no rule"): write_raw(tmp_path/"a", corpus_lines(20), []); run(tmp_path/"w", raw=str(tmp_path/"a"), workers=1, overrides=["clean.rules={nosuch: true}"])
+
+def test_odd_domains_and_gz(tmp_path):
+    import gzip
+    (tmp_path/"raw/2024").mkdir(parents=True)
+    records = [{"text": "하나의 충분한 글입니다", "domain": "../evil/x"}, {"text": "둘째 충분한 글입니다", "domain": "quarantine"}, {"text": "셋째 충분한 글입니다", "domain": 7}, {"text": "넷째 충분한 글입니다"}]
+    (tmp_path/"raw/2024/법령-1.jsonl.gz").write_bytes(gzip.compress("\n".join(json.dumps(r) for r in records).encode()))
+    (tmp_path/"raw/notes.md").write_text("ignored")
+    run(tmp_path/"w", raw=str(tmp_path/"raw"), workers=1)
+    assert {p.name for p in (tmp_path/"w/deduped").iterdir()} == {"evil_x", "quarantine_", "7", "법령"} or {p.name for p in (tmp_path/"w/deduped").iterdir()} == {"_evil_x", "quarantine_", "7", "법령"}
+    assert json.loads((tmp_path/"w/dedup_ready/manifest.json").read_text())["ignored"] == ["notes.md"]
+
+def test_template_floods_stay_linear(tmp_path):
+    "Thousands of nearly identical documents: one component, one survivor, no quadratic time."
+    rng, base = random.Random(0), WORDS[:60]
+    lines = [json.dumps({"text": " ".join([*base[:(k := rng.randrange(60))], f"{i}", *base[k + 1:]]), "domain": "web"}, ensure_ascii=False) for i in range(3000)]
+    lines += [json.dumps({"text": " ".join(base)}, ensure_ascii=False)] * 3000
+    write_raw(tmp_path/"a", lines, [])
+    start = time.process_time()
+    summary = run(tmp_path/"w", raw=str(tmp_path/"a"), workers=1)
+    assert summary["candidates"] < 500_000 and time.process_time() - start < 25
+    rows = clusters_of(tmp_path/"w")
+    assert len({r["cluster"] for r in rows.values()}) == 1 and len(rows) == 6000
+    assert summary["docs_out"] < 200
+
+def test_sample_recall(tmp_path):
+    store = open_store(tmp_path/"w"); write_sample(store, documents=1500, seed=3, duplicate_rate=0.3)
+    run(tmp_path/"w", workers=1)
+    stats = json.loads(store.read("dedup_ready/statistics.json"))
+    assert stats["planted"]["exact"]["recall"] == 1 and stats["planted"]["near"]["recall"] >= 0.98
+    assert len(stats["sampled_pairs"]) == 10 and all(p["true"] >= 0.8 for p in stats["sampled_pairs"])
+    review = store.read_text("dedup_ready/review_samples.md")
+    assert review.count("### ") == 25 and review.count("unchanged") == 0
+    assert all(store.exists(f"reports/figures/dedup_{n}.png") for n in ("rates", "clusters", "recall"))
+
+def test_real_text_against_all_pairs(tmp_path):
+    folder = os.environ.get("YUNMIN_CORPUS")
+    if not folder or not (Path(folder)/"small").is_dir(): pytest.skip("YUNMIN_CORPUS does not name the real corpus")
+    (tmp_path/"raw").mkdir()
+    for d in ("main_data", "web"): (tmp_path/f"raw/{d}.jsonl").write_bytes((Path(folder)/f"small/{d}.jsonl").read_bytes())
+    run(tmp_path/"w", raw=str(tmp_path/"raw"), workers=1)
+    sets = {i: set(token_ngrams(t)) for i, t in texts_of(tmp_path/"w").items() if len(t.split()) >= 5}
+    where = defaultdict(list)
+    for i, s in sets.items():
+        for x in s: where[x].append(i)
+    near = {(a, b) for w in where.values() if len(w) < 500 for n, a in enumerate(w) for b in w[:n]}
+    truth = [(a, b) for a, b in near if len(sets[a] & sets[b]) / len(sets[a] | sets[b]) >= 0.8]
+    rows = clusters_of(tmp_path/"w")
+    found = sum(a in rows and b in rows and rows[a]["cluster"] == rows[b]["cluster"] for a, b in truth)
+    assert len(truth) > 20 and found / len(truth) >= 0.99
