@@ -16,6 +16,8 @@ def dedup(store, domains=DOMAINS):
     store.write("dedup_log.csv", "\n".join(rows) + "\n")
     one = {"read": 202, "kept": 190, "filtered": {"too_short": 7, "symbols": 3}, "quarantined": {"not JSON": 2}}
     total = {"read": 202*len(domains), "kept": 190*len(domains), "filtered": {"too_short": 7*len(domains), "symbols": 3*len(domains)}, "quarantined": {"not JSON": 2*len(domains)}}
+    store.write("dedup_ready/statistics.json", json.dumps({"threshold": .8, "bands": 16, "rows": 8, "docs_per_second": {"sign": 4000.5, "build": 9e4, "query": None}, "candidates_per_document": .01,
+        "candidate_precision": .7, "predicted_recall_at_threshold": .947, "sampled_pairs": [{"a": "x", "b": "y", "jaccard": .9, "true": .9}, {"a": "x", "b": "z", "jaccard": .8, "true": .79}]}))
     store.write("dedup_ready/manifest.json", json.dumps({"total": total, "domains": {d: one for d in domains}}))
 
 
@@ -50,6 +52,7 @@ def evaluation(store, domains=DOMAINS, merged=0.93, prompts=True):
             if d != "general" and m in factor: rows += [f"{m},{d},bleu_char,{10 + 3*(m == 'merged'):.4f},,,20", f"{m},{d},rougeL,{.2 + .01*(m == 'merged'):.4f},,,20"]
     for m in ("base", "merged"): rows.append(f"{m},general,accuracy,{.3 if m == 'base' else .33},,,50")
     store.write("results/metric_summary.csv", "\n".join(rows) + "\n")
+    store.write("results/inference.csv", "model,batch,ttft_ms,tpot_ms,tokens_per_second,peak_memory_mb,mfu,mbu\nbase,1,5,2,400,,0.01,0.02\nmerged,1,5,2,410,,0.01,0.02\n")
     if prompts:
         item = lambda i, g: {"domain": "web", "prompt": f"질문 {i} | 표를 *깨는* 문장", "reference": "원문", "base": "답 하나\n둘째 줄\x00", "merged": "답 둘", "gain": g}
         store.write("results/gains.json", json.dumps({"prompts": 10, "improved": 7, "needed": 6, "met": True, "sentences": 40, "sentences_improved": 25, "gains": [item(i, .5 - i/10) for i in range(3)], "losses": [item(9, -.2)]}, ensure_ascii=False))

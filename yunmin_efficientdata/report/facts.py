@@ -10,8 +10,8 @@ from typing import Any, Callable
 import pandas as pd
 
 # %% auto #0
-__all__ = ['BENCHMARK', 'TEXT', 'WINDOWS', 'COSTS', 'SUMMARY', 'GAINS', 'EXPECTATIONS', 'UNITS', 'Facts', 'stages', 'seconds',
-           'Measured', 'data_reduction', 'quarantine_rate', 'loading', 'loading_speed', 'loading_memory',
+__all__ = ['BENCHMARK', 'TEXT', 'WINDOWS', 'COSTS', 'SUMMARY', 'GAINS', 'EXPECTATIONS', 'ASKED', 'UNITS', 'Facts', 'stages',
+           'seconds', 'Measured', 'data_reduction', 'quarantine_rate', 'loading', 'loading_speed', 'loading_memory',
            'window_speed', 'window_memory', 'costs', 'domain_costs', 'cost_one_run', 'tried_weights',
            'cost_mixture_search', 'slowest_domain', 'all_domains', 'vectors_time', 'merge_time', 'metric', 'change',
            'perplexity_gain', 'bleu_gain', 'choice_gain', 'prompts_better', 'Expectation', 'shown', 'executive']
@@ -275,6 +275,8 @@ EXPECTATIONS = (
 )
 
 # %% ../../nbs/05a_facts.ipynb #c040
+ASKED = {"up to -50 %": "최대 -50 %", "-70..90 %": "-70~90 %", "up to 5x": "최대 5배", "up to -80 %": "최대 -80 %", "up to +15 %": "최대 +15 %", "<= 2 h": "2시간 이하", "5 min": "5분",
+         "<= 20 min": "20분 이하", "<= 10 h": "10시간 이하", "3-10 % below base": "base보다 3~10 % 낮음", "+2": "+2점", "6 of 10 better": "10개 중 6개", "<= 1 %": "1 % 이하"}   # Korean for `asked`
 UNITS = {"x": "배", "h": "시간", "min": "분", "points": "점", "of 10": "/10"}   # what Korean says for a unit
 
 def shown(

@@ -14,7 +14,7 @@ from ..core.figures import font_files
 from ..core.ledger import digest
 from ..core.settings import UserError, project_root
 from .drawing import flow_svg, house_svg
-from .facts import EXPECTATIONS, Facts, executive, shown
+from .facts import ASKED, EXPECTATIONS, Facts, executive, shown
 from .write import MET, Page
 
 # %% auto #0
@@ -189,7 +189,7 @@ def home_page(
              f"Of {len(table)} expectations **{n.get('yes', 0)} met**, {n.get('no', 0)} not met, {n.get('not measured', 0)} not measured. All of it is in the [report](report.md).")
     names = {e.id: page.t(e.ko, e.en) for e in EXPECTATIONS}
     page.table([page.t(*h) for h in (("기대치", "Expectation"), ("기대값", "Asked"), ("측정값", "Measured"), ("판정", "Verdict"))],
-               [[names[r.id], r.target, shown(r.value, r.unit, language) if r.met != "not measured" else "–", page.t(*MET[r.met])] for r in table.itertuples()], left=2)
+               [[names[r.id], page.t(ASKED[r.target], r.target), shown(r.value, r.unit, language) if r.met != "not measured" else "–", page.t(*MET[r.met])] for r in table.itertuples()], left=2)
     for key, ko, en in (("perplexity", "base 대비 PPL 변화", "Change of perplexity from the base"), ("funnel", "도메인별로 남은 본문", "Text kept by domain")):
         page.figure(f"reports/figures/report_{key}.png", ko, en)
     return page.text()

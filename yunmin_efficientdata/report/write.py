@@ -10,15 +10,15 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 from ..core.ledger import digest
-from .facts import (BENCHMARK, COSTS, EXPECTATIONS, GAINS, SUMMARY, Facts, change, costs, executive, metric,
+from .facts import (ASKED, BENCHMARK, COSTS, EXPECTATIONS, GAINS, SUMMARY, Facts, change, costs, executive, metric,
                                                shown, stages, domain_costs, tried_weights)
 from .figures import ORDER, PHASES, merge_weights, relative_perplexity
 
 # %% auto #0
 __all__ = ['CAPTIONS', 'MET', 'PACKAGES', 'SECTIONS', 'Page', 'plain', 'escape', 'summary_section', 'is_demo', 'parameters',
-           'scale_note', 'run_section', 'data_section', 'losses', 'format_section', 'benchmark', 'dem_section',
-           'ordered', 'perplexity_table', 'verdict', 'weights_table', 'vectors_table', 'cost_table',
-           'evaluation_section', 'gains_part', 'gain_row', 'improvements', 'limitations', 'proposals',
+           'scale_note', 'run_section', 'data_section', 'losses', 'search_quality', 'format_section', 'benchmark',
+           'dem_section', 'ordered', 'perplexity_table', 'verdict', 'weights_table', 'vectors_table', 'cost_table',
+           'evaluation_section', 'gains_part', 'gain_row', 'inference_part', 'improvements', 'limitations', 'proposals',
            'conclusions_section', 'versions', 'environment_section', 'compose']
 
 # %% ../../nbs/05b_write.ipynb #c006
@@ -75,6 +75,9 @@ def figure(self: Page, key: str, ko: str, en: str) -> bool: # False when the run
 
 # %% ../../nbs/05b_write.ipynb #c012
 CAPTIONS: dict[str, tuple[str, str]] = {
+    "dedup_rates": ("도메인별 중복률 (`dedup_log.csv`)", "Duplicate rate by domain (`dedup_log.csv`)"),
+    "dedup_clusters": ("중복 클러스터의 크기 (`minhash_lsh/clusters/`)", "Sizes of duplicate clusters (`minhash_lsh/clusters/`)"),
+    "dedup_recall": ("밴드 설정의 예상 재현율 (`dedup_ready/statistics.json`)", "Predicted recall of the bands (`dedup_ready/statistics.json`)"),
     "format_formats": ("형식별 크기와 읽기 시간", "Size and reading time by format"),
     "format_fertility": ("토크나이저별 fertility", "Fertility by tokenizer"),
     "format_lengths": ("문서 길이의 분포", "Distribution of document lengths"),
@@ -113,7 +116,7 @@ def summary_section(page: Page) -> None:
              f"Of {len(table)} expectations **{n.get('yes', 0)} are met**, {n.get('no', 0)} are not, and {n.get('not measured', 0)} were not measured.")
     scale_note(page)
     names = {e.id: page.t(e.ko, e.en) for e in EXPECTATIONS}
-    rows = [[names[r.id], r.target, shown(r.value, r.unit, page.language) if r.met != "not measured" else "–", page.t(*MET[r.met]),
+    rows = [[names[r.id], page.t(ASKED[r.target], r.target), shown(r.value, r.unit, page.language) if r.met != "not measured" else "–", page.t(*MET[r.met]),
              f"`{r.source}`" if r.source else "–", r.remark_ko if page.language == "ko" else r.remark] for r in table.itertuples()]
     page.table([page.t(*h) for h in (("기대치", "Expectation"), ("기대값", "Asked"), ("측정값", "Measured"), ("판정", "Verdict"), ("근거 파일", "File"), ("비고", "Remark"))], rows, left=6)
 
@@ -148,10 +151,10 @@ def run_section(page: Page) -> None:
     names = {"dedup": "deduplication", "format": "format", "dem": "DEM", "evaluation": "evaluation"}
     rows = []
     for phase, part in table[table.phase.isin(list(names))].groupby("phase", sort=False):
-        rows.append([page.t(PHASES[phase], names[phase]), len(part), float(part.seconds.sum()), float(part.cpu_seconds.sum()), part.peak_rss_mb.max()])
-    rows.append([page.t("합계", "total"), sum(r[1] for r in rows), sum(r[2] for r in rows), sum(r[3] for r in rows), max([r[4] for r in rows], default=None)])
+        rows.append([page.t(PHASES[phase], names[phase]), len(part), float(part.seconds.sum()), float(part.cpu_seconds.sum()), float(part.peak_rss_mb.fillna(0).max())])
+    rows.append([page.t("합계", "total"), sum(r[1] for r in rows), sum(r[2] for r in rows), sum(r[3] for r in rows), max([r[4] for r in rows], default=0.0)])
     page.table([page.t(*h) for h in (("단계", "Phase"), ("작업 수", "Stages"), ("시간 (초)", "Seconds"), ("CPU 시간 (초)", "CPU seconds"), ("최대 메모리 (MB)", "Peak memory (MB)"))],
-               [[r[0], r[1], f"{r[2]:,.1f}", f"{r[3]:,.1f}", f"{r[4]:,.0f}" if r[4] is not None else "–"] for r in rows])
+               [[r[0], r[1], f"{r[2]:,.1f}", f"{r[3]:,.1f}", f"{r[4]:,.0f}" if r[4] else "–"] for r in rows])
     bad = table[(table.status != "done") & table.phase.isin(list(names))]
     if len(bad): page.add(f"**끝나지 않은 작업**: {', '.join(f'`{s}`' for s in bad.stage)}. 아래 수치는 그 앞까지의 결과입니다.", f"**Unfinished stages**: {', '.join(f'`{s}`' for s in bad.stage)}. What follows is the state before them.")
     page.figure("reports/figures/report_time.png", "작업별 소요 시간 (`ledger/*.json`)", "Wall time of every stage (`ledger/*.json`)")
@@ -169,7 +172,7 @@ def data_section(page: Page) -> None:
         rows.append([page.t("합계", "total") if scope == "total" else scope, int(a.docs_in), int(z.docs_out), int(a.bytes_in), int(z.bytes_out),
                      f"{100*(1 - z.bytes_out/a.bytes_in):.1f} %" if a.bytes_in else "–", f"{100*removed:.1f} %" if math.isfinite(removed) else "–"])
     page.table([page.t(*h) for h in (("도메인", "Domain"), ("문서 (전)", "Documents before"), ("문서 (후)", "after"), ("바이트 (전)", "Bytes before"), ("바이트 (후)", "after"), ("바이트 감소", "Bytes gone"), ("중복 문서 비율", "Duplicate documents"))], rows)
-    losses(page)
+    losses(page); search_quality(page)
     page.figure("reports/figures/report_funnel.png", "도메인별로 남은 본문과 제거한 본문 (`dedup_log.csv`)", "Bytes kept and removed by domain (`dedup_log.csv`)")
     page.figures_of("dedup")
 
@@ -182,7 +185,20 @@ def losses(page: Page) -> None:
         each = ", ".join(f"`{k}` {v:,}" for k, v in sorted(counts.items(), key=lambda kv: (-kv[1], kv[0])))
         page.add(f"{ko}: {sum(counts.values()):,}건{f' ({each})' if each else ''}.", f"{en}: {sum(counts.values()):,}{f' ({each})' if each else ''}.")
 
-# %% ../../nbs/05b_write.ipynb #c023
+# %% ../../nbs/05b_write.ipynb #c022
+def search_quality(page: Page) -> None:
+    "Speed of signing, building and querying, candidates a document, predicted recall, and the sampled pairs."
+    s = page.facts.json("dedup_ready/statistics.json")
+    if not s: return
+    speed, pairs = s.get("docs_per_second") or {}, s.get("sampled_pairs") or []
+    rates = ", ".join(f"{k} {v:,.0f}" for k, v in speed.items() if v)
+    right = sum(p.get("true", 0) >= s.get("threshold", 0) for p in pairs)
+    page.add(f"유사 중복 탐색(`dedup_ready/statistics.json`): {s.get('bands')}개 밴드 × {s.get('rows')}행, 초당 문서 수 {rates or '–'}. 문서당 후보 {plain(s.get('candidates_per_document'))}개, 후보 가운데 실제 쌍의 비율 {plain(s.get('candidate_precision'))}, "
+             f"J = {plain(s.get('threshold'))}에서 예상 재현율 {plain(s.get('predicted_recall_at_threshold'))}. 표본 {len(pairs)}쌍 가운데 {right}쌍이 정확한 자카드로도 기준 이상입니다.",
+             f"Near-duplicate search (`dedup_ready/statistics.json`): {s.get('bands')} bands x {s.get('rows')} rows, documents a second: {rates or '–'}. {plain(s.get('candidates_per_document'))} candidates a document, {plain(s.get('candidate_precision'))} of them real pairs, "
+             f"predicted recall {plain(s.get('predicted_recall_at_threshold'))} at J = {plain(s.get('threshold'))}. Of {len(pairs)} sampled pairs {right} are above the threshold by exact Jaccard too.")
+
+# %% ../../nbs/05b_write.ipynb #c024
 def format_section(page: Page) -> None:
     "Size of the Parquet files and the loading benchmark."
     page.heading("4. 형식과 읽기 속도 (2단계, Youmu)", "4. Format and loading speed (phase 2, Youmu)")
@@ -200,14 +216,15 @@ def benchmark(page: Page) -> None:
     "The benchmark's medians by format, every numeric column that it has."
     table = page.facts.csv(BENCHMARK)
     if table is None: return page.missing(BENCHMARK)
-    numeric = [c for c in table.select_dtypes("number").columns if c not in ("repeat", "batch", "seconds_mean", "seconds_std")]
+    numeric = [c for c in ("rows", "seconds", "rows_per_second", "tokens_per_second", "tracemalloc_mb", "rss_mb", "anonymous_mb") if c in table and table[c].any()]
     middle = table.groupby("format", sort=False)[numeric].median()
     page.table([page.t("형식", "Format"), *(f"`{c}`" for c in numeric)], [[f, *(float(v) for v in row)] for f, row in zip(middle.index, middle.to_numpy())])
 
-# %% ../../nbs/05b_write.ipynb #c025
+# %% ../../nbs/05b_write.ipynb #c026
 def dem_section(page: Page) -> None:
     "Perplexity of every model, weights, difference vectors with their sanity checks, and costs."
     page.heading("5. 도메인 학습과 병합 (3단계, DEM)", "5. Domain training and merging (phase 3, DEM)")
+    for d, why in ((page.facts.json("results/merge_weights.json") or {}).get("skipped") or {}).items(): page.add(f"**학습하지 않은 도메인** `{d}`: {why}", f"**Domain not trained** `{d}`: {why}")
     perplexity_table(page); weights_table(page); vectors_table(page); cost_table(page)
     page.figures_of("dem")
 
@@ -226,7 +243,7 @@ def perplexity_table(page: Page) -> None:
     verdict(page)
     page.figure("reports/figures/report_perplexity.png", f"base 대비 PPL 변화 (`{SUMMARY}`)", f"Change of perplexity from the base (`{SUMMARY}`)")
 
-# %% ../../nbs/05b_write.ipynb #c027
+# %% ../../nbs/05b_write.ipynb #c028
 def verdict(page: Page) -> None:
     "One sentence each: merged against base, on general text, and against the mixed-data run."
     merged, mixed, wide = change(page.facts, "perplexity"), change(page.facts, "perplexity", "mixed"), metric(page.facts, "perplexity")
@@ -241,7 +258,7 @@ def verdict(page: Page) -> None:
         page.add(f"모든 도메인을 섞어 한 번 학습한 모델(mixed)은 base보다 {abs(mixed[0]):.1f} % {'낮습니다' if mixed[0] < 0 else '높습니다'}. 병합 모델은 이보다 {'낫습니다' if merged[0] < mixed[0] else '못합니다'}.",
                  f"The model trained once on all domains mixed is {abs(mixed[0]):.1f} % {'below' if mixed[0] < 0 else 'above'} the base; the merged model is {'better' if merged[0] < mixed[0] else 'worse'} than that.")
 
-# %% ../../nbs/05b_write.ipynb #c028
+# %% ../../nbs/05b_write.ipynb #c029
 def weights_table(page: Page) -> None:
     "Weights of the delivered merge."
     weights = merge_weights(page.facts)
@@ -271,7 +288,7 @@ def cost_table(page: Page) -> None:
     page.table([page.t(*h) for h in (("부분", "Part"), ("시간 (초)", "Seconds"), ("CPU 시간 (초)", "CPU seconds"), ("토큰", "Tokens"), ("스텝", "Steps"))],
                [[n, *(f"{c[k]:,.1f}" if c.get(k) is not None else None for k in ("seconds", "cpu_seconds")), c.get("tokens"), c.get("steps")] for n, c in every.items()])
 
-# %% ../../nbs/05b_write.ipynb #c030
+# %% ../../nbs/05b_write.ipynb #c031
 def evaluation_section(page: Page) -> None:
     "Scores of base, merged and mixed; the clearest gains and losses; inference speed."
     page.heading("6. 평가 (4단계)", "6. Evaluation (phase 4)")
@@ -283,10 +300,10 @@ def evaluation_section(page: Page) -> None:
         models = [m for m in ("base", "uniform", "merged", "mixed") if m in wide.columns]
         page.add("도메인 평균 (`results/metric_summary.csv`). BLEU의 토크나이저는 지표 이름에 있습니다 (`bleu_char`: 글자).", "Means over domains (`results/metric_summary.csv`); BLEU's tokenizer is in its name (`bleu_char`: characters).")
         page.table([page.t("지표", "Metric"), *models], [[m, *(float(v) for v in row)] for m, row in zip(wide.index, wide[models].to_numpy(float))])
-    gains_part(page)
+    gains_part(page); inference_part(page)
     page.figures_of("evaluation")
 
-# %% ../../nbs/05b_write.ipynb #c031
+# %% ../../nbs/05b_write.ipynb #c032
 def gains_part(page: Page) -> None:
     "At least three of the clearest gains, and the losses too, with prompt and answers."
     g = page.facts.json(GAINS)
@@ -307,6 +324,15 @@ def gain_row(item: dict, width: int = 120) -> list: # cells
     return [*(short(item.get(k)) for k in ("prompt", "reference", "base", "merged")), None if gain is None else f"{gain:+.3f}"]
 
 # %% ../../nbs/05b_write.ipynb #c033
+def inference_part(page: Page) -> None:
+    "Time to the first token, time a token, throughput and utilisation, by model and batch."
+    table = page.facts.csv("results/inference.csv")
+    page.heading("추론 속도", "Inference speed", 3)
+    if table is None: return page.missing("results/inference.csv")
+    columns = [c for c in ("model", "batch", "ttft_ms", "tpot_ms", "tokens_per_second", "peak_memory_mb", "mfu", "mbu") if c in table]
+    page.table([f"`{c}`" for c in columns], [[None if isinstance(v, float) and not math.isfinite(v) else v for v in row] for row in table[columns].itertuples(index=False)])
+
+# %% ../../nbs/05b_write.ipynb #c035
 def improvements(page: Page) -> list[str]: # best first
     "Measured changes for the better, ranked by value / target."
     gains = ("data", "cost_one", "cost_search", "loading", "windows", "memory", "window_memory", "choices", "ppl", "bleu", "prompts")
@@ -316,10 +342,10 @@ def improvements(page: Page) -> list[str]: # best first
         floor = 1 if e.unit == "x" else 5 if e.id == "prompts" else 0
         if m is None or not math.isfinite(m.value) or m.value <= floor: continue
         name, remark = page.t(e.ko, e.en), page.t(m.ko, m.en)
-        found.append((m.value/e.target, f"{name}: **{shown(m.value, e.unit, page.language)}**" + (f" ({remark})" if remark else "") + page.t(f". 기대값은 {e.asked}, 근거는 `{m.source}`.", f". Asked: {e.asked}; from `{m.source}`.")))
+        found.append((m.value/e.target, f"{name}: **{shown(m.value, e.unit, page.language)}**" + (f" ({remark})" if remark else "") + page.t(f". 기대값은 {ASKED[e.asked]}, 근거는 `{m.source}`.", f". Asked: {e.asked}; from `{m.source}`.")))
     return [text for _, text in sorted(found, key=lambda f: -f[0])]
 
-# %% ../../nbs/05b_write.ipynb #c034
+# %% ../../nbs/05b_write.ipynb #c036
 def _shortfalls(page: Page) -> list[tuple[float, str]]:
     "Missed expectations: (how far, sentence)."
     out = []
@@ -327,7 +353,7 @@ def _shortfalls(page: Page) -> list[tuple[float, str]]:
         m = e.measure(page.facts)
         if e.met(m) != "no": continue
         gap = (e.target - m.value)/e.target if e.at_least else m.value/e.target - 1
-        out.append((gap, page.t(f"{e.ko}: 기대값 {e.asked}에 못 미칩니다. 측정값은 **{shown(m.value, e.unit, 'ko')}** ({m.ko}; `{m.source}`).",
+        out.append((gap, page.t(f"{e.ko}: 기대값({ASKED[e.asked]})에 못 미칩니다. 측정값은 **{shown(m.value, e.unit, 'ko')}** ({m.ko}; `{m.source}`).",
                                 f"{e.en}: short of {e.asked}; measured **{shown(m.value, e.unit)}** ({m.en}; `{m.source}`).")))
     return sorted(out, key=lambda f: -f[0])
 
@@ -336,15 +362,16 @@ def limitations(page: Page) -> list[str]: # gravest first
     out = []
     if is_demo(page):
         c = domain_costs(page.facts).values()
-        out.append(page.t(f"규모: base를 그 자리에서 사전학습했고 도메인당 평균 {np.mean([x.get('steps') or 0 for x in c]) if c else 0:,.0f}스텝만 학습했습니다(`{COSTS}`). 품질 수치를 3B 모델에 옮겨 읽을 수 없습니다.",
-                          f"Scale: the base was pretrained on the spot and a domain was trained for {np.mean([x.get('steps') or 0 for x in c]) if c else 0:,.0f} steps on average (`{COSTS}`); quality figures do not carry over to a 3B model."))
+        steps = f"{np.mean([x.get('steps') or 0 for x in c]):,.0f}" if c else "–"
+        out.append(page.t(f"규모: base는 그 자리에서 사전학습한 작은 모델이고 도메인당 평균 학습 스텝은 {steps}입니다(`{COSTS}`). 품질 수치를 3B 모델에 옮겨 읽을 수 없습니다.",
+                          f"Scale: the base is a small model pretrained on the spot and a domain was trained for {steps} steps on average (`{COSTS}`); quality figures do not carry over to a 3B model."))
     out += [text for _, text in _shortfalls(page)]
     table = executive(page.facts)
     none = [page.t(e.ko, e.en) for e in EXPECTATIONS if e.id in set(table.id[table.met == "not measured"])]
     if none: out.append(page.t(f"측정하지 않은 기대치 {len(none)}개: {', '.join(none)}.", f"{len(none)} expectations were not measured: {', '.join(none)}."))
     return out
 
-# %% ../../nbs/05b_write.ipynb #c035
+# %% ../../nbs/05b_write.ipynb #c037
 def proposals(page: Page) -> list[str]: # first things first
     "What to do next, from causes that were measured."
     out, change_ = [], relative_perplexity(page.facts)
@@ -365,7 +392,7 @@ def proposals(page: Page) -> list[str]: # first things first
     if is_demo(page): out.append(page.t("`configs/yunmin-3b`로 GPU에서 같은 파이프라인을 실행해 품질 기대치를 다시 잽니다.", "Run the same pipeline with `configs/yunmin-3b` on a GPU and measure the quality expectations again."))
     return out
 
-# %% ../../nbs/05b_write.ipynb #c036
+# %% ../../nbs/05b_write.ipynb #c038
 def conclusions_section(page: Page) -> None:
     "Three improvements, two limitations, two proposals, or fewer with a sentence that says so."
     page.heading("7. 개선 3, 한계 2, 제안 2", "7. Three improvements, two limitations, two proposals")
@@ -377,7 +404,7 @@ def conclusions_section(page: Page) -> None:
         page.lines += [f"{i}. {text}" for i, text in enumerate(items, 1)] + [""]
         if len(items) < n: page.add(f"*측정값에서 얻은 항목은 {len(items)}개뿐입니다.*", f"*The measurements give only {len(items)}.*")
 
-# %% ../../nbs/05b_write.ipynb #c038
+# %% ../../nbs/05b_write.ipynb #c040
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "datasketch", "numba", "pyarrow", "duckdb", "numpy", "sacrebleu", "rouge-score")
 
 def versions() -> dict[str, str]: # package -> version
@@ -402,7 +429,7 @@ def environment_section(page: Page) -> None:
     rows.append([page.t("버전", "Versions"), ", ".join(f"{k} {v}" for k, v in versions().items())])
     page.table([page.t("항목", "Item"), page.t("값", "Value")], rows, left=2)
 
-# %% ../../nbs/05b_write.ipynb #c040
+# %% ../../nbs/05b_write.ipynb #c042
 SECTIONS: tuple[Callable[[Page], None], ...] = (summary_section, run_section, data_section, format_section, dem_section, evaluation_section, conclusions_section, environment_section)
 
 def compose(
