@@ -33,7 +33,19 @@ def choose_sources(
     if append: return known + [source]
     raise UserError(f"this workspace was made from {', '.join(known)}; to add {source} use --append, to start anew use another workspace")
 
-# %% ../../nbs/01_dedup.ipynb #c008
+# %% ../../nbs/01_dedup.ipynb #c007
+def _prepare(ctx, stage, files, ignored, sources: list[str]) -> dict: # counts
+    "Record the sources, then prepare. Sources of which nothing can be used are forgotten again, so that the next try may name others."
+    key, store = "dedup_ready/sources.json", ctx.store
+    before = store.read(key) if store.exists(key) else None
+    store.write(key, orjson.dumps({"sources": sources}))
+    try: return prepare(ctx, stage, files, ignored, sources)
+    except UserError:
+        if before is None: store.delete(key)
+        else: store.write(key, before)
+        raise
+
+# %% ../../nbs/01_dedup.ipynb #c009
 VERIFY_CANDIDATES = 50_000  # about so many candidates are verified in one task
 
 def find_near(ctx, stage) -> dict: # counts, seconds of each step, what happened by domain and source
@@ -61,7 +73,7 @@ class _Clock:
         now = time.perf_counter()
         self.laps[name] = None if self.resumed else round(now - self.at, 4); self.at = now
 
-# %% ../../nbs/01_dedup.ipynb #c009
+# %% ../../nbs/01_dedup.ipynb #c010
 def _count(kept: list[dict]) -> dict: # domains and sources
     "Sums over parts: documents, bytes and words before, after exact, after near; what each source lost."
     domains: dict = {}; sources: dict = {}
@@ -81,7 +93,7 @@ def _tidy(store: Store, parts: list[dict], kept: list[dict], ranges: int) -> Non
     sweep(store, "minhash_lsh/signatures/", [f"minhash_lsh/signatures/{p['name']}.npy" for p in parts])
     sweep(store, "minhash_lsh/pairs/near-", [f"minhash_lsh/pairs/near-{i:05d}.parquet" for i in range(ranges)])
 
-# %% ../../nbs/01_dedup.ipynb #c011
+# %% ../../nbs/01_dedup.ipynb #c012
 def audit(ctx, prepared: dict, near: dict) -> dict: # the headline numbers
     "Write dedup_log.csv, statistics.json and the figures."
     store, s = ctx.store, ctx.settings.dedup
@@ -97,7 +109,7 @@ def audit(ctx, prepared: dict, near: dict) -> dict: # the headline numbers
     last = rows[-1]; first = next(r for r in rows if r["scope"] == "total")
     return {"docs_in": first["docs_in"], "docs_out": last["docs_out"], "bytes_in": first["bytes_in"], "bytes_out": last["bytes_out"]}
 
-# %% ../../nbs/01_dedup.ipynb #c013
+# %% ../../nbs/01_dedup.ipynb #c014
 def run(
     workspace: str = "workspace", # folder or s3://bucket/prefix
     config: str = "configs/demo", # config folder
@@ -113,9 +125,8 @@ def run(
         sources = choose_sources(store, raw, append)
         listed = [list_raw(store, x) for x in sources]
         files, ignored = [f for fs, _ in listed for f in fs], [i for _, more in listed for i in more]
-        store.write("dedup_ready/sources.json", orjson.dumps({"sources": sources}))
         inputs = [Stat(f"{f.uri}/{f.key}" if f.uri != store.uri else f.key, f.size, f.version) for f in files]
-        prepared = ctx.stage("dedup.prepare", lambda stage: prepare(ctx, stage, files, ignored, sources), settings=[s.clean, s.dedup.part_bytes, sources], inputs=inputs,
+        prepared = ctx.stage("dedup.prepare", lambda stage: _prepare(ctx, stage, files, ignored, sources), settings=[s.clean, s.dedup.part_bytes, sources], inputs=inputs,
             outputs=["dedup_ready/manifest.json", "dedup_ready/review_samples.md", "minhash_lsh/index/"], code=["dedup.clean", "dedup.prepare"])
         code = ["dedup.minhash", "dedup.lsh", "dedup.cluster", "dedup.prepare", "dedup.phase"]
         exact = ctx.stage("dedup.exact", lambda stage: find_exact(ctx), settings=[s.dedup.keep, s.dedup.source_priority, s.dedup.partitions], after=["dedup.prepare"], outputs=["minhash_lsh/exact/"], code=code)
