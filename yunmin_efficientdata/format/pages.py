@@ -144,7 +144,8 @@ def read_page(
     if not 4 <= offset < end <= stop: raise ValueError("the page lies outside its column")
     reader = Compact(data[offset:min(end, offset + 65536)])
     head = read_struct(reader)
-    if head[1] != 3: raise OtherLayout("data pages are not version 2")
+    if head[1] not in (0, 3) or (5 if head[1] == 0 else 8) not in head: raise ValueError("the index leads to something that is no data page")
+    if head[1] == 0: raise OtherLayout("data pages are not version 2")
     v2, body = head[8], offset + reader.pos
     if body + head[3] != end: raise ValueError("page header and index disagree about its size")
     if v2[4] != 0: raise OtherLayout("values are not PLAIN")
@@ -226,21 +227,30 @@ def unpack_tokens(
     column: str = "tokens"
 ) -> tuple[np.ndarray, PageTable, dict]: # (bytes of all tokens as int32, one page, metadata)
     "Decode a list column with pyarrow into an unnamed temporary file. Raises `UserError` for other types or null tokens."
-    file = pq.ParquetFile(path)
+    file = pq.ParquetFile(path, page_checksum_verification=True)
     kind = file.schema_arrow.field(column).type
     if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_integer(kind.value_type):
         raise UserError(f"{path}: column {column!r} is {kind}, not a list of integers")
+    rows = empty = 0
     with tempfile.TemporaryFile() as out:
         for batch in file.iter_batches(batch_size=1024, columns=[column]):
             flat = batch.column(0).flatten()
+            lengths = batch.column(0).value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
+            rows, empty = rows + len(lengths), empty + int((lengths == 0).sum())
             if flat.null_count: raise UserError(f"{path}: column {column!r} has null tokens")
             out.write(np.ascontiguousarray(flat.cast(pa.int32()).to_numpy(zero_copy_only=False), dtype="<i4").tobytes())
         out.flush()
-        n, rows = out.tell() // 4, file.metadata.num_rows
+        n = out.tell() // 4
+        if (rows, n + empty) != _stated(file, column): raise DamagedFile(f"{path}: pyarrow read {rows} rows and {n + empty} values of {column!r}, the footer says {_stated(file, column)}")
         data = np.memmap(out, mode="r", dtype=np.uint8) if n else np.zeros(0, np.uint8)
     one = [np.array([v], np.int64) for v in (0, n, 0, rows, 0, 0, 4 * n, -1)]
     meta = {k.decode(): v.decode("utf-8", "replace") for k, v in (file.metadata.metadata or {}).items()}
     return data, PageTable(*one), meta
+
+def _stated(file: pq.ParquetFile, column: str) -> tuple[int, int]: # rows, values with one for each empty list
+    groups = [file.metadata.row_group(g) for g in range(file.num_row_groups)]
+    leaf = next((i for i in range(file.metadata.num_columns) if file.schema.column(i).path.split(".")[0] == column), 0)
+    return file.metadata.num_rows, sum(g.column(leaf).num_values for g in groups)
 
 # %% ../../nbs/02c_pages.ipynb #c034
 class TokenFile:
@@ -258,7 +268,7 @@ class TokenFile:
         except OtherLayout as e:
             self.way, self.reason = "pyarrow", str(e)
             try: self.data, self.pages, self.metadata = unpack_tokens(path, column)
-            except pa.ArrowException as error: raise DamagedFile(f"{path}: {' '.join(str(error).split())}") from None
+            except (pa.ArrowException, OSError) as error: raise DamagedFile(f"{path}: {' '.join(str(error).split())}") from None
         if check: check_pages(self.data, self.pages, str(path))
 
     def __len__(self): return int(self.pages.count.sum())

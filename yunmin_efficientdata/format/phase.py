@@ -163,7 +163,7 @@ def parquet_work(ctx, stage, keys: dict[str, list[str]], sizes: dict, tokenizer:
     for key in ctx.store.list("parquet_ready/"):
         if key.endswith(".parquet") and key not in wanted: ctx.store.delete(key)
     ctx.store.write("parquet_ready/schema.txt", schema_text())
-    ctx.store.write(MANIFEST, json.dumps(manifest, ensure_ascii=False, indent=1))
+    ctx.store.write(MANIFEST, json.dumps(manifest, ensure_ascii=False, indent=1, sort_keys=True))
     total = lambda group, k: sum(e[k] for e in group.values())
     return {"rows": total(manifest["domains"], "rows"), "tokens": total(manifest["domains"], "tokens"), "bytes": total(manifest["domains"], "bytes"),
             "validation": total(manifest["heldout"]["validation"], "rows"), "test": total(manifest["heldout"]["test"], "rows")}

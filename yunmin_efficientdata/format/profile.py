@@ -29,14 +29,14 @@ def view_sql(
 
 # %% ../../nbs/02e_profile.ipynb #c009
 LENGTHS = {
-"overview": """SELECT domain, split, count(*) AS documents, sum(len(tokens)) AS tokens, sum(length(text)) AS characters, sum(strlen(text)) AS bytes,
+"overview": """SELECT domain, split, count(*) AS documents, sum(len(tokens))::BIGINT AS tokens, sum(length(text))::BIGINT AS characters, sum(strlen(text))::BIGINT AS bytes,
        round(sum(len(tokens)) / count(*), 1) AS tokens_per_document, round(sum(strlen(text)) / sum(len(tokens)), 3) AS bytes_per_token
 FROM corpus GROUP BY ALL ORDER BY domain, split""",
 "lengths": """SELECT domain, min(len(tokens)) AS min, quantile_disc(len(tokens), .05) AS q05, quantile_disc(len(tokens), .25) AS q25, quantile_disc(len(tokens), .5) AS median,
        quantile_disc(len(tokens), .75) AS q75, quantile_disc(len(tokens), .95) AS q95, quantile_disc(len(tokens), .99) AS q99, max(len(tokens)) AS max,
        quantile_disc(length(text), .5) AS median_characters
 FROM corpus GROUP BY ALL ORDER BY domain""",
-"histogram": """SELECT domain, floor(2 * log2(len(tokens)))::INT AS bin, count(*) AS documents, sum(len(tokens)) AS tokens
+"histogram": """SELECT domain, floor(2 * log2(len(tokens)))::INT AS bin, count(*) AS documents, sum(len(tokens))::BIGINT AS tokens
 FROM corpus GROUP BY ALL ORDER BY domain, bin""",
 "outliers": """WITH sized AS (SELECT domain, id, len(tokens) AS tokens, length(text) AS characters, text, len(tokens) / length(text) AS density FROM corpus WHERE text <> ''),
      usual AS (SELECT domain, quantile_disc(density, .25) AS low, quantile_disc(density, .75) AS high FROM sized GROUP BY domain)
@@ -47,10 +47,10 @@ QUALIFY row_number() OVER (PARTITION BY domain ORDER BY tokens DESC, id) <= 5 OR
 
 # %% ../../nbs/02e_profile.ipynb #c010
 ORIGINS = {
-"sources": """SELECT domain, source, count(*) AS documents, sum(len(tokens)) AS tokens, round(avg(len(tokens)), 1) AS tokens_per_document
+"sources": """SELECT domain, source, count(*) AS documents, sum(len(tokens))::BIGINT AS tokens, round(avg(len(tokens)), 1) AS tokens_per_document
 FROM corpus GROUP BY ALL ORDER BY tokens DESC, domain, source LIMIT 30""",
-"languages": """SELECT domain, lang, count(*) AS documents, sum(len(tokens)) AS tokens FROM corpus GROUP BY ALL ORDER BY domain, tokens DESC, lang""",
-"years": """SELECT domain, CASE WHEN date = '' THEN 'unknown' ELSE left(date, 4) END AS year, count(*) AS documents, sum(len(tokens)) AS tokens
+"languages": """SELECT domain, lang, count(*) AS documents, sum(len(tokens))::BIGINT AS tokens FROM corpus GROUP BY ALL ORDER BY domain, tokens DESC, lang""",
+"years": """SELECT domain, CASE WHEN date = '' THEN 'unknown' ELSE left(date, 4) END AS year, count(*) AS documents, sum(len(tokens))::BIGINT AS tokens
 FROM corpus GROUP BY ALL ORDER BY domain, year""",
 "duplicates_left": """SELECT domain, count(*) AS documents, count(*) - count(DISTINCT md5(text)) AS same_text FROM corpus GROUP BY ALL ORDER BY domain""",
 }
@@ -145,7 +145,8 @@ def plot_lengths(
     fig, ax = plt.subplots(figsize=(7.2, 3.8))
     sns.lineplot(table, x="length", y="share", hue="domain", style="domain", markers=True, dashes=False, ax=ax)
     ax.set(xscale="log", xlabel="문서 길이 (토큰, 로그 눈금)", ylabel="문서 비율 (%)", title="도메인별 문서 길이 분포")
-    ax.legend(title=None)
+    ax.xaxis.set_major_formatter("{x:,.0f}")
+    ax.legend(title=None, loc="upper left", bbox_to_anchor=(1, 1))
     return fig
 
 def plot_fertility(
@@ -173,5 +174,9 @@ def plot_formats(
     if speed is not None:
         sns.barplot(speed, y="format", x="seconds", errorbar="sd", ax=axes[0][1], color="#de8f05")
         axes[0][1].set(xlabel="읽는 시간 (초, 로그 눈금)", ylabel=None, title="형식별 읽기 시간", xscale="log")
+        axes[0][1].xaxis.set_major_formatter("{x:g}"); axes[0][1].xaxis.set_minor_formatter("")
+        means = speed.groupby("format", sort=False).seconds.mean()
+        for i, v in enumerate(means): axes[0][1].text(v * 1.4, i, f"{v:.3g}", va="center")
+        axes[0][1].margins(x=.2)
     fig.tight_layout()
     return fig
