@@ -6,6 +6,7 @@
 from __future__ import annotations
 import itertools, json, os, re, shutil, warnings
 from pathlib import Path
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is loaded, see below
 import numpy as np, torch
 from transformers import AutoConfig, AutoModelForCausalLM, Mamba2Config, MambaConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING

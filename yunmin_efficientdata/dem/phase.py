@@ -4,7 +4,8 @@
 
 # %% ../../nbs/03_dem.ipynb #c004
 from __future__ import annotations
-import csv, io, json, math, time
+import csv, io, json, math, os, time
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded: see dem.base
 from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np, torch
