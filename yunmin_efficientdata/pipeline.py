@@ -4,13 +4,12 @@
 
 # %% ../nbs/06_pipeline.ipynb #c004
 from __future__ import annotations
-import contextlib, logging, os, re, shutil, sys, tempfile, time
+import ast, contextlib, logging, os, tempfile, time
 from pathlib import Path
 from typing import Iterator
 import nbformat
-from fastcore.basics import patch
 from .core.settings import Settings, UserError, config_folder, load_settings, project_root
-from .core.store import Store, open_store, split_source
+from .core.store import Stat, Store, open_store
 from .core.ledger import Ledger
 from .core.context import open_log, workspace_lock
 
@@ -41,7 +40,7 @@ def check_parameters(
     "Raise `RuntimeError` unless the notebook has exactly one `parameters` cell that assigns each of these names."
     cells = [c for c in nbformat.read(path, 4).cells if "parameters" in c.metadata.get("tags", [])]
     if len(cells) != 1: raise RuntimeError(f"{path.name}: {len(cells)} cells are tagged `parameters`, expected exactly 1")
-    names = set(re.findall(r"^(\w+)\s*(?::[^=]+)?=", cells[0].source, re.M))
+    names = {t.id for node in ast.parse(cells[0].source).body if isinstance(node, ast.Assign) for t in node.targets}
     if missing := sorted(set(parameters) - names): raise RuntimeError(f"{path.name}: the parameters cell does not assign {', '.join(missing)}")
 
 # %% ../nbs/06_pipeline.ipynb #c012
@@ -97,7 +96,7 @@ def run_notebook(
     with tempfile.TemporaryDirectory() as scratch:
         out, failure = Path(scratch)/f"{PHASES[phase]}.ipynb", None
         try: papermill.execute_notebook(str(source), str(out), parameters, kernel_name="python3", progress_bar=False, stdout_file=_Echo(_STAGES.get(phase, phase)),
-                                        request_save_on_cell_execute=False, cwd=store.uri if store.is_local else scratch)
+                                        request_save_on_cell_execute=False, extra_arguments=["--log-level=CRITICAL"], cwd=store.uri if store.is_local else scratch)
         except PapermillExecutionError as e: failure = e
         if out.exists(): store.write(key, out.read_bytes())
         if failure: raise _failure(phase, failure) from failure
@@ -112,8 +111,10 @@ def preflight(
         from yunmin_efficientdata.dem.base import check_base
         check_base(settings.dem.base)
     if "dedup" not in phases: return []
-    from yunmin_efficientdata.dedup.phase import raw_files
-    return raw_files(store, raw)
+    from yunmin_efficientdata.dedup.phase import choose_sources
+    from yunmin_efficientdata.dedup.prepare import list_raw
+    files = [f for source in choose_sources(store, raw, append=False) for f in list_raw(store, source)[0]]
+    return [Stat(f.name, f.size, f.version) for f in files]
 
 # %% ../nbs/06_pipeline.ipynb #c020
 def _publish(store: Store, settings: Settings) -> None:

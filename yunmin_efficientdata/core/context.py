@@ -208,6 +208,7 @@ def open_phase(
     settings, store = load_settings(config, list(overrides or ())), open_store(workspace)
     with _phase_lock(store), make_executor(executor, workers) as ex:
         logger = open_log(store, settings.logging, phase)
+        store.clean()  # what dead runs left unfinished
         try: yield Context(phase, store, settings, Ledger(store), ex, logger)
         except UserError as e: logger.error(str(e)); raise
         except Exception as e:
