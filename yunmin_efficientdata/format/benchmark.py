@@ -4,7 +4,7 @@
 
 # %% ../../nbs/02f_benchmark.ipynb #c004
 from __future__ import annotations
-import json, multiprocessing, threading, time, tracemalloc
+import json, os, subprocess, sys, threading, time, tracemalloc
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -16,7 +16,7 @@ from .loader import TextRows, TokenLoader
 
 # %% auto #0
 __all__ = ['READERS', 'JsonlRows', 'read_jsonl_text', 'read_parquet_text', 'read_jsonl_tokens', 'read_parquet_windows',
-           'memory_mb', 'PeakMemory', 'measure', 'measure_apart', 'benchmark']
+           'memory_mb', 'PeakMemory', 'measure', 'serve', 'ask', 'benchmark']
 
 # %% ../../nbs/02f_benchmark.ipynb #c006
 class JsonlRows(IterableDataset):
@@ -94,29 +94,33 @@ def measure(
     peak = tracemalloc.get_traced_memory()[1] / 2**20; tracemalloc.stop()
     return {"rows": int(rows), "tokens": int(tokens), "seconds": seconds, "tracemalloc_mb": peak, "rss_mb": memory.rss_mb, "anonymous_mb": memory.anonymous_mb}
 
-def _send(pipe, name, job):
-    try: pipe.send(measure(name, job))
-    except BaseException as e: pipe.send(f"{type(e).__name__}: {e}")
-
-def measure_apart(name: str, job: dict) -> dict:
-    "`measure` in a fresh process. Raises `RuntimeError` with its error."
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["yunmin_efficientdata.format.benchmark"])
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_send, args=(theirs, name, job)); process.start(); theirs.close()
-    try: result = ours.recv()
-    except EOFError: result = "the process ended without an answer"
-    process.join()
-    if isinstance(result, str): raise RuntimeError(f"benchmark of {name!r}: {result}")
-    return result
-
 # %% ../../nbs/02f_benchmark.ipynb #c012
+def serve() -> None:
+    "Read [reader, job] lines from stdin, measure each in a forked child, answer with one line of JSON each."
+    for line in sys.stdin:
+        if (pid := os.fork()) == 0:
+            try: answer = measure(*json.loads(line))
+            except BaseException as e: answer = f"{type(e).__name__}: {e}"
+            print(json.dumps(answer), flush=True); os._exit(0)
+        if os.waitpid(pid, 0)[1]: print(json.dumps("the process was killed"), flush=True)
+
+def ask(server: subprocess.Popen, name: str, job: dict) -> dict:
+    "One measurement by the server. Raises `RuntimeError` with the reader's error."
+    server.stdin.write(json.dumps([name, job]) + "\n"); server.stdin.flush()
+    answer = json.loads(server.stdout.readline() or '"the server ended"')
+    if isinstance(answer, str): raise RuntimeError(f"benchmark of {name!r}: {answer}")
+    return answer
+
+# %% ../../nbs/02f_benchmark.ipynb #c014
 def benchmark(
     job: dict, # as for `measure`
     repeats: int = 3
 ) -> pd.DataFrame: # one row a format and repetition
     "Measure all readers `repeats` times, interleaved."
-    rows = [{"format": name, "repeat": r, "batch": job["batch"], **measure_apart(name, job)} for r in range(repeats) for name in READERS]
+    command = [sys.executable, "-c", "from yunmin_efficientdata.format.benchmark import serve; serve()"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        rows = [{"format": name, "repeat": r, "batch": job["batch"], **ask(server, name, job)} for r in range(repeats) for name in READERS]
+        server.stdin.close()
     table = pd.DataFrame(rows)
     table["rows_per_second"] = table.rows / table.seconds
     table["tokens_per_second"] = table.tokens / table.seconds

@@ -74,7 +74,7 @@ class TokenPages:
 def _take_numpy(pages: TokenPages, starts: np.ndarray, length: int) -> np.ndarray:
     "The gather as a Python loop over windows and pages."
     out = np.empty((len(starts), length), np.int32)
-    flat = out.view(np.uint8).reshape(len(starts), -1)
+    flat = out.view(np.uint8).reshape(len(starts), 4 * length)
     for i, t in enumerate(starts):
         page, done = int(np.searchsorted(pages.first, t, side="right")) - 1, 0
         while done < length:
@@ -361,7 +361,7 @@ def _text_batches(file, groups, columns, batch_size):
     missing = set(columns) - set(file.schema_arrow.names)
     if missing: raise UserError(f"no column {sorted(missing)[0]!r}; the file has {', '.join(file.schema_arrow.names)}")
     if not groups: return
-    many = batch_size * max(1, 1024 // batch_size)  # decode about a thousand rows at once: small batches cost as much each
+    many = batch_size * max(1, 256 // batch_size)  # decode some hundred rows at once: each call costs the same for 16
     for batch in file.iter_batches(batch_size=many, row_groups=groups, columns=columns, use_threads=False):
         rows = {c: batch.column(c).to_pylist() for c in columns}
         for i in range(0, batch.num_rows, batch_size): yield {c: rows[c][i:i + batch_size] for c in columns}
