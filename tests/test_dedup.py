@@ -300,3 +300,15 @@ def test_real_text_against_all_pairs(tmp_path):
     rows = clusters_of(tmp_path/"w")
     found = sum(a in rows and b in rows and rows[a]["cluster"] == rows[b]["cluster"] for a, b in truth)
     assert len(truth) > 20 and found / len(truth) >= 0.99
+
+def test_s3_gives_the_same_files(tmp_path, monkeypatch):
+    moto, boto3 = pytest.importorskip("moto"), pytest.importorskip("boto3")
+    for k, v in {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y", "AWS_DEFAULT_REGION": "us-east-1"}.items(): monkeypatch.setenv(k, v)
+    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
+    lines = corpus_lines(); write_raw(tmp_path/"a", lines, [])
+    run(tmp_path/"local", raw=str(tmp_path/"a"), workers=1, overrides=SMALL)
+    with moto.mock_aws():
+        client = boto3.client("s3"); client.create_bucket(Bucket="corpus-1")
+        for i, part in enumerate((lines[:70], lines[70:])): client.put_object(Bucket="corpus-1", Key=f"crawl/web-{i}.jsonl", Body="\n".join(part).encode())
+        run("s3://corpus-1/ws", raw="s3://corpus-1/crawl", workers=1, overrides=SMALL)
+        assert files("s3://corpus-1/ws") == files(tmp_path/"local")

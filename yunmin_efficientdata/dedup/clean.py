@@ -67,7 +67,7 @@ def white_space(text: str) -> str: # tidy lines
     return text
 
 # %% ../../nbs/01a_clean.ipynb #c017
-_JAMO_RUN = re.compile("([\u3131-\u318e])\\1{2,}")
+_JAMO_RUN = re.compile("([\u3131-\u3163])\\1{2,}")  # without ㆍ (U+318D), which statutes use as a dot
 _SIGN_RUN = re.compile(r"([!?~^])\1{2,}|\.{4,}")
 
 def _shorten(match: re.Match) -> str:

@@ -13,13 +13,13 @@ import numpy as np, orjson, pyarrow as pa, pyarrow.parquet as pq
 from ..core.settings import CleanSettings, UserError
 from ..core.store import Store, open_store
 from ..core.records import BadLine, Document, JsonlWriter, dump_line, is_jsonl, make_id, quarantine_record, read_jsonl, validate
-from .clean import Cleaner
+from .clean import Cleaner, white_space
 
 # %% auto #0
 __all__ = ['SPILL_BYTES', 'INDEX', 'RawFile', 'normal_source', 'list_raw', 'safe_domain', 'file_domain', 'base_id', 'id_hash',
            'Spill', 'load_array', 'read_range', 'new_tally', 'add_tally', 'check_tally', 'Review', 'excerpts',
-           'prepare_file', 'write_quarantine', 'check_domains', 'number_ids', 'text_hash', 'write_table',
-           'prepare_range', 'Corpus', 'resumable', 'sweep', 'prepare', 'review_markdown']
+           'first_difference', 'prepare_file', 'write_quarantine', 'check_domains', 'number_ids', 'text_hash',
+           'write_table', 'prepare_range', 'Corpus', 'resumable', 'sweep', 'prepare', 'review_markdown']
 
 # %% ../../nbs/01f_prepare.ipynb #c006
 class RawFile(NamedTuple):
@@ -178,11 +178,19 @@ def excerpts(
     before: str, after: str, # a text and what became of it
     width: int = 160 # characters before and after the first change
 ) -> tuple[str, str]:
-    "The surroundings of the first difference."
-    same = next((i for i, (x, y) in enumerate(zip(before, after)) if x != y), min(len(before), len(after)))
-    start = max(0, same - width // 2)
-    def cut(t): return ("…" if start else "") + t[start:same + width] + ("…" if len(t) > same + width else "")
-    return cut(before), cut(after)
+    "The surroundings of the first difference that a reader can see; of the first one where all are invisible."
+    plain = white_space(unicodedata.normalize("NFC", before))  # white space and form change nearly everywhere, and do not show
+    at = first_difference(plain, after) if plain != after else first_difference(before, after)
+    raw, back = at, min(6, at)
+    if plain != after:
+        raw = before.find(plain[at - back:at], at - back) + back
+        if raw < at: raw, before = at, plain
+    def cut(t, i): return ("…" if i > width // 2 else "") + t[max(0, i - width // 2):i + width] + ("…" if len(t) > i + width else "")
+    return cut(before, raw), cut(after, at)
+
+def first_difference(x: str, y: str) -> int: # index of the first character that differs
+    "Where two texts part."
+    return next((i for i, (a, b) in enumerate(zip(x, y)) if a != b), min(len(x), len(y)))
 
 # %% ../../nbs/01f_prepare.ipynb #c024
 def _document(record: dict, text: str, domain: str) -> tuple[Document, bool]: # the cleaned document, was its id given
