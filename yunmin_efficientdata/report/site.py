@@ -269,7 +269,7 @@ def front(text: str) -> str: # the page with its H1 as front matter
 def guide_page(root: Path, folder: Path, known: dict[str, str]) -> str: # Markdown of README.md for the site
     "README.md, its pictures copied beside it."
     if not (root/"README.md").is_file(): return "# 사용법\n\n아직 없습니다.\n"
-    text = (root/"README.md").read_text(encoding="utf-8")
+    text = re.sub(r"^<!--.*?-->\s*", "", (root/"README.md").read_text(encoding="utf-8"), flags=re.S)
     for target in sorted(set(re.findall(r"!\[[^\]]*\]\(([^()\s]+)\)", text))):
         if (root/target).is_file():
             (folder/"images").mkdir(exist_ok=True); shutil.copyfile(root/target, folder/"images"/Path(target).name)

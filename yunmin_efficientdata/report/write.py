@@ -15,11 +15,11 @@ from .facts import (ASKED, BENCHMARK, COSTS, EXPECTATIONS, GAINS, SUMMARY, Facts
 from .figures import ORDER, PHASES, merge_weights, relative_perplexity
 
 # %% auto #0
-__all__ = ['CAPTIONS', 'MET', 'PACKAGES', 'SECTIONS', 'Page', 'plain', 'escape', 'summary_section', 'is_demo', 'parameters',
-           'scale_note', 'run_section', 'data_section', 'losses', 'search_quality', 'format_section', 'benchmark',
-           'dem_section', 'ordered', 'perplexity_table', 'verdict', 'weights_table', 'vectors_table', 'cost_table',
-           'evaluation_section', 'gains_part', 'gain_row', 'inference_part', 'improvements', 'limitations', 'proposals',
-           'conclusions_section', 'versions', 'environment_section', 'compose']
+__all__ = ['UNIT', 'CAPTIONS', 'MET', 'PACKAGES', 'SECTIONS', 'Page', 'plain', 'escape', 'summary_section', 'is_demo',
+           'parameters', 'scale_note', 'run_section', 'data_section', 'losses', 'search_quality', 'format_section',
+           'benchmark', 'dem_section', 'ordered', 'perplexity_table', 'verdict', 'weights_table', 'vectors_table',
+           'cost_table', 'evaluation_section', 'gains_part', 'gain_row', 'inference_part', 'improvements',
+           'limitations', 'proposals', 'conclusions_section', 'versions', 'environment_section', 'compose']
 
 # %% ../../nbs/05b_write.ipynb #c006
 class Page:
@@ -54,13 +54,15 @@ def escape(text: str) -> str: # safe inside a table cell
     text = "".join(c if c.isprintable() else "�" for c in text)   # a small model writes control characters too
     return re.sub(r"([\\|*_`\[\]<>#~$])", r"\\\1", text)
 
+UNIT = re.compile(r"(\d) (%|배|시간|분|점|x|h|min|points)(?=\W|$)")   # a number and its unit stay on one line
+
 @patch
 def table(self: Page, header: list[str], rows: Iterable[Iterable], left: int = 1) -> None: # left: columns aligned to the left
     "Add a table; cells go through `plain` unless they are Markdown in backticks."
     self.lines += ["| " + " | ".join(header) + " |", "|" + "|".join(":--" if i < left else "--:" for i in range(len(header))) + "|"]
     for row in rows:
         cells = [c if isinstance(c, str) and re.fullmatch(r"`[^`|]*`", c) else plain(c) for c in row]
-        self.lines.append("| " + " | ".join(cells) + " |")
+        self.lines.append("| " + " | ".join(UNIT.sub("\\1\u00a0\\2", c) for c in cells) + " |")
     self.lines.append("")
 
 # %% ../../nbs/05b_write.ipynb #c010
