@@ -83,8 +83,9 @@ def clean_notebook(
     roots: dict[str, str] # for `scrub`
 ) -> Any: # a new notebook for the site
     "A copy without directives, hidden cells, execution metadata, widgets and machine paths; H1 and quote become the title."
-    cells = []
+    cells, tags = [], {t for c in nb.cells for t in c.metadata.get("tags", [])}
     for cell in nb.cells:
+        if "injected-parameters" in tags and "parameters" in cell.metadata.get("tags", []): continue   # the defaults were not used
         if cell.cell_type == "code":
             source = clean_source(cell.source)
             if "injected-parameters" in cell.metadata.get("tags", []): source = clean_parameters(source)
