@@ -158,6 +158,7 @@ def plot_fertility(
     sns.barplot(table[table.tokenizer != "bytes"], x="domain", y="tokens_per_char", hue="tokenizer", ax=ax)
     for bars in ax.containers: ax.bar_label(bars, fmt="%.2f", fontsize=9)
     ax.set(xlabel=None, ylabel="글자당 토큰 수", title="토크나이저 효율: 글자당 토큰 (낮을수록 짧은 시퀀스)"); ax.margins(y=.12)
+    ax.legend(title=None, loc="upper left", bbox_to_anchor=(1, 1))
     return fig
 
 # %% ../../nbs/02e_profile.ipynb #c025
@@ -177,6 +178,6 @@ def plot_formats(
         axes[0][1].xaxis.set_major_formatter("{x:g}"); axes[0][1].xaxis.set_minor_formatter("")
         means = speed.groupby("format", sort=False).seconds.mean()
         for i, v in enumerate(means): axes[0][1].text(v * 1.4, i, f"{v:.3g}", va="center")
-        axes[0][1].margins(x=.2)
+        axes[0][1].set_xlim(right=means.max() * 5)
     fig.tight_layout()
     return fig
