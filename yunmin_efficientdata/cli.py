@@ -4,7 +4,7 @@
 
 # %% ../nbs/07_cli.ipynb #c004
 from __future__ import annotations
-import sys
+import os, sys
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
@@ -173,6 +173,7 @@ def main(argv: list[str] | None = None) -> None:
     "Entry point: reads .env, runs a command, turns errors into exit codes."
     from dotenv import load_dotenv
     load_dotenv(Path.cwd()/".env")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # waiting threads of torch leave the cores to others
     try: app(args=argv, standalone_mode=True, prog_name="yunmin")
     except UserError as e: print(f"error: {' '.join(str(e).split())}", file=sys.stderr); sys.exit(2)
     except KeyboardInterrupt: print("interrupted; start it again to go on", file=sys.stderr); sys.exit(130)

@@ -146,7 +146,7 @@ def run_pipeline(
     settings, store, chosen = load_settings(config, overrides), open_store(workspace), choose_phases(phases)
     inputs, seconds = preflight(store, settings, chosen, raw), {}
     parameters = phase_parameters(store, config, raw, overrides, executor, workers)
-    with workspace_lock(store) as holder, _environment(YUNMIN_LOCK_TOKEN=holder["token"], YUNMIN_BATCH="1"):
+    with workspace_lock(store) as holder, _environment(YUNMIN_LOCK_TOKEN=holder["token"], YUNMIN_BATCH="1", OMP_WAIT_POLICY="passive"):
         log, ledger = open_log(store, settings.logging, "run"), Ledger(store)
         try:
             for i, phase in enumerate(chosen):

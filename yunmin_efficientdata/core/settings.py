@@ -187,6 +187,7 @@ class LoggingConfig(Section):
 class ReportSettings(Section):
     "The section `report` of evaluation_config.yaml: phase 5."
     language: Literal["ko", "en"] = Field("ko", description="language of report.md: Korean, or English on request")
+    quotes: bool = Field(True, description="quote sentences of the corpus in report and notebooks; false where licence or privacy forbid it")
     site: bool = Field(True, description="build the site after report.md")
     renderer: Literal["auto", "quarto", "smalldocs"] = Field("auto", description="auto: quarto when it is on PATH, else smalldocs")
 

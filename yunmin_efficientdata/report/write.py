@@ -15,11 +15,12 @@ from .facts import (ASKED, BENCHMARK, COSTS, EXPECTATIONS, GAINS, SUMMARY, Facts
 from .figures import ORDER, PHASES, merge_weights, relative_perplexity
 
 # %% auto #0
-__all__ = ['UNIT', 'CAPTIONS', 'MET', 'PACKAGES', 'SECTIONS', 'Page', 'plain', 'escape', 'summary_section', 'is_demo',
+__all__ = ['UNIT', 'CAPTIONS', 'MET', 'PROMPTS', 'PACKAGES', 'SECTIONS', 'Page', 'plain', 'escape', 'summary_section', 'is_demo',
            'parameters', 'scale_note', 'run_section', 'data_section', 'losses', 'search_quality', 'format_section',
            'benchmark', 'dem_section', 'ordered', 'perplexity_table', 'verdict', 'weights_table', 'vectors_table',
-           'cost_table', 'evaluation_section', 'gains_part', 'gain_row', 'inference_part', 'improvements',
-           'limitations', 'proposals', 'conclusions_section', 'versions', 'environment_section', 'compose']
+           'cost_table', 'evaluation_section', 'changed_sentences', 'gains_part', 'gain_row', 'inference_part',
+           'improvements', 'limitations', 'proposals', 'conclusions_section', 'versions', 'environment_section',
+           'compose']
 
 # %% ../../nbs/05b_write.ipynb #c006
 class Page:
@@ -306,22 +307,33 @@ def evaluation_section(page: Page) -> None:
     page.figures_of("evaluation")
 
 # %% ../../nbs/05b_write.ipynb #c032
+PROMPTS = "results/eval_prompts.jsonl"  # answers of every model to the project's own prompts
+
+def changed_sentences(page: Page, g: dict) -> dict: # gains and losses, best and worst first
+    "Held-out sentences, or, where the corpus may not be quoted, the project's own prompts."
+    if page.settings is None or page.settings.report.quotes: return g
+    items = [{"prompt": p["prompt"], "reference": p["reference"], **p["answers"], "gain": p["gain"]} for p in page.facts.jsonl(PROMPTS) or [] if p.get("gain") is not None]
+    items.sort(key=lambda i: -i["gain"])
+    return {"gains": [i for i in items if i["gain"] > 0], "losses": [i for i in items[::-1] if i["gain"] < 0]}
+
 def gains_part(page: Page) -> None:
     "At least three of the clearest gains, and the losses too, with prompt and answers."
     g = page.facts.json(GAINS)
     page.heading("문장으로 보는 변화", "Sentences that changed", 3)
     if not g: return page.missing(GAINS)
+    if page.settings is not None and not page.settings.report.quotes: page.add(f"말뭉치 인용을 끈 실행이므로(`report.quotes`) 평가 프롬프트의 문장을 보입니다(`{PROMPTS}`).", f"Quoting the corpus is off (`report.quotes`), so the evaluation prompts are shown (`{PROMPTS}`).")
+    sentences = changed_sentences(page, g)
     for key, ko, en in (("gains", "가장 뚜렷한 개선", "Clearest gains"), ("losses", "가장 뚜렷한 퇴보", "Clearest losses")):
-        items = g.get(key) or []
+        items = sentences.get(key) or []
         page.add(f"**{ko}** ({len(items)}건)", f"**{en}** ({len(items)})")
         if not items: page.add("이 실행에는 없습니다.", "None in this run.")
         else: page.table([page.t(*h) for h in (("앞부분", "Beginning"), ("원문", "Reference"), ("base", "base"), ("merged", "merged"), ("변화", "Change"))], [gain_row(i) for i in items[:5]], left=4)
     if g.get("sentences"): page.add(f"시험 본문의 문장 {g['sentences']:,}개 가운데 {g['sentences_improved']:,}개에서 병합 모델이 원문에 더 높은 확률을 주었습니다.", f"Of {g['sentences']:,} held-out sentences the merged model finds {g['sentences_improved']:,} more likely than the base does.")
-    page.add("변화는 병합 모델과 base가 원문에 준 로그우도의 차이입니다(글자당 nats, 클수록 좋음). 두 모델의 글은 앞부분에 이어 쓴 것입니다.", "The change is the difference of the log-likelihood that the two models give the reference (nats per character, higher is better). Both texts continue the beginning.")
+    page.add("변화는 병합 모델과 base가 원문에 준 로그우도의 차이입니다(글자당 nats, 클수록 좋음). 두 모델의 글은 앞부분에 이어 쓴 것이고, ∅는 바로 글을 끝냈다는 뜻입니다.", "The change is the difference of the log-likelihood that the two models give the reference (nats per character, higher is better). Both texts continue the beginning; ∅ is an empty one.")
 
 def gain_row(item: dict, width: int = 120) -> list: # cells
     "A sentence as cells of the table; long texts are cut."
-    short = lambda text: None if text is None else (str(text)[:width] + "…" if len(str(text)) > width else str(text))
+    short = lambda text: None if text is None else "∅" if not str(text).strip() else (str(text)[:width] + "…" if len(str(text)) > width else str(text))
     gain = item.get("gain")
     return [*(short(item.get(k)) for k in ("prompt", "reference", "base", "merged")), None if gain is None else f"{gain:+.3f}"]
 
