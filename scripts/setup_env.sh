@@ -19,7 +19,7 @@ command -v flock >/dev/null && flock 9
 echo "setting up .venv (first time: some minutes, about 3 GB)"
 if [ -f "$marker" ]; then rm -f "$marker"; else rm -rf .venv; fi
 [ -x .venv/bin/python ] || "$python" -m venv .venv
-pip=(.venv/bin/python -m pip --disable-pip-version-check install -q)
+pip=(.venv/bin/python -m pip --disable-pip-version-check install -qq)
 # torch first and exactly: left to the resolver it may bring another build.
 "${pip[@]}" "torch==$(sed -n 's/^torch==//p' constraints.txt)" -c constraints.txt
 "${pip[@]}" -c constraints.txt -e '.[dev]'

@@ -786,7 +786,7 @@ def write_sample(store: Store,            # where to
     return counts
 
 # %% ../../nbs/00f_sample.ipynb #c094
-BAD_KINDS = ("broken_json", "not_object", "no_text", "empty_text", "text_not_string", "invalid_utf8", "nul", "lone_surrogate", "too_long", "deep_nesting")
+BAD_KINDS = ("broken_json", "not_an_object", "no_text", "empty_text", "text_not_string", "invalid_utf8", "nul_character", "lone_surrogate", "line_too_long", "too_deep")
 
 def bad_line(kind: str,           # one of `BAD_KINDS`
              i: int,              # number that makes lines differ
@@ -796,15 +796,15 @@ def bad_line(kind: str,           # one of `BAD_KINDS`
     "One malformed line."
     start = f'{{"id": "bad-{i:05}", "text": '
     return {"broken_json": lambda: rng.choice([start + '"끊긴 줄', start + '"따옴표"', start + "'홑따옴표'}", start + '"쉼표",, "a": 1}']),
-            "not_object": lambda: rng.choice([f'["목록", {i}]', f'"문자열 {i}"', str(i), "null", "true"]),
+            "not_an_object": lambda: rng.choice([f'["목록", {i}]', f'"문자열 {i}"', str(i), "null", "true"]),
             "no_text": lambda: f'{{"id": "bad-{i:05}", "title": "본문이 없는 기록"}}',
             "empty_text": lambda: start + '""}',
             "text_not_string": lambda: start + rng.choice([str(i), f"{i}.5", "true", '["목록"]', '{"a": 1}']) + "}",
             "invalid_utf8": lambda: (start + '"깨진 글자 ').encode() + rng.choice([b"\xff\xfe", b"\xb0\xa1", b"\xed\xa0\x80", b"\xea\xb0"]) + b'"}',
-            "nul": lambda: start + '"널\x00문자"}',
+            "nul_character": lambda: start + '"널\x00문자"}',
             "lone_surrogate": lambda: start + rng.choice([r'"짝 없는 \ud83d 글자"}', r'"짝 없는 \udc00 글자"}']),
-            "too_long": lambda: start + '"' + "긴 줄 " * (limit // 7 + 20) + '"}',
-            "deep_nesting": lambda: start + '"깊은 줄", "a": ' + "[" * 5000 + "]" * 5000 + "}"}[kind]()
+            "line_too_long": lambda: start + '"' + "긴 줄 " * (limit // 7 + 20) + '"}',
+            "too_deep": lambda: start + '"깊은 줄", "a": ' + "[" * 5000 + "]" * 5000 + "}"}[kind]()
 
 def bad_lines(n: int,                # lines; the kinds take turns
               seed: int = 0,         # same seed, same lines

@@ -140,7 +140,8 @@ def plot_rates(
         share = np.array([100 * (get[s, step]["docs_in"] - get[s, step]["docs_out"]) / max(1, get[s, "exact"]["docs_in"]) for s in scopes])
         ax.barh(scopes, share, left=left, color=colour, label=label); left += share
     for y, x in enumerate(left): ax.text(x + max(left.max(), 1) * 0.01, y, f"{x:.1f} %", va="center", fontsize=9)
-    ax.invert_yaxis(); ax.set(xlabel="정제된 문서 가운데 비율 (%)", title="도메인별 중복률", xlim=(0, max(left.max(), 1) * 1.15)); ax.legend(loc="lower right"); ax.grid(False, axis="y")
+    ax.invert_yaxis(); ax.set(xlabel="정제된 문서 가운데 비율 (%)", title="도메인별 중복률", xlim=(0, max(left.max(), 1) * 1.15)); ax.grid(False, axis="y")
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     return fig
 
 # %% ../../nbs/01e_audit.ipynb #c017

@@ -236,7 +236,7 @@ def answer(
 ) -> str: # the continuation
     "Greedy continuation of a prompt."
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0)
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, min_new_tokens=min(4, max_new_tokens), do_sample=False, pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0)
     return tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True)
 
 def check_merged(ctx, folder: Path) -> dict:

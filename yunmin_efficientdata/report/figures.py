@@ -42,7 +42,7 @@ PHASES = {"dedup": "1 중복 제거", "format": "2 형식", "dem": "3 DEM", "eva
 
 def plot_time(facts: Facts): # figure, or None
     "Wall seconds of every finished stage, coloured by phase."
-    done = stages(facts); done = done[done.status == "done"]
+    done = stages(facts); done = done[(done.status == "done") & done.phase.isin(PHASES)]
     if not len(done): return None
     colours = dict(zip(PHASES, ("#0173b2", "#de8f05", "#029e73", "#cc78bc", "#949494")))
     fig, ax = plt.subplots(figsize=(7.2, 0.27*len(done) + 1.2))

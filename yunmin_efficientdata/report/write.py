@@ -221,7 +221,7 @@ def benchmark(page: Page) -> None:
     if table is None: return page.missing(BENCHMARK)
     numeric = [c for c in ("rows", "seconds", "rows_per_second", "tokens_per_second", "tracemalloc_mb", "rss_mb", "anonymous_mb") if c in table and table[c].any()]
     middle = table.groupby("format", sort=False)[numeric].median()
-    page.table([page.t("형식", "Format"), *(f"`{c}`" for c in numeric)], [[f, *(float(v) for v in row)] for f, row in zip(middle.index, middle.to_numpy())])
+    page.table([page.t("측정", "Measure"), *middle.index], [[f"`{c}`", *(float(v) for v in middle[c])] for c in numeric])
 
 # %% ../../nbs/05b_write.ipynb #c026
 def dem_section(page: Page) -> None:
@@ -237,12 +237,12 @@ def ordered(models) -> list[str]: # base, domain models, uniform, merged, mixed
     return [m for m in models if m == "base"] + [m for m in models if m not in ORDER] + [m for m in ORDER[1:] if m in models]
 
 def perplexity_table(page: Page) -> None:
-    "Test perplexity: domains by models."
+    "Test perplexity: models by domains."
     page.heading("시험 본문의 PPL", "Perplexity on test text", 3)
     wide = metric(page.facts, "perplexity")
     if wide is None: return page.missing(SUMMARY)
     models = ordered(wide.columns)
-    page.table([page.t("시험 본문", "Text"), *models], [[d, *(f"{v:,.2f}" if math.isfinite(v) else None for v in row)] for d, row in zip(wide.index, wide[models].to_numpy(float))])
+    page.table([page.t("모델", "Model"), *wide.index], [[m, *(f"{v:,.2f}" if math.isfinite(v) else None for v in row)] for m, row in zip(models, wide[models].to_numpy(float).T)])
     verdict(page)
     page.figure("reports/figures/report_perplexity.png", f"base 대비 PPL 변화 (`{SUMMARY}`)", f"Change of perplexity from the base (`{SUMMARY}`)")
 
