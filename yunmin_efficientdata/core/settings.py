@@ -191,14 +191,8 @@ class ReportSettings(Section):
     site: bool = Field(True, description="build the site after report.md")
     renderer: Literal["auto", "quarto", "smalldocs"] = Field("auto", description="auto: quarto when it is on PATH, else smalldocs")
 
-class Settings(Section):
+class Settings(DatasetConfig):
     "All of a config folder: `clean`, `dedup`, ... of dataset_config.yaml at the top, then `dem`, `evaluation`, `report`, `logging`."
-    sample: SampleSettings = SampleSettings()
-    clean: CleanSettings = CleanSettings()
-    dedup: DedupSettings = DedupSettings()
-    heldout: HeldoutSettings = HeldoutSettings()
-    tokenizer: TokenizerSettings = TokenizerSettings()
-    format: FormatSettings = FormatSettings()
     dem: DemConfig = DemConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     report: ReportSettings = ReportSettings()

@@ -42,7 +42,7 @@ def read_header(
     if 8 + n + max(ends, default=0) != size: raise UserError(f"{file}: {size} bytes, its header promises {8 + n + max(ends, default=0)}: the file is cut off; copy it again")
     return header, 8 + n
 
-# %% ../../nbs/03c_vectors.ipynb #c008
+# %% ../../nbs/03c_vectors.ipynb #c009
 def shards(
     folder: Path # a model in HF format
 ) -> list[Path]: # its safetensors files, sorted by name
@@ -56,7 +56,7 @@ def shards(
         if not (folder/name).is_file(): raise UserError(f"{folder/name}: this shard is named in {index.name} but missing; copy the model again")
     return [folder/n for n in names]
 
-# %% ../../nbs/03c_vectors.ipynb #c009
+# %% ../../nbs/03c_vectors.ipynb #c010
 def read_flat(
     t: Tensor, # where it lies
     start: int, # first element
@@ -68,7 +68,7 @@ def read_flat(
         f.seek(t.start + start*width); data = f.read((stop - start)*width)
     return torch.frombuffer(bytearray(data), dtype=FLOATS[t.dtype]).to(torch.float32).numpy()
 
-# %% ../../nbs/03c_vectors.ipynb #c010
+# %% ../../nbs/03c_vectors.ipynb #c012
 class Weights:
     "The tensors of a model folder by name; reads float32 chunks, never a whole model."
     def __init__(self, folder: Path):
@@ -84,7 +84,7 @@ class Weights:
     def read(self, key, start, stop) -> np.ndarray: return read_flat(self.tensors[key], start, stop)
     def changed(self, key) -> bool: return True
 
-# %% ../../nbs/03c_vectors.ipynb #c013
+# %% ../../nbs/03c_vectors.ipynb #c015
 def fingerprint(
     model: Weights # of any size
 ) -> str: # 16 hexadecimal digits
@@ -97,7 +97,7 @@ def fingerprint(
                 f.seek(at); h.update(f.read(min(4096, t.stop - at)))
     return h.hexdigest()[:16]
 
-# %% ../../nbs/03c_vectors.ipynb #c015
+# %% ../../nbs/03c_vectors.ipynb #c017
 class Adapter:
     "A LoRA folder (peft's layout) as differences to its base: `read` gives float32 elements of `scale * B @ A`."
     def __init__(self, folder: Path, base: Weights):
@@ -127,7 +127,7 @@ class Adapter:
         if m: self.low.setdefault(key, {})[m[2]] = t
         else: self.full[key] = t
 
-# %% ../../nbs/03c_vectors.ipynb #c016
+# %% ../../nbs/03c_vectors.ipynb #c018
 def _scale(config: dict, key: str, rank: int) -> float:
     "alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA; patterns of peft by module name."
     module = key.removesuffix(".weight")
@@ -144,7 +144,7 @@ def _factors(self: Adapter, key: str) -> tuple[np.ndarray, np.ndarray]: # left [
         raise UserError(f"{self.folder}: the adapter of {key} is {len(left)} x {right.shape[1]}, the base's tensor is {' x '.join(map(str, shape))}")
     return np.ascontiguousarray(left), np.ascontiguousarray(right)
 
-# %% ../../nbs/03c_vectors.ipynb #c017
+# %% ../../nbs/03c_vectors.ipynb #c019
 def _adapter_read(self: Adapter, key: str, start: int, stop: int) -> np.ndarray:
     "Elements of the difference: only the rows that the range touches are multiplied out."
     if key in self.full: return read_flat(self.full[key], start, stop) - self.base.read(key, start, stop)
@@ -158,7 +158,7 @@ Adapter.keys = lambda self: self.base.keys()
 Adapter.shape = lambda self, key: self.base.shape(key)
 Adapter.changed = lambda self, key: key in self.low or key in self.full
 
-# %% ../../nbs/03c_vectors.ipynb #c019
+# %% ../../nbs/03c_vectors.ipynb #c021
 def _shared(base: Weights, domain) -> tuple[list[str], list[str]]:
     "Names in both, and names left out. Raises `UserError` naming file and key at a shape mismatch."
     keys = [k for k in base.keys() if k in set(domain.keys())]
@@ -172,7 +172,7 @@ def tied_keys(model: Weights) -> list[str]: # names that live only as a copy of 
     "The output layer of a model with tied embeddings is stored once; it follows the embeddings through any merge."
     return ["lm_head.weight"] if model.config.get("tie_word_embeddings", False) and "lm_head.weight" not in model.tensors else []
 
-# %% ../../nbs/03c_vectors.ipynb #c020
+# %% ../../nbs/03c_vectors.ipynb #c022
 def _open_domain(folder: Path, base: Weights):
     folder = Path(folder)
     if not folder.is_dir(): raise UserError(f"{folder}: no such folder: expected a model or an adapter in HF format")
@@ -193,7 +193,7 @@ def _fill(flat, base: Weights, domain, keys, chunk: int) -> float:
         at += size
     return squares
 
-# %% ../../nbs/03c_vectors.ipynb #c021
+# %% ../../nbs/03c_vectors.ipynb #c023
 def difference(
     base: Path, # the base, HF folder
     domain: Path, # the domain's model or adapter, HF folder
@@ -218,7 +218,7 @@ def difference(
     _write_atomic(out.with_suffix(".json"), json.dumps(manifest, indent=1) + "\n"); os.replace(part, out)
     return manifest
 
-# %% ../../nbs/03c_vectors.ipynb #c022
+# %% ../../nbs/03c_vectors.ipynb #c024
 def _rescale(flat, norm: float, chunk: int):
     "Divide by the norm in place."
     if norm == 0: raise UserError("a difference vector of zeros cannot be scaled to norm 1: this domain's model equals the base")
@@ -227,7 +227,7 @@ def _rescale(flat, norm: float, chunk: int):
 def _write_atomic(path: Path, text: str):
     part = path.with_name(f".{path.name}.partial"); part.write_text(text, encoding="utf-8"); os.replace(part, path)
 
-# %% ../../nbs/03c_vectors.ipynb #c027
+# %% ../../nbs/03c_vectors.ipynb #c029
 class Vector:
     "A difference vector on disk: `keys`, `shape`, `read(key, start, stop)` as float32 without loading it."
     def __init__(self, file: Path):
@@ -247,7 +247,7 @@ class Vector:
         at = self.tensors[key]["offset"]
         return np.asarray(self.flat[at + start:at + stop], dtype=np.float32)
 
-# %% ../../nbs/03c_vectors.ipynb #c030
+# %% ../../nbs/03c_vectors.ipynb #c032
 EDGES = np.linspace(-6, 6, 121)  # histogram bins, in standard deviations
 
 def _moments(v: Vector, keys, chunk: int) -> dict[str, tuple[int, float, float]]:
@@ -261,7 +261,7 @@ def _moments(v: Vector, keys, chunk: int) -> dict[str, tuple[int, float, float]]
         out[key] = (v.size(key), float(total), float(squares))
     return out
 
-# %% ../../nbs/03c_vectors.ipynb #c031
+# %% ../../nbs/03c_vectors.ipynb #c033
 def _summary(moments) -> dict:
     "Mean, variance and norm from (elements, sum, sum of squares)."
     n, total, squares = (sum(m[i] for m in moments) for i in range(3))
@@ -278,7 +278,7 @@ def _tails(v: Vector, keys, mean: float, sigma: float, chunk: int) -> dict:
             counts += np.histogram(np.clip(z, EDGES[0], EDGES[-1]), EDGES)[0]
     return {"share_beyond_3sigma": beyond/max(1, n), "excess_kurtosis": fourth/max(1, n) - 3 if n else 0., "histogram": counts.tolist()}
 
-# %% ../../nbs/03c_vectors.ipynb #c032
+# %% ../../nbs/03c_vectors.ipynb #c034
 def layer_of(
     key: str # a tensor's name
 ) -> str: # "layer 3", or the name without its last part
@@ -289,7 +289,7 @@ def layer_of(
 def _base_squares(base: Weights, key: str, chunk: int) -> float:
     return sum(float(np.dot(x, x)) for i, j in _chunks(math.prod(base.shape(key)), chunk) for x in [base.read(key, i, j).astype(np.float64)])
 
-# %% ../../nbs/03c_vectors.ipynb #c033
+# %% ../../nbs/03c_vectors.ipynb #c035
 def vector_stats(
     file: Path, # diff_<domain>.npy
     base: Path | None = None, # for norms relative to the base
@@ -312,7 +312,7 @@ def vector_stats(
         out["tensor_relative_norms"] = {k: norms[k]/math.sqrt(squares[k]) if squares[k] else None for k in changed}
     return out | {"sanity": sanity(out, max_norm, max_relative_norm)}
 
-# %% ../../nbs/03c_vectors.ipynb #c034
+# %% ../../nbs/03c_vectors.ipynb #c036
 def sanity(
     stats: dict, # from `vector_stats`
     max_norm: float, # absolute limit
@@ -326,7 +326,7 @@ def sanity(
     checks = {k: {"value": v, "limit": limit, "ok": v < limit} for k, (v, limit) in rows.items()}
     return checks | {"not_zero": {"value": stats["norm"], "limit": 0., "ok": stats["norm"] > 0}}
 
-# %% ../../nbs/03c_vectors.ipynb #c037
+# %% ../../nbs/03c_vectors.ipynb #c039
 def cosines(
     files: dict[str, Path], # domain -> diff_<domain>.npy
     chunk: int = CHUNK # elements in memory at a time, for each domain
@@ -342,7 +342,7 @@ def cosines(
     norms = np.sqrt(np.diag(gram)); norms[norms == 0] = 1
     return gram/np.outer(norms, norms)
 
-# %% ../../nbs/03c_vectors.ipynb #c038
+# %% ../../nbs/03c_vectors.ipynb #c040
 def cosine_table(
     names: list[str], # domains
     matrix: np.ndarray # [domains, domains]
@@ -352,7 +352,7 @@ def cosine_table(
     for name, row in zip(names, matrix): w.writerow([name, *(f"{x:.6f}" for x in row)])
     return out.getvalue()
 
-# %% ../../nbs/03c_vectors.ipynb #c041
+# %% ../../nbs/03c_vectors.ipynb #c043
 def plot_layer_norms(
     stats: dict[str, dict] # domain -> statistics
 ): # matplotlib figure
@@ -365,7 +365,7 @@ def plot_layer_norms(
     fig.tight_layout()
     return fig
 
-# %% ../../nbs/03c_vectors.ipynb #c042
+# %% ../../nbs/03c_vectors.ipynb #c044
 def plot_histogram(
     stats: dict[str, dict] # domain -> statistics
 ): # matplotlib figure
@@ -380,7 +380,7 @@ def plot_histogram(
     ax.set(title="차이 벡터의 원소 분포", xlabel="표준편차", ylabel="밀도", yscale="log", ylim=(1e-5, 2)); ax.yaxis.set_major_formatter(lambda y, _: f"{y:g}"); ax.legend(fontsize=7); fig.tight_layout()
     return fig
 
-# %% ../../nbs/03c_vectors.ipynb #c043
+# %% ../../nbs/03c_vectors.ipynb #c045
 def plot_cosines(
     names: list[str], # domains
     matrix: np.ndarray # [domains, domains]
