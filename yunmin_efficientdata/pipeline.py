@@ -51,7 +51,9 @@ def phase_parameters(
     folder = config_folder(config)
     with contextlib.suppress(UserError): # below the project's root a config is known by its relative name
         if folder.is_relative_to(project_root()): folder = folder.relative_to(project_root())
-    if raw and "://" not in raw: raw = str(Path(raw).expanduser().resolve())
+    if raw and "://" not in raw:
+        raw = Path(raw).expanduser().resolve()
+        raw = os.path.relpath(raw, Path(store.uri).resolve()) if store.is_local else str(raw)
     return {"workspace": "." if store.is_local else store.uri, "config": folder.as_posix(), "raw": raw, "overrides": list(overrides), "executor": executor, "workers": workers}
 
 # %% ../nbs/06_pipeline.ipynb #c014

@@ -38,8 +38,8 @@ def normal_source(
     if raw is None: return "raw/"
     raw = str(raw)
     if raw.startswith("s3://"): return raw.rstrip("/")
-    path = Path(raw).expanduser().absolute()
-    return "raw/" if store.is_local and path.resolve() == (Path(store.uri)/"raw").resolve() else str(path)
+    path = Path(raw).expanduser().resolve()
+    return "raw/" if store.is_local and path == (Path(store.uri)/"raw").resolve() else str(path)
 
 # %% ../../nbs/01f_prepare.ipynb #c007
 def _open_source(store: Store, source: str) -> tuple[Store, str]: # a store and the prefix (or key) in it
