@@ -161,7 +161,7 @@ def test_user_error_inside_a_phase_is_one_line_and_exit_2(tmp_path):
 def test_unknown_parameter_is_an_error(tmp_path):
     with pytest.raises(RuntimeError, match="does not assign speed"): pipeline.check_parameters(project_root()/"nbs/01_dedup.ipynb", {"speed": 1})
 
-MISTAKES = [(["run", "{ws}", "--raw", "{ws}/nowhere"], "nowhere"), (["run", "{ws}"], "yunmin sample"), (["run", "{ws}", "--raw", "{empty}"], "JSONL"),
+MISTAKES = [(["run", "{ws}", "--raw", "{ws}/nowhere"], "nowhere"), (["run", "{ws}"], "yunmin sample"), (["run", "{ws}", "--raw", "{empty}"], "no .jsonl"),
             (["run", "{ws}", "--config", "configs/nothing"], "configs/nothing"), (["run", "{ws}", "--set", "dedup.treshold=1"], "did you mean 'threshold'"),
             (["run", "{ws}", "--set", "dem.base.path={ws}/no_model", "--raw", "{raw}"], "no_model"), (["run", "{ws}", "--phases", "dedupe"], "dedupe"),
             (["merge", "{ws}/no_base", "{ws}/out", "--diff", "a.npy=1"], "no_base"), (["profile", "{ws}/none.parquet"], "none.parquet"),

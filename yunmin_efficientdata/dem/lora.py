@@ -57,7 +57,7 @@ def adapt(
 ): # the model with adapters; peft's wrapper where peft is used
     "Attach an adapter to each target: peft where it reaches, a re-parametrised weight elsewhere."
     found = targets(model, s.target_modules)
-    direct = {n for n in found if model.config.model_type in MAMBA_TYPES and n.rsplit(".", 1)[-1] in UNREACHED}
+    direct = [n for n in found if model.config.model_type in MAMBA_TYPES and n.rsplit(".", 1)[-1] in UNREACHED]  # in the model's order, which is the order of the random draws
     for p in model.parameters(): p.requires_grad_(False)
     for name in direct: parametrize.register_parametrization(found[name], "weight", LowRank(found[name].weight, s.r, s.alpha))
     if rest := [n for n in found if n not in direct]:

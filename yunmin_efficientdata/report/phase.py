@@ -5,7 +5,7 @@
 # %% ../../nbs/05_report.ipynb #c003
 from __future__ import annotations
 from ..core.context import Context, open_phase
-from ..core.settings import Settings
+from ..core.settings import Settings, UserError
 from .facts import Facts, executive
 from .figures import draw, drawable, figure_key
 from .site import build_site, page_sources
@@ -29,6 +29,7 @@ def sources(
 def write_report(ctx: Context) -> dict: # counts of the executive table
     "Stages report.figures and report.write."
     store, settings, inputs = ctx.store, ctx.settings, sources(ctx.store)
+    if not inputs: raise UserError(f"{store.uri}: nothing has run in this workspace yet, so there is nothing to report: start with `yunmin run` or `yunmin dedup`")
     ctx.stage("report.figures", lambda stage: {"figures": len(draw(Facts(store)))}, inputs=inputs, outputs=[figure_key(n) for n in drawable(Facts(store))], code=["report.facts", "report.figures"])
     def work(stage):
         facts = Facts(store)
