@@ -284,3 +284,17 @@ def test_plan_names_the_limits():
     rows = {r["what"]: r for r in plan(load_settings("configs/yunmin-3b"))}
     assert rows["parameters"]["estimate"].startswith("2,768,") and any("10 h" == r["limit"] for r in rows.values()) and any("20 min" == r["limit"] for r in rows.values())
     assert float({r["what"]: r for r in plan(load_settings("configs/demo"))}["training memory, A100, 80 GB"]["estimate"].split()[0]) < 1
+
+
+def test_draws_of_adapters_follow_the_models_order():
+    "A set of names has another order in every process, and with it every run another adapter."
+    import math
+    from transformers import AutoModelForCausalLM
+    quiet()
+    model = AutoModelForCausalLM.from_config(demo_config(BaseSettings(hidden_size=32, layers=3, head_dim=16), 300))
+    s = LoraSettings(r=4, target_modules=["out_proj"])
+    torch.manual_seed(5); pairs = adapter_parameters(adapt(model, s))
+    torch.manual_seed(5)
+    for name, (a, _) in sorted(pairs.items()):
+        expected = torch.empty_like(a); torch.nn.init.kaiming_uniform_(expected, a=math.sqrt(5))
+        assert torch.equal(a, expected), name
