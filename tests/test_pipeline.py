@@ -178,6 +178,13 @@ def test_mistakes_are_one_clear_line(tmp_path, args, expected):
     assert expected in done.stderr and "Traceback" not in done.stderr and done.stderr.strip().count("\n") == 0, done.stderr
     assert time.time() - start < 30
 
+@pytest.mark.parametrize("uri,endpoint", [("s3://no-such-bucket/ws", None), ("s3://bucket/ws", "http://127.0.0.1:9")], ids=["no bucket", "no server"])
+def test_bucket_out_of_reach_is_one_clear_line(s3, uri, endpoint):
+    start = time.time()
+    done = yunmin("run", uri, env={"AWS_ENDPOINT_URL": endpoint} if endpoint else None)
+    assert done.returncode == 2 and "bucket" in done.stderr and "Traceback" not in done.stderr and done.stderr.strip().count("\n") == 0, done.stderr
+    assert time.time() - start < 30
+
 def test_real_text_through_phases_1_and_2(corpus, tmp_path):
     ws = tmp_path/"ws"
     done = yunmin("run", ws, "--raw", corpus/"small", "--phases", "dedup,format", *SETS)

@@ -95,11 +95,16 @@ def test_english_on_request(store):
 def test_same_files_same_report(store): assert report(store) == report(store)
 
 
-@pytest.mark.parametrize("parts", [(), ("dedup",), ("ledger",), ("dedup", "format"), ("dedup", "format", "dem", "ledger"), ("evaluation",)])
+@pytest.mark.parametrize("parts", [("dedup",), ("ledger",), ("dedup", "format"), ("dedup", "format", "dem", "ledger"), ("evaluation",)])
 def test_partial_runs_say_what_is_missing(tmp_path, parts):
     ws = str(tmp_path/"ws"); store = fabricated.workspace(open_store(ws), parts=parts)
     phase.run(ws, overrides=["report.site=false"])
     assert "측정 안 함" in store.read_text("reports/report.md") and "측정하지 못했습니다" in store.read_text("reports/report.md")
+
+
+def test_an_empty_workspace_is_a_mistake_not_a_report(tmp_path):
+    with pytest.raises(UserError, match="nothing has run"): phase.run(str(tmp_path/"ws"), overrides=["report.site=false"])
+    assert not (tmp_path/"ws/reports/report.md").exists()
 
 
 def test_no_prompts_and_one_domain_missing(tmp_path):
