@@ -9,6 +9,6 @@ yunmin=$here/.venv/bin/yunmin
 if [ $# -eq 0 ]; then
   cd "$here"
   set -- workspace
-  [ -e workspace/raw ] || "$yunmin" sample workspace
+  [ -e workspace/truth/duplicates.csv ] || "$yunmin" sample workspace   # written last
 fi
 exec "$yunmin" run "$@"

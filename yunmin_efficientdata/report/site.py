@@ -51,9 +51,9 @@ def clean_source(
 def clean_parameters(
     source: str, # of the cell that papermill injected
 ) -> str: # the same assignments; places are relative
-    "The workspace becomes `../workspace`; other absolute paths lose their folders."
-    source = re.sub(r'^(workspace\s*=\s*).*$', r'\1"../workspace"', source, flags=re.M)
-    return re.sub(r'(["\'])(?:/|[A-Za-z]:\\)[^"\']*?([^/\\"\']+)/?\1', r'\1…/\2\1', source)
+    "The workspace becomes `../workspace`; other places outside of it lose their folders."
+    source = re.sub(r'(["\'])(?:/|\.\./|[A-Za-z]:\\)[^"\']*?([^/\\"\']+)/?\1', r'\1…/\2\1', source)
+    return re.sub(r'^(workspace\s*=\s*).*$', r'\1"../workspace"', source, flags=re.M)
 
 # %% ../../nbs/05c_site.ipynb #c012
 TEXTS = ("text/plain", "text/html", "text/markdown", "text/latex", "image/svg+xml")
