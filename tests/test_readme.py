@@ -18,7 +18,7 @@ def test_picture_is_in_step_with_its_drawing(): assert (ROOT/"nbs/images/flow.sv
 
 def test_pictures_and_scripts_exist():
     pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", TEXT)
-    assert len(pictures) == 3
+    assert len(pictures) == 4
     for name in {*pictures, *re.findall(r"\bscripts/\w+\.sh", TEXT), *re.findall(r"\bconfigs/[\w-]+", TEXT)}: assert (ROOT/name).exists(), name
     assert sum((ROOT/p).stat().st_size for p in pictures) < 300_000
 
