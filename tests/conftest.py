@@ -37,9 +37,9 @@ class S3Server:
         (self.folder/"data").mkdir()
         command = [_weed(), "-logtostderr=true", "server", f"-dir={self.folder/'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
             "-master.volumeSizeLimitMB=64", "-volume.max=0", f"-master.port={master}", f"-volume.port={volume}", "-filer", f"-filer.port={filer}",
-            "-s3", f"-s3.port={s3}", f"-s3.config={self.folder/'s3.json'}"]
+            "-s3", f"-s3.port={s3}", "-s3.port.iceberg=0", "-s3.port.lance=0", f"-s3.config={self.folder/'s3.json'}"]
         self.log = open(self.folder/"log", "wb")
-        # one volume for each new bucket in place of seven
+        # the catalogs' ports are fixed, so two test runs at once would collide; one volume for each new bucket in place of seven
         env = {k: v for k, v in os.environ.items() if not k.startswith("AWS_")} | {"WEED_MASTER_VOLUME_GROWTH_COPY_1": "1"}
         self.process = subprocess.Popen(command, stdout=self.log, stderr=subprocess.STDOUT, cwd=self.folder, env=env)
 
