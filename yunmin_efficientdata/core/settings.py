@@ -11,10 +11,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 # %% auto #0
-__all__ = ['DOMAINS', 'UserError', 'Section', 'SampleSettings', 'CleanSettings', 'DedupSettings', 'HeldoutSettings',
-           'TokenizerSettings', 'FormatSettings', 'DatasetConfig', 'BaseSettings', 'LoraSettings', 'VectorSettings',
-           'MergeSettings', 'DemConfig', 'EvaluationConfig', 'LoggingConfig', 'ReportSettings', 'Settings',
-           'project_root', 'config_folder', 'load_settings', 'describe']
+__all__ = ['DOMAINS', 'UserError', 'Section', 'SampleSettings', 'CleanSettings', 'SpanSettings', 'ContaminationSettings',
+           'SemanticSettings', 'AuditSettings', 'DedupSettings', 'HeldoutSettings', 'TokenizerSettings',
+           'FormatSettings', 'DatasetConfig', 'BaseSettings', 'LoraSettings', 'VectorSettings', 'MergeSettings',
+           'DemConfig', 'EvaluationConfig', 'LoggingConfig', 'ReportSettings', 'Settings', 'project_root',
+           'config_folder', 'load_settings', 'describe']
 
 # %% ../../nbs/00a_settings.ipynb #c006
 class UserError(Exception):
@@ -49,20 +50,54 @@ class CleanSettings(Section):
     review_samples: int = Field(5, ge=0, description="before/after pairs a domain in review_samples.md")
 
 # %% ../../nbs/00a_settings.ipynb #c011
+class SpanSettings(Section):
+    "Repeated paragraphs and sentences: the first place keeps the text, the others lose it. Off by default."
+    levels: list[Literal["paragraph", "sentence"]] = Field(default_factory=list, description="which spans are compared; empty: off")
+    scope: Literal["both", "across", "within"] = Field("both", description="across documents, within one, or both")
+    min_paragraph_chars: int = Field(60, ge=1, description="shorter paragraphs are never removed")
+    min_sentence_chars: int = Field(40, ge=1, description="shorter sentences are never removed")
+    method: Literal["exact", "bloom"] = Field("exact", description="hash join on disk, or one Bloom filter in memory, which takes some first occurrences for repeats")
+    false_positive_rate: float = Field(1e-6, gt=0, lt=0.5, description="of the Bloom filter: share of new spans taken for repeats")
+
+class ContaminationSettings(Section):
+    "Documents that contain items of evaluation sets."
+    sets: list[str] = Field(default_factory=lambda: ["configs/eval_choices.jsonl", "configs/eval_prompts.jsonl"], description="JSONL files or folders; relative to the current folder or the project; empty: off")
+    ngram: int = Field(13, ge=2, le=50, description="words in a shared n-gram (Brown et al. 2020)")
+    min_words: int = Field(8, ge=2, description="items with fewer words than `ngram` are looked up whole, those below this not at all")
+    remove: bool = Field(False, description="remove the documents instead of only reporting them")
+
+class SemanticSettings(Section):
+    "Documents that say the same in other words, by embeddings that someone computed."
+    embeddings: str | None = Field(None, description="folder or s3://… of Parquet files with `id` and `embedding`, or of .npy files with .ids.txt beside each; empty: off")
+    threshold: float = Field(0.95, gt=0, le=1, description="cosine similarity from which two documents are duplicates")
+    dimensions: int = Field(64, ge=2, description="dimensions after projection; candidates are compared in full")
+
+class AuditSettings(Section):
+    "What the audit looks at."
+    planted: int = Field(300, ge=0, description="documents of the corpus whose altered copies measure recall; 0: off")
+    largest: int = Field(10, ge=0, description="largest clusters shown with text")
+    pairs: int = Field(10, ge=0, description="sampled pairs recomputed and shown side by side")
+
+# %% ../../nbs/00a_settings.ipynb #c012
 class DedupSettings(Section):
-    "Phase 1, dedup: shingles, signatures, bands, exact check, keeper."
+    "Phase 1, dedup: shingles, signatures, bands, exact check, keeper, and further levels."
     shingle: Literal["word5", "char5", "morph5"] = Field("word5", description="what a document is a set of")
     num_perm: int = Field(128, ge=16, le=1024, description="slots of a MinHash signature")
-    bands: int = Field(16, ge=1, description="LSH bands; bands x rows <= num_perm")
-    rows: int = Field(8, ge=1, description="rows of a band")
+    recall: float = Field(0.99, gt=0, lt=1, description="wanted share of pairs at or above the threshold that become candidates; chooses bands and rows")
+    bands: int | None = Field(16, ge=1, description="LSH bands; empty: chosen from `recall`; bands x rows <= num_perm")
+    rows: int | None = Field(8, ge=1, description="rows of a band; empty: chosen from `recall`")
     threshold: float = Field(0.8, gt=0, le=1, description="exact Jaccard similarity from which two documents are near-duplicates")
     seed: int = Field(1, ge=0, description="seed of the permutations (datasketch's default)")
     keep: Literal["tokens", "date"] = Field("tokens", description="keeper order: most words, or latest date")
     source_priority: list[str] = Field(default_factory=list, description="sources (or domains) whose documents are kept before others, first is best")
-    partitions: int = Field(16, ge=1, le=4096, description="band-key partitions; more partitions, less memory each")
+    partitions: int = Field(16, ge=0, le=65536, description="band-key partitions; more partitions, less memory each; 0: by the number of documents")
     part_bytes: int = Field(32 << 20, ge=1 << 16, description="raw bytes that make a part of dedup_ready/ and deduped/")
+    spans: SpanSettings = SpanSettings()
+    contamination: ContaminationSettings = ContaminationSettings()
+    semantic: SemanticSettings = SemanticSettings()
+    audit: AuditSettings = AuditSettings()
 
-# %% ../../nbs/00a_settings.ipynb #c012
+# %% ../../nbs/00a_settings.ipynb #c013
 class HeldoutSettings(Section):
     "Which deduplicated documents are kept from training, by a hash of their cluster."
     validation: float = Field(0.02, ge=0, lt=0.5, description="share of documents for search and early stopping")
@@ -76,7 +111,7 @@ class TokenizerSettings(Section):
     vocab_size: int = Field(4096, ge=300, description="entries of the trained vocabulary, special tokens included")
     sample_bytes: int = Field(100 << 20, ge=1 << 16, description="text read for training, over all domains")
 
-# %% ../../nbs/00a_settings.ipynb #c013
+# %% ../../nbs/00a_settings.ipynb #c014
 class FormatSettings(Section):
     "Phase 2: the Parquet files that serve SQL and training."
     file_bytes: int = Field(200 << 20, ge=1 << 16, description="a domain is split into files of about this size")
@@ -97,7 +132,7 @@ class DatasetConfig(Section):
     tokenizer: TokenizerSettings = TokenizerSettings()
     format: FormatSettings = FormatSettings()
 
-# %% ../../nbs/00a_settings.ipynb #c015
+# %% ../../nbs/00a_settings.ipynb #c016
 class BaseSettings(Section):
     "The base model: a folder or hub id, or, when `path` is empty, a small Mamba2 pretrained here."
     path: str | None = Field(None, description="folder or hub id of a causal language model; empty: pretrain the small one")
@@ -112,7 +147,7 @@ class BaseSettings(Section):
     batch_size: int = Field(8, ge=1, description="windows in a step")
     learning_rate: float = Field(8e-3, gt=0, description="peak of the cosine schedule")
 
-# %% ../../nbs/00a_settings.ipynb #c016
+# %% ../../nbs/00a_settings.ipynb #c017
 class LoraSettings(Section):
     "One LoRA for each domain. The defaults are the published hyper-parameters."
     r: int = Field(16, ge=1, description="rank")
@@ -130,7 +165,7 @@ class LoraSettings(Section):
     eval_steps: int = Field(50, ge=1, description="validation loss every so many steps")
     seed: int = Field(0)
 
-# %% ../../nbs/00a_settings.ipynb #c017
+# %% ../../nbs/00a_settings.ipynb #c018
 class VectorSettings(Section):
     "Difference vectors and their sanity checks."
     normalize: bool = Field(False, description="scale each vector to L2 norm 1")
@@ -156,7 +191,7 @@ class DemConfig(Section):
     mixed_baseline: bool = Field(True, description="train one LoRA on all domains mixed, with the same total steps, for comparison")
     threads: int = Field(2, ge=1, description="CPU threads of torch; part of the result, because sums are made in their order")
 
-# %% ../../nbs/00a_settings.ipynb #c019
+# %% ../../nbs/00a_settings.ipynb #c020
 class EvaluationConfig(Section):
     "evaluation_config.yaml"
     general: str | None = Field(None, description="JSONL of general text (a path or an s3:// address)")
@@ -183,7 +218,7 @@ class LoggingConfig(Section):
     progress: bool = Field(True, description="progress bars on a terminal; plain lines otherwise")
     format: str = "%(asctime)s %(levelname)s %(message)s"
 
-# %% ../../nbs/00a_settings.ipynb #c020
+# %% ../../nbs/00a_settings.ipynb #c021
 class ReportSettings(Section):
     "The section `report` of evaluation_config.yaml: phase 5."
     language: Literal["ko", "en"] = Field("ko", description="language of report.md: Korean, or English on request")
@@ -199,7 +234,7 @@ class Settings(DatasetConfig):
     logging: LoggingConfig = LoggingConfig()
     config_dir: str = Field("", description="the folder that these settings came from")
 
-# %% ../../nbs/00a_settings.ipynb #c022
+# %% ../../nbs/00a_settings.ipynb #c023
 def project_root() -> Path: # the checkout that holds nbs/, configs/ and _quarto.yml
     "The project's checkout: the current folder or one above it, else the folder of the installed package."
     here, package = Path.cwd(), importlib.util.find_spec("yunmin_efficientdata")
@@ -207,7 +242,7 @@ def project_root() -> Path: # the checkout that holds nbs/, configs/ and _quarto
         if (folder/"settings.ini").is_file() and (folder/"nbs").is_dir() and (folder/"configs").is_dir(): return folder
     raise UserError("the project's notebooks and configs were not found: run this from a checkout of YunMin-EfficientData, or install it with `pip install -e .`")
 
-# %% ../../nbs/00a_settings.ipynb #c023
+# %% ../../nbs/00a_settings.ipynb #c024
 def config_folder(
     config: str # a folder, or its path below the project's root
 ) -> Path: # the folder
@@ -219,7 +254,7 @@ def config_folder(
         if below.is_dir(): return below
     raise UserError(f"config folder {config!r} does not exist; configs/demo and configs/yunmin-3b come with the project")
 
-# %% ../../nbs/00a_settings.ipynb #c025
+# %% ../../nbs/00a_settings.ipynb #c026
 def _read_yaml(path: Path) -> dict:
     if not path.is_file(): return {}
     try: data = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -229,7 +264,7 @@ def _read_yaml(path: Path) -> dict:
     if not isinstance(data, dict): raise UserError(f"{path}: expected keys and values at the top, found {type(data).__name__}")
     return data
 
-# %% ../../nbs/00a_settings.ipynb #c026
+# %% ../../nbs/00a_settings.ipynb #c027
 def _fields(model, loc):
     "The field names at the parent of `loc`, to suggest the one that was meant."
     for part in loc[:-1]:
@@ -238,7 +273,7 @@ def _fields(model, loc):
         model = field.annotation
     return list(model.model_fields)
 
-# %% ../../nbs/00a_settings.ipynb #c027
+# %% ../../nbs/00a_settings.ipynb #c028
 def _explain(model, error: ValidationError, where: str, prefix: str = "") -> str:
     "The first error of pydantic as one line: file, key, what is wrong, what to write instead."
     first = error.errors()[0]
@@ -252,7 +287,7 @@ def _explain(model, error: ValidationError, where: str, prefix: str = "") -> str
         return f"{where}: {key}: unknown key; {hint}{more}"
     return f"{where}: {key}: {first['msg']}, got {first['input']!r}{more}"
 
-# %% ../../nbs/00a_settings.ipynb #c029
+# %% ../../nbs/00a_settings.ipynb #c030
 def _override(data: dict, text: str) -> None:
     "Apply one `a.b=value` to a nested dict in place."
     key, eq, value = text.partition("=")
@@ -270,7 +305,7 @@ def _number(value):
     try: return float(value) if isinstance(value, str) and value[:1] in "+-.0123456789" else value
     except ValueError: return value
 
-# %% ../../nbs/00a_settings.ipynb #c030
+# %% ../../nbs/00a_settings.ipynb #c031
 def load_settings(
     config: str = "configs/demo", # config folder
     overrides: list[str] | tuple = () # `key=value` texts, as from --set
@@ -300,7 +335,7 @@ def _check(model, data: dict, where: str):
     try: return model.model_validate(data)
     except ValidationError as e: raise UserError(_explain(model, e, where)) from None
 
-# %% ../../nbs/00a_settings.ipynb #c035
+# %% ../../nbs/00a_settings.ipynb #c036
 def describe(
     model=Settings # a settings model
 ) -> list[tuple[str, str, str]]: # (key, default, meaning) of every field, sections flattened
