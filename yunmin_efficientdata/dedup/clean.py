@@ -251,3 +251,8 @@ class Cleaner:
         if "symbol_ratio" in self.filters and symbols > s.max_symbol_ratio: return "symbol_ratio"
         if "duplicate_lines" in self.filters and s.max_duplicate_lines < 1 and duplicate_line_share(text) > s.max_duplicate_lines: return "duplicate_lines"
         return "hangul_ratio" if "hangul_ratio" in self.filters and hangul < s.min_hangul_ratio else None
+
+    def process(self, text: str) -> tuple[str, list[str], str | None, int, int]: # cleaned text, rules that changed it, filter that drops it, words, UTF-8 bytes
+        "Clean, filter and measure in one call."
+        text, changed = self.clean(text)
+        return text, changed, self.reject(text), len(text.split()), len(text.encode("utf-8", "surrogatepass"))
