@@ -4,22 +4,25 @@
 
 # %% ../../nbs/01f_prepare.ipynb #c004
 from __future__ import annotations
-import hashlib, re, unicodedata
-from collections import Counter
+import hashlib, io, os, re, unicodedata
+from collections import Counter, OrderedDict
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Iterable, Iterator, NamedTuple
 import numpy as np, orjson, pyarrow as pa, pyarrow.parquet as pq
+from fastcore.basics import patch
 from ..core.settings import CleanSettings, UserError
 from ..core.store import Store, open_store
 from ..core.records import BadLine, Document, JsonlWriter, dump_line, is_jsonl, make_id, quarantine_record, read_jsonl, validate
 from .clean import Cleaner, white_space
 
 # %% auto #0
-__all__ = ['SPILL_BYTES', 'INDEX', 'RawFile', 'normal_source', 'list_raw', 'safe_domain', 'file_domain', 'base_id', 'id_hash',
-           'Spill', 'load_array', 'read_range', 'new_tally', 'add_tally', 'check_tally', 'Review', 'excerpts',
-           'first_difference', 'prepare_file', 'write_quarantine', 'check_domains', 'number_ids', 'text_hash',
-           'write_table', 'prepare_range', 'Corpus', 'resumable', 'sweep', 'prepare', 'review_markdown']
+__all__ = ['SPILL_BYTES', 'INDEX', 'CACHE_BYTES', 'READ_BYTES', 'GAP_LOCAL', 'GAP_S3', 'FATES', 'RawFile', 'normal_source',
+           'list_raw', 'safe_domain', 'file_domain', 'base_id', 'id_hash', 'Spill', 'load_array', 'read_range',
+           'new_tally', 'add_tally', 'check_tally', 'Review', 'excerpts', 'first_difference', 'prepare_file',
+           'write_quarantine', 'check_domains', 'number_ids', 'text_hash', 'write_table', 'prepare_range', 'Corpus',
+           'read_runs', 'load_fate', 'write_fate', 'resumable', 'sweep', 'prepare', 'review_markdown']
 
 # %% ../../nbs/01f_prepare.ipynb #c006
 class RawFile(NamedTuple):
@@ -320,32 +323,154 @@ def prepare_range(
     return {"parts": [_write_part(store, d, number, domains[d]) for d in sorted(domains)], "repeated_ids": repeated}
 
 # %% ../../nbs/01f_prepare.ipynb #c036
+CACHE_BYTES = 32 << 20  # of numeric columns that a Corpus keeps
+
 class Corpus:
     "The documents of dedup_ready/, by number."
     def __init__(self, workspace: str | Store):
         self.store = open_store(workspace)
         self.parts = orjson.loads(self.store.read("minhash_lsh/index/parts.json"))["parts"]
         self.starts = np.cumsum([0] + [p["docs"] for p in self.parts])
+        self._cache, self._cached = OrderedDict(), 0
     def __len__(self): return int(self.starts[-1])
-    def table(self, part: int, columns: list[str]) -> dict[str, Any]: # numpy for numbers, lists for text
-        t = pq.read_table(self.store.fetch(f"minhash_lsh/index/{self.parts[part]['name']}.parquet"), columns=columns)
-        return {c: t[c].to_pylist() if pa.types.is_string(t[c].type) else t[c].to_numpy() for c in columns}
-    def groups(self, docs: np.ndarray) -> Iterator[tuple[int, np.ndarray]]: # sorted numbers -> (part, rows in it)
-        at = np.searchsorted(self.starts, docs, side="right") - 1
-        for part in np.unique(at): yield int(part), docs[at == part] - self.starts[part]
-    def gather(self, docs: np.ndarray, columns: list[str]) -> dict[str, list]: # columns of sorted numbers
-        out: dict[str, list] = {c: [] for c in columns}
-        for part, rows in self.groups(docs):
-            table = self.table(part, columns)
-            for c in columns: out[c] += [table[c][i] for i in rows] if type(table[c]) is list else table[c][rows].tolist()
-        return out
-    def texts(self, docs: np.ndarray) -> Iterator[str]: # of sorted numbers
-        for part, rows in self.groups(docs):
-            where = self.table(part, ["offset", "length"])
-            with open(self.store.fetch(f"dedup_ready/{self.parts[part]['name']}.jsonl"), "rb") as f:
-                for i in rows: f.seek(int(where["offset"][i])); yield orjson.loads(f.read(int(where["length"][i])))["text"]
+    def groups(self, docs: np.ndarray) -> Iterator[tuple[int, np.ndarray]]: # (part, rows in it)
+        "Sorted numbers, part by part."
+        cuts = np.searchsorted(docs, self.starts)
+        for part in np.flatnonzero(np.diff(cuts)): yield int(part), docs[cuts[part]:cuts[part + 1]] - self.starts[part]
+
+# %% ../../nbs/01f_prepare.ipynb #c037
+@patch
+def columns(
+    self: Corpus,
+    part: int,
+    names: list[str] # of the index
+) -> dict[str, np.ndarray | pa.ChunkedArray]: # numpy for numbers (read-only), Arrow for text
+    "Columns of a part's index; numeric ones from the cache where they are in it."
+    found = {n: self._cache[part, n] for n in names if (part, n) in self._cache}
+    if todo := [n for n in names if n not in found]:
+        with pq.ParquetFile(self.store.fetch(f"minhash_lsh/index/{self.parts[part]['name']}.parquet")) as f: table = f.read(todo, use_threads=False)
+        for n in todo: found[n] = table[n] if pa.types.is_string(table[n].type) else self._remember(part, n, table[n].to_numpy())
+    for n in names:
+        if (part, n) in self._cache: self._cache.move_to_end((part, n))
+    return found
+
+@patch
+def _remember(self: Corpus, part: int, name: str, values: np.ndarray) -> np.ndarray:
+    values.flags.writeable = False
+    self._cache[part, name] = values; self._cached += values.nbytes
+    while self._cached > CACHE_BYTES and len(self._cache) > 1: self._cached -= self._cache.popitem(last=False)[1].nbytes
+    return values
 
 # %% ../../nbs/01f_prepare.ipynb #c038
+@patch
+def table(self: Corpus, part: int, columns: list[str]) -> dict[str, Any]: # numpy for numbers, lists for text
+    "Columns of one part."
+    found = self.columns(part, columns)
+    return {c: found[c] if isinstance(found[c], np.ndarray) else found[c].to_pylist() for c in columns}
+
+@patch
+def gather_table(
+    self: Corpus,
+    docs: np.ndarray, # numbers in any order, repeats allowed
+    columns: list[str] # of the index
+) -> pa.Table: # a row for each number, in their order
+    "Columns of documents of any parts, without Python objects."
+    docs = np.asarray(docs, np.int64)
+    order = None if len(docs) < 2 or (docs[1:] >= docs[:-1]).all() else np.argsort(docs, kind="stable")
+    pieces = [pa.table({c: v[rows] if isinstance(v, np.ndarray) else v.take(pa.array(rows)) for c, v in self.columns(part, columns).items()}).select(columns)
+              for part, rows in self.groups(docs if order is None else docs[order])]
+    out = pa.concat_tables([pa.schema([(c, INDEX[c]) for c in columns]).empty_table(), *pieces])
+    return out if order is None else out.take(pa.array(np.argsort(order, kind="stable")))
+
+@patch
+def gather(self: Corpus, docs: np.ndarray, columns: list[str]) -> dict[str, list]: # columns of sorted numbers
+    "The same as Python lists, for a few documents."
+    return self.gather_table(docs, columns).to_pydict()
+
+# %% ../../nbs/01f_prepare.ipynb #c040
+READ_BYTES, GAP_LOCAL, GAP_S3 = 4 << 20, 8 << 10, 1 << 20  # of one read; unwanted bytes read over rather than starting another
+
+def read_runs(
+    offset: np.ndarray, length: np.ndarray, # of wanted lines, ascending
+    gap: int # bytes
+) -> np.ndarray: # indices at which a new read begins
+    "Wanted lines in reads of about 4 MB, with a new read after each wide gap."
+    if not len(offset): return np.zeros(0, np.int64)
+    new = (offset[1:] - (offset + length)[:-1] > gap) | (offset[1:] // READ_BYTES != offset[:-1] // READ_BYTES)
+    return np.concatenate([[0], 1 + np.flatnonzero(new)])
+
+@patch
+def lines(
+    self: Corpus, part: int,
+    rows: np.ndarray | None = None # ascending; None: all
+) -> Iterator[tuple[int, memoryview]]: # (row, its line)
+    "Lines of a part in order."
+    key, where = f"dedup_ready/{self.parts[part]['name']}.jsonl", self.columns(part, ["offset", "length"])
+    rows = np.arange(len(where["offset"])) if rows is None else np.asarray(rows, np.int64)
+    offset, length = where["offset"][rows], where["length"][rows]
+    runs = read_runs(offset, length, GAP_LOCAL if self.store.is_local else GAP_S3)
+    with _reader(self.store, key, len(runs)) as read:
+        for i, j in zip(runs, [*runs[1:], len(rows)]):
+            start, data = int(offset[i]), memoryview(read(int(offset[i]), int(offset[j - 1] + length[j - 1] - offset[i])))
+            for row, at, n in zip(rows[i:j].tolist(), (offset[i:j] - start).tolist(), length[i:j].tolist()): yield row, data[at:at + n]
+
+# %% ../../nbs/01f_prepare.ipynb #c041
+@contextmanager
+def _reader(store: Store, key: str, reads: int): # read(start, length) -> bytes
+    "Reads of one file: of a few, on S3, each is a request; for many the file is fetched."
+    if not store.is_local and reads <= 4: yield lambda start, n: store.read_range(key, start, n); return
+    fd = os.open(store.fetch(key), os.O_RDONLY | os.O_CLOEXEC)
+    def read(start, n):
+        data = os.pread(fd, n, start)
+        while len(data) < n and (more := os.pread(fd, n - len(data), start + len(data))): data += more
+        return data
+    try: yield read
+    finally: os.close(fd)
+
+@patch
+def part_texts(
+    self: Corpus, part: int,
+    rows: np.ndarray | None = None # ascending; None: all
+) -> Iterator[tuple[int, str]]: # (row, text)
+    "Stream the texts of one part in order."
+    for row, line in self.lines(part, rows): yield row, orjson.loads(line)["text"]
+
+@patch
+def texts(
+    self: Corpus,
+    docs: np.ndarray # sorted numbers
+) -> Iterator[str]:
+    "Texts of documents of any parts."
+    for part, rows in self.groups(np.asarray(docs, np.int64)):
+        for _, text in self.part_texts(part, rows): yield text
+
+# %% ../../nbs/01f_prepare.ipynb #c044
+FATES = ("kept", "exact", "near", "contaminated", "semantic", "emptied")  # values 0 to 5 of minhash_lsh/fate/<part>.npy
+
+def load_fate(
+    corpus: Corpus,
+    part: int
+) -> np.ndarray: # uint8 [documents of the part], a copy; all 0 where nothing was written
+    "What became of the documents of a part. Raises `RuntimeError` for a file that belongs to another corpus."
+    docs, key = corpus.parts[part]["docs"], f"minhash_lsh/fate/{corpus.parts[part]['name']}.npy"
+    if not corpus.store.exists(key): return np.zeros(docs, np.uint8)
+    fate = np.load(io.BytesIO(corpus.store.read(key)), allow_pickle=False)
+    if fate.shape != (docs,) or fate.dtype != np.uint8: raise RuntimeError(f"{key}: {fate.dtype}{list(fate.shape)} in place of uint8[{docs}]; run phase 1 again")
+    return fate
+
+def write_fate(
+    corpus: Corpus,
+    part: int,
+    fate: np.ndarray # values of FATES [documents of the part]
+) -> str: # its key
+    "Record what became of the documents of a part. Raises `ValueError` for a wrong length or value."
+    fate = np.ascontiguousarray(fate, np.uint8)
+    if fate.shape != (corpus.parts[part]["docs"],) or (fate >= len(FATES)).any(): raise ValueError(f"fate of part {part}: {list(fate.shape)}, up to {fate.max(initial=0)}")
+    key = f"minhash_lsh/fate/{corpus.parts[part]['name']}.npy"
+    with corpus.store.writer(key) as f: np.save(f, fate, allow_pickle=False)
+    return key
+
+# %% ../../nbs/01f_prepare.ipynb #c046
 def resumable(
     ctx, stage, # of the driver
     name: str, fn, tasks: list[dict], # each with a `number`
@@ -366,7 +491,7 @@ def sweep(
     for key in store.list(prefix):
         if key not in keep: store.delete(key)
 
-# %% ../../nbs/01f_prepare.ipynb #c039
+# %% ../../nbs/01f_prepare.ipynb #c047
 def prepare(ctx, stage, files: list[RawFile], ignored: list[str], sources: list[str]) -> dict: # counts
     "Fill dedup_ready/ and minhash_lsh/index/. Raises `UserError` when nothing is left, `RuntimeError` when counts do not add up."
     store, s = ctx.store, ctx.settings
@@ -386,7 +511,7 @@ def prepare(ctx, stage, files: list[RawFile], ignored: list[str], sources: list[
     store.delete_prefix("minhash_lsh/spill")
     return counts
 
-# %% ../../nbs/01f_prepare.ipynb #c040
+# %% ../../nbs/01f_prepare.ipynb #c048
 def _publish(store, domains, parts, ranged, mapped, ignored, sources, files, settings) -> dict: # counts
     "Check the counts, write the manifest, parts.json and the review samples, remove leftovers."
     total = new_tally()
@@ -408,7 +533,7 @@ def _publish(store, domains, parts, ranged, mapped, ignored, sources, files, set
     sweep(store, "minhash_lsh/index/", ["minhash_lsh/index/parts.json"] + [f"minhash_lsh/index/{n}.parquet" for n in names])
     return {k: total[k] for k in ("read", "kept")} | {"filtered": sum(total["filtered"].values()), "quarantined": sum(total["quarantined"].values()), "domains": domains, "total": total}
 
-# %% ../../nbs/01f_prepare.ipynb #c041
+# %% ../../nbs/01f_prepare.ipynb #c049
 def review_markdown(
     mapped: list[dict], # results of `prepare_file`
     limit: int # pairs a domain
