@@ -14,7 +14,7 @@ except ImportError: njit = None
 
 # %% auto #0
 __all__ = ['BASE', 'INVERSE', 'SHINGLES', 'N', 'shingle_hash64', 'shingle_hash', 'canonical', 'token_ngrams', 'shingle_hashes',
-           'permutations', 'signatures', 'to_minhash', 'shingle_set', 'jaccard']
+           'permutations', 'signatures', 'to_minhash', 'shingle_set', 'jaccard', 'shingle_sets', 'jaccard_pairs']
 
 # %% ../../nbs/01b_minhash.ipynb #c006
 BASE = 0x9E3779B97F4A7C15             # odd: invertible modulo 2^64
@@ -236,3 +236,36 @@ def jaccard(
     common = int(_common(x, y)) if njit else len(np.intersect1d(x, y, assume_unique=True))
     union = len(x) + len(y) - common
     return common / union if union else 1.0
+
+# %% ../../nbs/01b_minhash.ipynb #c036
+def shingle_sets(
+    texts: Iterable[str], # cleaned texts
+    shingle: str = "word5" # one of SHINGLES
+) -> tuple[np.ndarray, np.ndarray]: # uint64 hashes, sorted and unique per document, one after the other; int64 [documents + 1] offsets
+    "The shingle sets of many documents: `hashes[offsets[d]:offsets[d + 1]]` is `shingle_set(texts[d], shingle)`."
+    sets = [shingle_set(t, shingle) for t in texts]
+    return np.concatenate(sets or [np.empty(0, np.uint64)]), np.cumsum([0, *map(len, sets)], dtype=np.int64)
+
+# %% ../../nbs/01b_minhash.ipynb #c037
+@_jit
+def _jaccard_pairs(hashes, offsets, pairs, out):
+    "Exact Jaccard similarity of each pair of sorted runs."
+    for p in range(len(pairs)):
+        i, iend, j, jend = offsets[pairs[p, 0]], offsets[pairs[p, 0] + 1], offsets[pairs[p, 1]], offsets[pairs[p, 1] + 1]
+        union, common = iend - i + jend - j, 0
+        while i < iend and j < jend:
+            x, y = hashes[i], hashes[j]
+            common += x == y; i += x <= y; j += y <= x
+        out[p] = common / (union - common) if union else 1.0
+
+def jaccard_pairs(
+    hashes: np.ndarray, # from `shingle_sets`
+    offsets: np.ndarray, # from `shingle_sets`
+    pairs: np.ndarray # int [n, 2]: positions of documents
+) -> np.ndarray: # float64 [n]
+    "Jaccard similarity of each pair; two empty sets are alike."
+    pairs, out = np.ascontiguousarray(pairs, np.int64).reshape(-1, 2), np.empty(len(pairs))
+    if len(pairs) and not 0 <= pairs.min() <= pairs.max() < len(offsets) - 1: raise IndexError("a pair names a document that is not there")
+    if njit: _jaccard_pairs(hashes, offsets, pairs, out)
+    else: out[:] = [jaccard(hashes[offsets[a]:offsets[a + 1]], hashes[offsets[b]:offsets[b + 1]]) for a, b in pairs.tolist()]
+    return out
