@@ -4,68 +4,80 @@
 
 # %% ../../nbs/01d_cluster.ipynb #c004
 from __future__ import annotations
-import functools
+from typing import Iterator, NamedTuple
 import numpy as np, orjson, pyarrow as pa
+from ..core.records import dump_line
 from ..core.settings import DedupSettings
 from ..core.store import Store, open_store
 from .minhash import _jit, njit
-from .prepare import Corpus, load_array, sweep, write_table
-from .lsh import keeper_order, partition_of, read_segments, write_pairs, write_segments
+from .prepare import FATES, Corpus, load_array, load_fate, resumable, sweep, write_fate, write_table
+from .lsh import contaminated, keeper_order, partition_of, read_bucket, write_buckets, write_pairs
 
 # %% auto #0
-__all__ = ['CLUSTERS', 'exact_part', 'equal_groups', 'exact_partition', 'find_exact', 'components', 'choose_keepers', 'decide',
-           'first_of_label', 'write_clusters', 'survivors_part', 'count_sources', 'edge_arrays', 'decide_all']
+__all__ = ['EXACT_ROWS', 'CLUSTERS', 'CLUSTER_ROWS', 'exact_part', 'equal_groups', 'ranks_of', 'exact_partition', 'find_exact',
+           'components', 'choose_keepers', 'Decision', 'decide', 'read_edges', 'read_copies', 'orphans',
+           'write_clusters', 'publish_decision', 'fate_part', 'shorten', 'write_part', 'count_sources']
 
 # %% ../../nbs/01d_cluster.ipynb #c006
+EXACT_ROWS = 1 << 18  # text hashes compared at once: 6 MB
+
 def exact_part(
-    task: dict # workspace, part, partitions
-) -> list[tuple[int, str]]: # segments
-    "Text hashes of one part, in partitions."
-    corpus = Corpus(task["workspace"])
-    t = corpus.table(task["part"], ["high", "low"])
-    docs = (np.arange(len(t["high"])) + corpus.starts[task["part"]]).astype(np.uint64)
-    rows = np.column_stack([t["high"], t["low"], docs])
-    return write_segments(corpus.store, f"minhash_lsh/spill/exact/{task['part']:05d}.npy", rows, partition_of(rows[:, 0], task["partitions"]))
+    task: dict # workspace, settings (of dedup), number (of the part), partitions
+) -> dict: # documents
+    "Text hashes of one part to a bucket file."
+    corpus, part = Corpus(task["workspace"]), task["number"]
+    t = corpus.table(part, ["high", "low"])
+    docs = (np.arange(len(t["high"])) + corpus.starts[part]).astype(np.uint64)
+    rows = np.column_stack([t["high"], t["low"], docs])[~contaminated(corpus, part, DedupSettings(**task["settings"]))]
+    write_buckets(corpus.store, f"minhash_lsh/spill/exact/{part:05d}.bin", rows, partition_of(rows[:, 0], task["partitions"]), task["partitions"])
+    return {"docs": len(rows)}
 
 def equal_groups(
     rows: np.ndarray # uint64 [n, 3]: hash, hash, document
-) -> list[np.ndarray]: # sorted document numbers of each group of two or more
+) -> tuple[np.ndarray, np.ndarray]: # document numbers int64 of all groups of two or more, one after another; start of each group
     "Documents with equal hashes."
     rows = rows[np.lexsort((rows[:, 2], rows[:, 1], rows[:, 0]))]
-    first = np.flatnonzero(np.concatenate([[True], (rows[1:, :2] != rows[:-1, :2]).any(axis=1)]))
-    groups = np.split(rows[:, 2].astype(np.int64), first[1:])
-    return [g for g in groups if len(g) > 1]
+    same = (rows[1:, :2] == rows[:-1, :2]).all(axis=1)
+    member = np.append(same, False) | np.append(False, same) if len(rows) else np.empty(0, bool)
+    start = np.flatnonzero(np.append(True, ~same)[:len(rows)][member])
+    return rows[member, 2].astype(np.int64), start
 
 # %% ../../nbs/01d_cluster.ipynb #c008
+def ranks_of(order: np.ndarray, docs: np.ndarray) -> np.ndarray: # int64, of the shape of docs
+    "Places of documents in an order."
+    number = np.argsort(order)
+    return number[np.searchsorted(order[number], docs)]
+
 def exact_partition(
-    workspace: str, settings: dict, # of dedup
-    partition: int, segments: list[str] # of text hashes
+    task: dict # workspace, settings, number (of the partition), partitions, parts
 ) -> dict: # groups, removed
     "Exact duplicates of one partition: (copy, kept) to minhash_lsh/exact/, and their edges of 1.0 to pairs/."
-    corpus, s = Corpus(workspace), DedupSettings(**settings)
-    groups = equal_groups(read_segments(corpus.store, segments))
-    members = np.sort(np.concatenate(groups)) if groups else np.empty(0, np.int64)
-    order = keeper_order(corpus, members, s)
-    rank = np.empty(len(members), np.int64); rank[np.searchsorted(members, order)] = np.arange(len(order))
-    best = [g[rank[np.searchsorted(members, g)].argmin()] for g in groups]
-    pairs = [(d, b) for g, b in zip(groups, best) for d in g if d != b]
-    pairs = np.array(sorted(pairs), np.int64).reshape(-1, 2)
-    if not len(pairs): return {"groups": 0, "removed": 0}
-    with corpus.store.writer(f"minhash_lsh/exact/{partition:05d}.npy") as f: np.save(f, pairs, allow_pickle=False)
-    write_pairs(corpus, f"minhash_lsh/pairs/exact-{partition:05d}.parquet", pairs, np.ones(len(pairs)))
-    return {"groups": len(groups), "removed": len(pairs)}
+    corpus, s, number = Corpus(task["workspace"]), DedupSettings(**task["settings"]), task["number"]
+    rows = read_bucket(corpus.store, [f"minhash_lsh/spill/exact/{p:05d}.bin" for p in range(task["parts"])], number, task["partitions"], 3)
+    docs, start = equal_groups(rows)
+    if not len(docs): return {"groups": 0, "removed": 0}
+    order = keeper_order(corpus, np.sort(docs), s)
+    best = order[np.minimum.reduceat(ranks_of(order, docs), start)]
+    pairs = np.column_stack([docs, np.repeat(best, np.diff(np.append(start, len(docs))))])
+    pairs = pairs[pairs[:, 0] != pairs[:, 1]]
+    pairs = pairs[np.argsort(pairs[:, 0])]
+    with corpus.store.writer(f"minhash_lsh/exact/{number:05d}.npy") as f: np.save(f, pairs, allow_pickle=False)
+    write_pairs(corpus, f"minhash_lsh/pairs/exact-{number:05d}.parquet", pairs, np.ones(len(pairs)))
+    return {"groups": len(start), "removed": len(pairs)}
 
 # %% ../../nbs/01d_cluster.ipynb #c009
-def find_exact(ctx) -> dict: # groups, removed
-    "The stage dedup.exact."
-    corpus, s = Corpus(ctx.store), ctx.settings.dedup
-    ctx.store.delete_prefix("minhash_lsh/exact")
-    sweep(ctx.store, "minhash_lsh/pairs/", [])
-    tasks = [{"workspace": ctx.store.uri, "part": i, "partitions": s.partitions} for i in range(len(corpus.parts))]
-    done = ctx.executor.map_shuffle(exact_part, tasks, functools.partial(exact_partition, ctx.store.uri, s.model_dump()), "exact")
-    ctx.store.delete_prefix("minhash_lsh/spill")
+def find_exact(ctx, stage) -> dict: # groups, removed
+    "The stage dedup.exact. Resumes by part and partition."
+    corpus, store = Corpus(ctx.store), ctx.store
+    if not stage.parts:
+        for prefix in ("minhash_lsh/exact", "minhash_lsh/spill", "minhash_lsh/pairs"): store.delete_prefix(prefix)
+    base = {"workspace": store.uri, "settings": ctx.settings.dedup.model_dump(), "parts": len(corpus.parts),
+            "partitions": ctx.settings.dedup.partitions or -(-len(corpus) // EXACT_ROWS)}
+    resumable(ctx, stage, "hash", exact_part, [base | {"number": i} for i in range(base["parts"])], "exact")
+    done = resumable(ctx, stage, "join", exact_partition, [base | {"number": i} for i in range(base["partitions"])], "exact: join")
+    store.delete_prefix("minhash_lsh/spill")
     counts = {k: sum(d[k] for d in done) for k in ("groups", "removed")}
-    ctx.store.write("minhash_lsh/exact/counts.json", orjson.dumps(counts))
+    store.write("minhash_lsh/exact/counts.json", orjson.dumps(counts))
     return counts
 
 # %% ../../nbs/01d_cluster.ipynb #c011
@@ -115,66 +127,139 @@ def choose_keepers(
     return keeper
 
 # %% ../../nbs/01d_cluster.ipynb #c018
-CLUSTERS = {"id": pa.string(), "cluster": pa.string(), "keep": pa.bool_(), "keeper": pa.string(), "reason": pa.string()}
+class Decision(NamedTuple):
+    "What stays, and for whom the others go. Documents stand in keeper order; all arrays have one entry a document."
+    docs: np.ndarray   # int64, document numbers
+    keeper: np.ndarray # int64, place of its keeper in `docs`, its own when kept
+    label: np.ndarray  # int64, equal within a connected component
+    copy: np.ndarray   # bool, removed as an exact copy
+    near: np.ndarray   # bool, has a verified edge to a document that is no exact copy
+    @property
+    def gone(self) -> np.ndarray: return self.keeper != np.arange(len(self.docs))
 
 def decide(
     corpus: Corpus,
     exact: np.ndarray, # int64 [n, 2]: copy, kept
     near: np.ndarray, # int64 [m, 2]: verified edges between documents that are no exact copies
     s: DedupSettings
-) -> dict[str, np.ndarray]: # docs in keeper order, their keeper, label of component, removed as exact copy, has a near edge
-    "What stays, and for whom the others go."
-    docs = np.unique(np.concatenate([exact.ravel(), near.ravel()]))
-    order = keeper_order(corpus, docs, s)
-    rank = np.empty(len(docs), np.int64); rank[np.searchsorted(docs, order)] = np.arange(len(order))
-    def ranks(d): return rank[np.searchsorted(docs, d)]
-    near_r, exact_r = ranks(near), ranks(exact)
-    keeper = choose_keepers(near_r.reshape(-1, 2), len(docs))
-    copy = np.zeros(len(docs), bool); copy[exact_r[:, 0]] = True
+) -> Decision:
+    "Choose components and keepers."
+    docs = keeper_order(corpus, np.unique(np.concatenate([exact.ravel(), near.ravel()])), s)
+    near_r, exact_r = ranks_of(docs, near), ranks_of(docs, exact)
+    keeper, copy, touched = choose_keepers(near_r, len(docs)), np.zeros(len(docs), bool), np.zeros(len(docs), bool)
     keeper[exact_r[:, 0]] = keeper[exact_r[:, 1]]
-    touched = np.zeros(len(docs), bool); touched[near_r.ravel()] = True
-    return {"doc": order, "keeper": keeper, "label": components(np.concatenate([near_r, exact_r]).reshape(-1, 2), len(docs)), "copy": copy, "near": touched}
+    copy[exact_r[:, 0]] = True; touched[near_r.ravel()] = True
+    return Decision(docs, keeper, components(np.concatenate([near_r, exact_r]), len(docs)), copy, touched)
 
 # %% ../../nbs/01d_cluster.ipynb #c019
-def first_of_label(label: np.ndarray) -> np.ndarray: # for each node, the smallest node with its label
-    "The first node of each component."
-    values, inverse = np.unique(label, return_inverse=True)
-    first = np.full(len(values), len(label), np.int64)
-    np.minimum.at(first, inverse, np.arange(len(label)))
-    return first[inverse]
+def read_edges(store: Store, keys: list[str]) -> np.ndarray: # int64 [m, 2]
+    "Verified edges as document numbers."
+    return np.concatenate([np.empty((0, 2), np.int64)] + [np.asarray(load_array(store, k)[:, :2]).astype(np.int64) for k in keys])
+
+def read_copies(store: Store) -> np.ndarray: # int64 [n, 2]: copy, kept
+    "What dedup.exact found."
+    return np.concatenate([np.empty((0, 2), np.int64)] + [load_array(store, k) for k in store.list("minhash_lsh/exact/") if k.endswith(".npy")])
+
+def orphans(
+    d: Decision,
+    near: np.ndarray # int64 [m, 2], as `decide` got it
+) -> np.ndarray: # sorted document numbers
+    "Kept documents with an edge to one that went for another's sake: it may have spoken for them in a hot bucket."
+    at = ranks_of(d.docs, near)
+    gone, taken = d.gone[at], d.keeper[at]
+    lone = np.concatenate([at[~gone[:, i] & gone[:, 1 - i] & (taken[:, 1 - i] != at[:, i]), i] for i in (0, 1)])
+    return np.unique(d.docs[lone])
+
+# %% ../../nbs/01d_cluster.ipynb #c020
+CLUSTERS = {"id": pa.string(), "cluster": pa.string(), "keep": pa.bool_(), "keeper": pa.string(), "reason": pa.string()}
+CLUSTER_ROWS = 1 << 20  # rows of a file of clusters/
 
 def write_clusters(
-    corpus: Corpus,
-    d: dict[str, np.ndarray] # as `decide` gives it
+    corpus: Corpus, d: Decision
 ) -> None:
     "minhash_lsh/clusters/: one row a document that has a duplicate, in the order of the corpus. A cluster is named by the id of its first document in keeper order."
-    by_doc = np.argsort(d["doc"])
-    ids = np.empty(len(by_doc), object); ids[by_doc] = corpus.gather(d["doc"][by_doc], ["id"])["id"]
-    kept = d["keeper"] == np.arange(len(ids))
-    reason = np.where(d["copy"] | ~d["near"], "exact", "near")
-    columns = {"id": ids, "cluster": ids[first_of_label(d["label"])], "keep": kept, "keeper": ids[d["keeper"]], "reason": reason}
-    write_table(corpus.store, "minhash_lsh/clusters/part-00000.parquet", {k: v[by_doc] for k, v in columns.items()}, CLUSTERS)
+    first = np.full(len(d.docs), len(d.docs), np.int64)
+    np.minimum.at(first, d.label, np.arange(len(d.docs)))
+    by_number = np.argsort(d.docs)
+    ids, place = corpus.gather_table(d.docs[by_number], ["id"])["id"], ranks_of(by_number, np.arange(len(d.docs)))
+    def id_of(at): return ids.take(pa.array(place[at]))
+    keys = []
+    for low in range(0, max(1, len(by_number)), CLUSTER_ROWS):
+        at = by_number[low:low + CLUSTER_ROWS]
+        reason = np.where(d.copy[at] | ~d.near[at], "exact", "near")
+        keys.append(f"minhash_lsh/clusters/part-{len(keys):05d}.parquet")
+        write_table(corpus.store, keys[-1], {"id": id_of(at), "cluster": id_of(first[d.label[at]]), "keep": ~d.gone[at], "keeper": id_of(d.keeper[at]), "reason": reason}, CLUSTERS)
+    sweep(corpus.store, "minhash_lsh/clusters/", keys)
 
-# %% ../../nbs/01d_cluster.ipynb #c021
-def survivors_part(
-    task: dict # workspace, part, name, removed (key of document numbers)
-) -> dict: # documents, bytes and words before, after exact, after near
-    "Copy the kept lines of one part to deduped/."
-    corpus = Corpus(task["workspace"])
-    store, start = corpus.store, int(corpus.starts[task["part"]])
-    t = corpus.table(task["part"], ["length", "bytes", "words", "source"])
-    removed = load_array(store, task["removed"])
-    mask = [np.ones(len(t["length"]), bool) for _ in range(3)]
-    for m, docs in zip(mask[1:], (removed[removed[:, 1] == 1, 0], removed[:, 0])):
-        rows = docs[(docs >= start) & (docs < start + len(m))] - start
-        m[rows] = False
-    key = f"deduped/{task['name']}.jsonl"
-    if mask[2].any():
-        with store.open(f"dedup_ready/{task['name']}.jsonl") as f, store.writer(key) as out:
-            out.writelines(line for line, keep in zip(f, mask[2]) if keep)
-    counts = [{"docs": int(m.sum()), "bytes": int(t["bytes"][m].sum()), "words": int(t["words"][m].sum())} for m in mask]
-    return {"domain": corpus.parts[task["part"]]["domain"], "key": key if mask[2].any() else None, "counts": counts, "sources": count_sources(t["source"], t["bytes"], mask[2])}
+# %% ../../nbs/01d_cluster.ipynb #c022
+def publish_decision(
+    corpus: Corpus, d: Decision
+) -> dict: # counts
+    "Write clusters/ and the list of removed documents, from which `fate_part` marks each part."
+    write_clusters(corpus, d)
+    removed = np.column_stack([d.docs[d.gone], np.where(d.copy[d.gone], FATES.index("exact"), FATES.index("near"))])
+    with corpus.store.writer("minhash_lsh/spill/removed.npy") as f: np.save(f, removed[np.argsort(removed[:, 0])], allow_pickle=False)
+    return {"clusters": len(np.unique(d.label)), "clustered": len(d.docs), "removed_exact": int(d.copy.sum()), "removed_near": int(d.gone.sum() - d.copy.sum())}
 
+def fate_part(
+    task: dict # workspace, settings, number (of the part)
+) -> dict: # nothing
+    "Mark the fate of each document of a part in minhash_lsh/fate/."
+    corpus, part = Corpus(task["workspace"]), task["number"]
+    start, stop, removed = int(corpus.starts[part]), int(corpus.starts[part + 1]), load_array(corpus.store, "minhash_lsh/spill/removed.npy")
+    i, j = np.searchsorted(removed[:, 0], (start, stop))
+    fate = np.where(contaminated(corpus, part, DedupSettings(**task["settings"])), FATES.index("contaminated"), 0).astype(np.uint8)
+    fate[removed[i:j, 0] - start] = removed[i:j, 1]
+    write_fate(corpus, part, fate)
+    return {}
+
+# %% ../../nbs/01d_cluster.ipynb #c027
+def _measure(mask: np.ndarray, t: dict) -> dict: # docs, bytes, words
+    return {"docs": int(mask.sum()), "bytes": int(t["bytes"][mask].sum()), "words": int(t["words"][mask].sum())}
+
+def shorten(
+    line: bytes, spans: np.ndarray, # a document, and what to cut from its text
+    min_chars: int # below which nothing worth keeping is left
+) -> bytes | None: # the line, None when the document goes
+    "A line of JSON whose text loses some spans."
+    from yunmin_efficientdata.dedup.spans import cut
+    record = orjson.loads(line)
+    record["text"] = cut(record["text"], spans)
+    return dump_line(record) if len(record["text"]) >= max(1, min_chars) else None
+
+def _lines(corpus, part, fate, spans, min_chars, now) -> Iterator:
+    "Lines to keep. Marks emptied documents in `fate`, and updates the sizes of those that are cut."
+    for row, line in corpus.lines(part, np.flatnonzero(fate == 0)):
+        i, j = np.searchsorted(spans[:, 0], (row, row + 1)) if len(spans) else (0, 0)
+        if j > i:
+            line = shorten(line, spans[i:j, 1:], min_chars)
+            if line is None: fate[row] = FATES.index("emptied"); continue
+            text = orjson.loads(line)["text"]
+            now["bytes"][row], now["words"][row] = len(text.encode()), len(text.split())
+        yield line
+
+# %% ../../nbs/01d_cluster.ipynb #c028
+def write_part(
+    task: dict # workspace, number (of the part), min_chars, spans (are there any to cut)
+) -> dict: # domain, key, docs, bytes and words before exact, after exact and after near; the same by fate, kept and by source
+    "Write the survivors of one part to deduped/, and its final fates."
+    corpus, part = Corpus(task["workspace"]), task["number"]
+    store, name = corpus.store, corpus.parts[part]["name"]
+    t, fate = corpus.table(part, ["bytes", "words", "source"]), load_fate(corpus, part)
+    fate[fate == FATES.index("emptied")] = 0  # of an earlier run
+    steps = [~np.isin(fate, [FATES.index(f) for f in gone]) for gone in (["contaminated"], ["contaminated", "exact"], ["contaminated", "exact", "near"])]
+    spans = load_array(store, f"minhash_lsh/spans/{name}.npy") if task["spans"] else np.empty((0, 3), np.int64)
+    now, key = {k: np.array(t[k]) for k in ("bytes", "words")}, f"deduped/{name}.jsonl"
+    with store.writer(key) as out: out.writelines(_lines(corpus, part, fate, spans, task["min_chars"], now))
+    kept = fate == 0
+    if not kept.any(): store.delete(key)
+    write_fate(corpus, part, fate)
+    fates = {f: _measure(fate == i, t) for i, f in enumerate(FATES) if i and (fate == i).any()}
+    if len(spans): fates["cut"] = {"docs": int((kept & (now["bytes"] != t["bytes"])).sum()), **{k: int((t[k] - now[k])[kept].sum()) for k in now}}
+    return {"domain": corpus.parts[part]["domain"], "key": key if kept.any() else None, "counts": [_measure(m, t) for m in steps], "fates": fates,
+            "kept": _measure(kept, now), "sources": count_sources(t["source"], t["bytes"], kept)}
+
+# %% ../../nbs/01d_cluster.ipynb #c029
 def count_sources(
     names: list[str], size: np.ndarray, kept: np.ndarray # source, bytes and fate of each document
 ) -> dict[str, dict]: # source -> docs, removed, bytes, bytes_removed
@@ -185,23 +270,3 @@ def count_sources(
     out = {n: dict(zip(("docs", "removed", "bytes", "bytes_removed"), r)) for n, *r in rows[:1000]}
     if rest := rows[1000:]: out["(other)"] = {k: sum(r[i] for r in rest) for i, k in enumerate(("docs", "removed", "bytes", "bytes_removed"), 1)}
     return out
-
-# %% ../../nbs/01d_cluster.ipynb #c022
-def edge_arrays(store: Store, keys: list[str]) -> tuple[np.ndarray, np.ndarray]: # edges int64 [m, 2], jaccard
-    "Verified edges as document numbers."
-    rows = np.concatenate([np.empty((0, 3))] + [load_array(store, k) for k in keys])
-    return rows[:, :2].astype(np.int64), rows[:, 2]
-
-def decide_all(
-    corpus: Corpus, s: DedupSettings,
-    edges: list[str] # keys of verified edges
-) -> dict: # counts
-    "Decide, write clusters/ and the list of removed documents."
-    store = corpus.store
-    exact = np.concatenate([np.empty((0, 2), np.int64)] + [load_array(store, k) for k in store.list("minhash_lsh/exact/") if k.endswith(".npy")])
-    d = decide(corpus, exact, edge_arrays(store, edges)[0], s)
-    write_clusters(corpus, d)
-    gone = d["keeper"] != np.arange(len(d["doc"]))
-    removed = np.column_stack([d["doc"][gone], d["copy"][gone]]).astype(np.int64)
-    with store.writer("minhash_lsh/spill/removed.npy") as f: np.save(f, removed[np.argsort(removed[:, 0])], allow_pickle=False)
-    return {"clusters": len(np.unique(d["label"])), "clustered": len(d["doc"]), "removed_exact": int(d["copy"].sum()), "removed_near": int(gone.sum() - d["copy"].sum())}

@@ -4,19 +4,19 @@
 
 # %% ../../nbs/01c_lsh.ipynb #c004
 from __future__ import annotations
-import functools
 from typing import Iterator
-import numpy as np, orjson, pyarrow as pa
-from ..core.settings import DedupSettings
+import numpy as np, pyarrow as pa, pyarrow.compute as pc
+from ..core.settings import DedupSettings, UserError
 from ..core.store import Store, open_store
-from .minhash import N, jaccard, shingle_set, signatures
+from .minhash import N, _jit, jaccard_pairs, njit, shingle_sets, signatures
 from .prepare import Corpus, load_array, write_table
 
 # %% auto #0
-__all__ = ['HOT', 'LEADERS', 'BLOCK_BYTES', 'PAIRS', 'candidate_probability', 'sign_part', 'band_keys', 'write_segments',
-           'read_segments', 'partition_of', 'exact_removed', 'band_part', 'bucket_pairs', 'keeper_order',
-           'read_signatures', 'star_pairs', 'unique_pairs', 'join_partition', 'blocks', 'verify_pairs', 'write_pairs',
-           'verify_range', 'find_candidates']
+__all__ = ['PARTITION_ROWS', 'SIGN_DOCUMENTS', 'HOT', 'CHUNK', 'LEADERS', 'LINKS', 'NEAR', 'SURE', 'BLOCK_BYTES', 'PAIRS',
+           'candidate_probability', 'mean_recall', 'choose_bands', 'resolve_bands', 'partition_of', 'write_buckets',
+           'read_bucket', 'partition_count', 'band_keys', 'number_bits', 'rows_of_part', 'left_out', 'contaminated',
+           'sign_part', 'split_buckets', 'bucket_pairs', 'unpack', 'keeper_order', 'read_signatures', 'star_pairs',
+           'join_partition', 'blocks', 'verify_pairs', 'write_pairs', 'verify_range', 'rejoin_partition']
 
 # %% ../../nbs/01c_lsh.ipynb #c005
 def candidate_probability(
@@ -26,21 +26,74 @@ def candidate_probability(
     "Chance that a pair of similarity `j` agrees in at least one band: `1 - (1 - j^rows)^bands`."
     return 1 - (1 - np.asarray(j, float)**rows)**bands
 
-# %% ../../nbs/01c_lsh.ipynb #c009
-def sign_part(
-    task: dict # workspace, part (number), settings (of dedup)
-) -> dict: # documents
-    "Write the signatures of one part of dedup_ready/ to minhash_lsh/signatures/."
-    store, s = open_store(task["workspace"]), DedupSettings(**task["settings"])
-    name = task["name"]
-    def texts():
-        with store.open(f"dedup_ready/{name}.jsonl") as f:
-            for line in f: yield orjson.loads(line)["text"]
-    out = signatures(texts(), s.num_perm, s.shingle, s.seed)
-    with store.writer(f"minhash_lsh/signatures/{name}.npy") as f: np.save(f, out, allow_pickle=False)
-    return {"docs": len(out)}
+def mean_recall(
+    threshold: float, # similarity from which pairs count
+    bands: int, rows: int
+) -> float: # share of pairs that become candidates
+    "Expected recall of pairs whose similarity is spread evenly from the threshold to 1."
+    return float(candidate_probability(np.linspace(threshold, 1, 1001), bands, rows).mean())
 
-# %% ../../nbs/01c_lsh.ipynb #c011
+# %% ../../nbs/01c_lsh.ipynb #c007
+def choose_bands(
+    num_perm: int, threshold: float,
+    recall: float # wanted, over pairs from the threshold to 1
+) -> tuple[int, int]: # bands, rows
+    "The strictest bands, all slots used, whose expected recall is the wanted one. Raises `UserError` when even single rows miss it."
+    for rows in range(num_perm, 0, -1):
+        if mean_recall(threshold, num_perm // rows, rows) >= recall: return num_perm // rows, rows
+    raise UserError(f"dedup.recall={recall} is out of reach with num_perm={num_perm} at threshold {threshold}; give more permutations or ask for less")
+
+def resolve_bands(
+    s: DedupSettings
+) -> DedupSettings: # with bands and rows
+    "Fill in bands and rows. Raises `UserError` when they need more slots than a signature has."
+    bands, rows = s.bands, s.rows
+    if bands is None and rows is None: bands, rows = choose_bands(s.num_perm, s.threshold, s.recall)
+    elif rows is None: rows = s.num_perm // bands
+    elif bands is None: bands = s.num_perm // rows
+    if not bands or not rows or bands * rows > s.num_perm:
+        raise UserError(f"dedup.bands={bands} x dedup.rows={rows} do not fit in the signature's {s.num_perm} slots; make num_perm larger, take fewer bands, or leave both out and set dedup.recall")
+    return s.model_copy(update={"bands": bands, "rows": rows})
+
+# %% ../../nbs/01c_lsh.ipynb #c010
+def partition_of(
+    keys: np.ndarray, # uint64, well mixed
+    partitions: int
+) -> np.ndarray: # 0 .. partitions - 1
+    "Partition of a hash by its upper bits."
+    return ((keys >> np.uint64(32)) * np.uint64(partitions) >> np.uint64(32)).astype(np.int64)
+
+def write_buckets(
+    store: Store, key: str,
+    rows: np.ndarray, # uint64 [n, columns]
+    partition: np.ndarray, # int64 [n]
+    partitions: int # in all
+) -> None:
+    "One file: partitions + 1 offsets, then the rows by partition."
+    order = np.argsort(partition, kind="stable")
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(partition, minlength=partitions))]).astype("<u8")
+    with store.writer(key) as f: f.write(offsets.tobytes()); f.write(np.ascontiguousarray(rows[order], "<u8").tobytes())
+
+def read_bucket(
+    store: Store, keys: list[str], # of the files of all tasks
+    partition: int, partitions: int, # which one, of how many
+    columns: int = 1 # of a row
+) -> np.ndarray: # uint64 [n, columns], in the order of the files
+    "The rows of one partition."
+    out, head = [np.empty((0, columns), np.uint64)], 8 * (partitions + 1)
+    for key in keys:
+        low, high = np.frombuffer(store.read_range(key, 8 * partition, 16), "<u8").tolist()
+        if high > low: out.append(np.frombuffer(store.read_range(key, head + 8 * columns * low, 8 * columns * (high - low)), "<u8").reshape(-1, columns))
+    return np.concatenate(out)
+
+# %% ../../nbs/01c_lsh.ipynb #c013
+PARTITION_ROWS = 1 << 19  # rows joined at once: 4 MB of packed band keys
+
+def partition_count(rows: int, wanted: int = 0) -> int: # partitions
+    "Partitions for so many rows; `wanted` comes from the config, 0 leaves the choice here."
+    return wanted or min(65536, -(-max(rows, 1) // PARTITION_ROWS))
+
+# %% ../../nbs/01c_lsh.ipynb #c015
 def band_keys(
     sign: np.ndarray, # uint32 [documents, num_perm]
     bands: int, rows: int # bands * rows <= num_perm
@@ -53,141 +106,200 @@ def band_keys(
         keys ^= keys >> np.uint64(32)
     return keys
 
-# %% ../../nbs/01c_lsh.ipynb #c013
-def write_segments(
-    store: Store, key: str, # of the bucket file
-    rows: np.ndarray, # [n, columns]
-    partition: np.ndarray, # of each row
-) -> list[tuple[int, str]]: # (partition, "key:start:end") of the segments
-    "One bucket file for a task: its rows sorted by partition, and which rows belong to which."
-    order = np.argsort(partition, kind="stable")
-    with store.writer(key) as f: np.save(f, rows[order], allow_pickle=False)
-    numbers, starts, counts = np.unique(partition[order], return_index=True, return_counts=True)
-    return [(int(p), f"{key}:{s}:{s + c}") for p, s, c in zip(numbers, starts, counts)]
+def number_bits(documents: int) -> int: # bits that a document number needs
+    "Room for document numbers in packed keys. Raises `UserError` beyond 2^32 documents."
+    if documents > 1 << 32: raise UserError(f"{documents:,} documents are more than the 4,294,967,296 that one workspace can compare; split the corpus by domain")
+    return max(1, (documents - 1).bit_length())
 
-def read_segments(
-    store: Store,
-    segments: list[str] # as `write_segments` names them
-) -> np.ndarray: # the rows of all, one after another
-    "The rows of some segments."
-    split = [s.rsplit(":", 2) for s in segments]
-    return np.concatenate([load_array(store, key)[int(a):int(b)] for key, a, b in split])
+# %% ../../nbs/01c_lsh.ipynb #c018
+def rows_of_part(
+    corpus: Corpus, folder: str, # of sorted .npy files whose first column is a document number
+    part: int
+) -> np.ndarray: # rows within the part
+    "Which documents of a part some decision, written by partition, concerns."
+    start, stop, found = int(corpus.starts[part]), int(corpus.starts[part + 1]), [np.empty(0, np.int64)]
+    for key in corpus.store.list(folder):
+        if not key.endswith(".npy"): continue
+        numbers = load_array(corpus.store, key)[:, 0]
+        i, j = np.searchsorted(numbers, (start, stop))
+        found.append(np.asarray(numbers[i:j]) - start)
+    return np.sort(np.concatenate(found))
 
-def partition_of(
-    keys: np.ndarray, # uint64, well mixed
-    partitions: int
-) -> np.ndarray: # 0 .. partitions - 1
-    "Partition of a hash by its upper bits."
-    return (keys >> np.uint64(32)) * np.uint64(partitions) >> np.uint64(32)
+def left_out(corpus: Corpus, part: int, s: DedupSettings) -> np.ndarray: # bool [docs of the part]
+    "Documents that take no part in the search: contaminated ones that are to go, exact copies, and for `word5` those shorter than a shingle."
+    out = contaminated(corpus, part, s)
+    out[rows_of_part(corpus, "minhash_lsh/exact/", part)] = True
+    if s.shingle == "word5": out |= corpus.table(part, ["words"])["words"] < N
+    return out
 
-# %% ../../nbs/01c_lsh.ipynb #c014
-def exact_removed(store: Store) -> np.ndarray: # sorted document numbers
-    "Documents that are exact copies of another one that is kept."
-    return np.sort(np.concatenate([np.empty(0, np.int64)] + [load_array(store, k)[:, 0] for k in store.list("minhash_lsh/exact/") if k.endswith(".npy")]))
-
-def band_part(
-    task: dict # workspace, part, name, settings
-) -> list[tuple[int, str]]: # segments
-    "Band keys of one part, in partitions."
-    corpus, s = Corpus(task["workspace"]), DedupSettings(**task["settings"])
-    store, start = corpus.store, int(corpus.starts[task["part"]])
-    sign = load_array(store, f"minhash_lsh/signatures/{task['name']}.npy")
-    alive = np.ones(len(sign), bool)
-    removed = exact_removed(store) - start
-    alive[removed[(removed >= 0) & (removed < len(sign))]] = False
-    if s.shingle == "word5": alive &= corpus.table(task["part"], ["words"])["words"] >= N
-    keys = band_keys(sign[alive], s.bands, s.rows)
-    docs = np.broadcast_to((np.flatnonzero(alive) + start).astype(np.uint64)[:, None], keys.shape)
-    rows = np.stack([keys.ravel(), docs.ravel()], axis=1)
-    return write_segments(store, f"minhash_lsh/spill/bands/{task['part']:05d}.npy", rows, partition_of(rows[:, 0], s.partitions))
-
-# %% ../../nbs/01c_lsh.ipynb #c016
-HOT = 64      # members from which a bucket is hot
-LEADERS = 16  # at most, in a hot bucket
-
-def bucket_pairs(
-    packed: np.ndarray, # uint64, sorted: key bits above, document number in the low bits
-    bits: int # of the document number
-) -> tuple[np.ndarray, list[np.ndarray]]: # pairs of small buckets int64 [n, 2], members of hot buckets
-    "All pairs of the small buckets; the members of the hot ones."
-    key, doc = packed >> np.uint64(bits), (packed & np.uint64((1 << bits) - 1)).astype(np.int64)
-    first = np.flatnonzero(np.concatenate([[True], key[1:] != key[:-1]])) if len(key) else np.empty(0, np.int64)
-    sizes = np.diff(np.concatenate([first, [len(key)]]))
-    hot = [doc[f:f + n] for f, n in zip(first[sizes > HOT], sizes[sizes > HOT])]
-    small = np.repeat(sizes <= HOT, sizes)
-    key, doc, pairs = key[small], doc[small], []
-    for step in range(1, int(sizes[sizes <= HOT].max(initial=1))):
-        at = np.flatnonzero(key[step:] == key[:-step])
-        pairs.append(np.stack([doc[at], doc[at + step]], axis=1))
-    return np.concatenate(pairs) if pairs else np.empty((0, 2), np.int64), hot
+def contaminated(corpus: Corpus, part: int, s: DedupSettings) -> np.ndarray: # bool [docs of the part]
+    "Documents of a part that go because they contain items of evaluation sets."
+    out, key = np.zeros(corpus.parts[part]["docs"], bool), f"minhash_lsh/contaminated/{corpus.parts[part]['name']}.npy"
+    if s.contamination.remove and s.contamination.sets and corpus.store.exists(key): out[load_array(corpus.store, key)] = True
+    return out
 
 # %% ../../nbs/01c_lsh.ipynb #c019
+SIGN_DOCUMENTS = 20_000  # signed at once: 10 MB of signatures
+
+def sign_part(
+    task: dict # workspace, number (of the part), settings (of dedup), partitions
+) -> dict: # documents that take part
+    "Sign one part of dedup_ready/: signatures to minhash_lsh/signatures/, packed band keys to a bucket file."
+    corpus, s, part = Corpus(task["workspace"]), DedupSettings(**task["settings"]), task["number"]
+    store, (name, docs) = corpus.store, (corpus.parts[part][k] for k in ("name", "docs"))
+    bits, skip, keys, numbers = number_bits(len(corpus)), left_out(corpus, part, s), [], []
+    with store.writer(f"minhash_lsh/signatures/{name}.npy") as f:
+        np.lib.format.write_array_header_1_0(f, {"descr": "<u4", "fortran_order": False, "shape": (docs, s.num_perm)})
+        for low in range(0, docs, SIGN_DOCUMENTS):
+            rows = np.arange(low, min(docs, low + SIGN_DOCUMENTS))
+            sign = signatures((text for _, text in corpus.part_texts(part, rows)), s.num_perm, s.shingle, s.seed)
+            f.write(sign.astype("<u4", copy=False).tobytes())
+            alive = ~skip[rows]
+            keys.append(band_keys(sign[alive], s.bands, s.rows)); numbers.append(rows[alive])
+    keys, numbers = np.concatenate(keys), np.concatenate(numbers).astype(np.uint64) + np.uint64(corpus.starts[part])
+    packed = keys << np.uint64(bits) | numbers[:, None]
+    write_buckets(store, f"minhash_lsh/spill/bands/{part:05d}.bin", packed.reshape(-1, 1), partition_of(keys.ravel(), task["partitions"]), task["partitions"])
+    return {"docs": len(numbers)}
+
+# %% ../../nbs/01c_lsh.ipynb #c021
+HOT = 64           # members from which a bucket is hot
+CHUNK = 1 << 21    # candidate pairs in memory at once
+
+def split_buckets(
+    packed: np.ndarray, # uint64, sorted: key bits above, document number in the low bits
+    bits: int # of the document number
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # document numbers of all buckets of two or more, one after another; start and size of each bucket
+    "Buckets with company: nearly all keys occur once and are dropped at once."
+    key, doc = packed >> np.uint64(bits), packed & np.uint64((1 << bits) - 1)
+    same = key[1:] == key[:-1]
+    member = np.concatenate([same, [False]]) | np.concatenate([[False], same]) if len(key) else np.empty(0, bool)
+    key, doc = key[member], doc[member]
+    start = np.flatnonzero(np.concatenate([[True], key[1:] != key[:-1]])) if len(key) else np.empty(0, np.int64)
+    return doc, start, np.diff(np.concatenate([start, [len(key)]]))
+
+def bucket_pairs(
+    doc: np.ndarray, # uint64 document numbers, ascending in each bucket
+    start: np.ndarray, size: np.ndarray # of small buckets
+) -> Iterator[np.ndarray]: # uint64, sorted: a << 32 | b
+    "All pairs of small buckets, in chunks of bounded size."
+    pairs = size * (size - 1) // 2
+    for group in np.split(np.arange(len(start)), np.flatnonzero(np.diff(np.cumsum(pairs) // CHUNK)) + 1):
+        if not len(group): continue
+        n, at = size[group], np.repeat(start[group], size[group])
+        left = at + np.arange(len(at)) - np.repeat(np.cumsum(n) - n, n)   # position of each member
+        last, out = at + np.repeat(n, n), []
+        for step in range(1, int(n.max())):
+            left, last = left[left + step < last], last[left + step < last]
+            out.append(doc[left] << np.uint64(32) | doc[left + step])
+        found = np.unique(np.concatenate(out))
+        yield found[found >> np.uint64(32) != found & np.uint64(0xFFFFFFFF)]  # a document may meet itself when cut keys collide
+
+def unpack(pairs: np.ndarray) -> np.ndarray: # int64 [n, 2]
+    "Pairs as two columns."
+    return np.stack([pairs >> np.uint64(32), pairs & np.uint64(0xFFFFFFFF)], axis=1).astype(np.int64)
+
+# %% ../../nbs/01c_lsh.ipynb #c024
 def keeper_order(
     corpus: Corpus,
     docs: np.ndarray, # sorted document numbers
     s: DedupSettings
 ) -> np.ndarray: # the same numbers, best first
     "Documents in the order in which they are kept."
-    rows, priority = corpus.gather(docs, ["id", "words", "source", "date"]), {name: i for i, name in enumerate(s.source_priority)}
-    domains = [corpus.parts[p]["domain"] for p, r in corpus.groups(docs) for _ in r]
-    order = sorted(range(len(docs)), key=rows["id"].__getitem__)
-    if s.keep == "date": order.sort(key=rows["date"].__getitem__, reverse=True)
-    else: order.sort(key=rows["words"].__getitem__, reverse=True)
-    last = len(priority)
-    if priority: order.sort(key=lambda i: min(priority.get(rows["source"][i], last), priority.get(domains[i], last)))
-    return docs[order]
+    by = "date" if s.keep == "date" else "words"
+    t = corpus.gather_table(docs, ["id", by] + ["source"] * bool(s.source_priority))
+    keys, columns = [(by, "descending"), ("id", "ascending")], {"id": t["id"], by: t[by]}
+    if s.source_priority:
+        domains = pa.array([corpus.parts[p]["domain"] for p in range(len(corpus.parts))]).take(pa.array(np.searchsorted(corpus.starts, docs, side="right") - 1))
+        best = [pc.fill_null(pc.index_in(x, pa.array(s.source_priority)), len(s.source_priority)) for x in (t["source"], domains)]
+        columns["priority"] = pc.min_element_wise(*best); keys.insert(0, ("priority", "ascending"))
+    return docs[pc.sort_indices(pa.table(columns), sort_keys=keys).to_numpy()]
 
-# %% ../../nbs/01c_lsh.ipynb #c020
+# %% ../../nbs/01c_lsh.ipynb #c025
+LEADERS, LINKS = 256, 16  # leaders of a hot bucket at most; candidates of one member at most
+NEAR, SURE = 0.12, 0.1    # estimate - threshold from which a leader is worth an exact check, and from which it covers a member
+
+@_jit
+def _follow(sign, leaders, count, need, cover, limit, out):
+    "Compare members in order with the leaders so far; out [members, LINKS] gets leaders' indices. Returns the new number of leaders."
+    slots = sign.shape[1]
+    for i in range(len(sign)):
+        links, best = 0, 0
+        for k in range(count):
+            same = 0
+            for c in range(slots): same += sign[i, c] == leaders[k, c]
+            if same >= need and links < out.shape[1]: out[i, links] = k; links += 1
+            best = max(best, same)
+        if best < cover and count < limit:
+            leaders[count] = sign[i]; out[i, out.shape[1] - 1] = -2 - count   # it leads from here on
+            count += 1
+    return count
+
+# %% ../../nbs/01c_lsh.ipynb #c026
+def _follow_numpy(sign, leaders, count, need, cover, limit, out):
+    "The same without numba."
+    for i, row in enumerate(sign):
+        same = (leaders[:count] == row).sum(axis=1)
+        near = np.flatnonzero(same >= need)[:out.shape[1]]
+        out[i, :len(near)] = near
+        if same.max(initial=0) < cover and count < limit: leaders[count] = row; out[i, -1] = -2 - count; count += 1
+    return count
+
+# %% ../../nbs/01c_lsh.ipynb #c027
 def read_signatures(corpus: Corpus, docs: np.ndarray) -> np.ndarray: # uint32 [documents, num_perm] of sorted numbers
     "Rows of the signature files."
     return np.concatenate([load_array(corpus.store, f"minhash_lsh/signatures/{corpus.parts[p]['name']}.npy")[rows] for p, rows in corpus.groups(docs)])
 
 def star_pairs(
+    corpus: Corpus,
     order: np.ndarray, # members of a hot bucket, best first
-    sign: np.ndarray, # their signatures, in the same order
-    threshold: float # of the estimate above which a leader covers a member
-) -> np.ndarray: # int64 [n, 2]
-    "Candidates of a hot bucket: every member with leaders, until one covers it."
-    pairs, rest = [], np.arange(len(order))
-    for _ in range(LEADERS):
-        if len(rest) < 2: break
-        leader, rest = rest[0], rest[1:]
-        alike = (sign[rest] == sign[leader]).mean(axis=1)
-        near = alike >= threshold - 0.15
-        pairs.append(np.stack([np.full(int(near.sum()), order[leader]), order[rest[near]]], axis=1))
-        rest = rest[alike < threshold + 0.1]
-    return np.sort(np.concatenate(pairs), axis=1) if pairs else np.empty((0, 2), np.int64)
+    s: DedupSettings
+) -> np.ndarray: # uint64, sorted: a << 32 | b
+    "Candidates of a hot bucket, linear in its members, with bounded memory."
+    leaders, who, count, pairs = np.zeros((LEADERS, s.num_perm), np.uint32), np.zeros(LEADERS, np.int64), 0, []
+    need, cover = (int(np.ceil((s.threshold + d) * s.num_perm)) for d in (-NEAR, SURE))
+    for low in range(0, len(order), SIGN_DOCUMENTS):
+        docs = order[low:low + SIGN_DOCUMENTS]
+        by_number = np.argsort(docs)
+        sign = np.empty((len(docs), s.num_perm), np.uint32); sign[by_number] = read_signatures(corpus, docs[by_number])
+        out = np.full((len(docs), LINKS + 1), -1, np.int64)
+        count = (_follow if njit else _follow_numpy)(sign, leaders, count, need, min(cover, s.num_perm), LEADERS, out)
+        new = np.flatnonzero(out[:, -1] <= -2); who[-2 - out[new, -1]] = docs[new]; out[:, -1] = -1
+        member, column = np.nonzero(out >= 0)
+        a, b = docs[member], who[out[member, column]]
+        pairs.append(np.minimum(a, b).astype(np.uint64) << np.uint64(32) | np.maximum(a, b).astype(np.uint64))
+    return np.unique(np.concatenate(pairs))
 
-# %% ../../nbs/01c_lsh.ipynb #c022
-def unique_pairs(pairs: np.ndarray) -> np.ndarray: # int64 [n, 2], sorted
-    "Each pair once, in order."
-    if not len(pairs): return pairs.reshape(0, 2)
-    order = np.lexsort((pairs[:, 1], pairs[:, 0]))
-    pairs = pairs[order]
-    return pairs[np.concatenate([[True], (pairs[1:] != pairs[:-1]).any(axis=1)])]
-
+# %% ../../nbs/01c_lsh.ipynb #c031
 def join_partition(
-    workspace: str, settings: dict, # of dedup
-    partition: int, segments: list[str] # of band keys
-) -> dict: # key of the candidates, their number, hot buckets
+    task: dict # workspace, settings, number (of the partition), partitions, parts
+) -> dict: # keys of candidate files, their number, hot buckets
     "Candidates of one partition of band keys, to minhash_lsh/spill/candidates/."
-    corpus, s = Corpus(workspace), DedupSettings(**settings)
-    rows, bits = read_segments(corpus.store, segments), max(1, len(corpus).bit_length())
-    packed = np.sort(rows[:, 0] << np.uint64(bits) | rows[:, 1])
-    pairs, hot = bucket_pairs(packed, bits)
-    stars = []
-    for members in hot:
-        members = np.unique(members)
-        order = keeper_order(corpus, members, s)
-        stars.append(star_pairs(order, read_signatures(corpus, members)[np.searchsorted(members, order)], s.threshold))
-    pairs = unique_pairs(np.concatenate([pairs, *stars]))
-    key = f"minhash_lsh/spill/candidates/{partition:05d}.npy"
-    if len(pairs):
-        with corpus.store.writer(key) as f: np.save(f, pairs, allow_pickle=False)
-    return {"key": key if len(pairs) else None, "candidates": len(pairs), "hot": len(hot)}
+    corpus, s, number = Corpus(task["workspace"]), DedupSettings(**task["settings"]), task["number"]
+    store, bits, written, total = corpus.store, number_bits(len(corpus)), [], 0
+    packed = np.sort(read_bucket(store, [f"minhash_lsh/spill/bands/{p:05d}.bin" for p in range(task["parts"])], number, task["partitions"])[:, 0])
+    doc, start, size = split_buckets(packed, bits)
+    hot = size > HOT
+    def found():
+        yield from bucket_pairs(doc, start[~hot], size[~hot])
+        for a, n in zip(start[hot].tolist(), size[hot].tolist()): yield star_pairs(corpus, keeper_order(corpus, np.unique(doc[a:a + n]).astype(np.int64), s), s)
+    for i, pairs in enumerate(p for p in _gathered(found()) if len(p)):
+        written.append(f"minhash_lsh/spill/candidates/{number:05d}-{i:05d}.npy"); total += len(pairs)
+        with store.writer(written[-1]) as f: np.save(f, pairs, allow_pickle=False)
+    if hot.any():
+        rows = np.stack([np.repeat(np.flatnonzero(hot), size[hot]), doc[np.repeat(hot, size)]], axis=1)
+        with store.writer(f"minhash_lsh/spill/hot/{number:05d}.npy") as f: np.save(f, rows.astype(np.int64), allow_pickle=False)
+    return {"keys": written, "candidates": total, "hot": int(hot.sum())}
 
-# %% ../../nbs/01c_lsh.ipynb #c024
-BLOCK_BYTES = 48 << 20  # of text in memory at once
+def _gathered(arrays) -> Iterator[np.ndarray]: # sorted unique arrays of up to CHUNK rows or a little more
+    "Small arrays put together."
+    batch, rows = [], 0
+    for x in arrays:
+        batch.append(x); rows += len(x)
+        if rows >= CHUNK: yield np.unique(np.concatenate(batch)); batch, rows = [], 0
+    if batch: yield np.unique(np.concatenate(batch))
+
+# %% ../../nbs/01c_lsh.ipynb #c033
+BLOCK_BYTES = 16 << 20  # of text in memory at once
 
 def blocks(
     corpus: Corpus,
@@ -195,7 +307,7 @@ def blocks(
 ) -> Iterator[np.ndarray]: # consecutive pairs
     "Cut pairs into blocks whose texts fit in memory."
     docs = np.unique(pairs)
-    size = np.array(corpus.gather(docs, ["length"])["length"])
+    size = corpus.gather_table(docs, ["length"])["length"].to_numpy()
     length = size[np.searchsorted(docs, pairs)]
     new = np.concatenate([[True], pairs[1:, 0] != pairs[:-1, 0]])
     number = np.cumsum(length[:, 1] + new * length[:, 0]) // BLOCK_BYTES
@@ -207,14 +319,13 @@ def verify_pairs(
     shingle: str # kind of shingle
 ) -> np.ndarray: # float64 [n]
     "Exact Jaccard similarity of pairs of documents."
-    out = []
+    out = [np.empty(0)]
     for block in blocks(corpus, pairs) if len(pairs) else ():
         docs = np.unique(block)
-        sets = {int(d): shingle_set(t, shingle) for d, t in zip(docs, corpus.texts(docs))}
-        out += [jaccard(sets[a], sets[b]) for a, b in block.tolist()]
-    return np.array(out, float)
+        out.append(jaccard_pairs(*shingle_sets(corpus.texts(docs), shingle), np.searchsorted(docs, block)))
+    return np.concatenate(out)
 
-# %% ../../nbs/01c_lsh.ipynb #c025
+# %% ../../nbs/01c_lsh.ipynb #c034
 PAIRS = {"a": pa.string(), "b": pa.string(), "jaccard": pa.float64()}
 
 def write_pairs(
@@ -224,29 +335,42 @@ def write_pairs(
 ) -> None:
     "Verified edges with document ids, as minhash_lsh/pairs/*.parquet."
     docs = np.unique(pairs)
-    ids = np.array(corpus.gather(docs, ["id"])["id"], object)[np.searchsorted(docs, pairs)].reshape(-1, 2)
-    write_table(corpus.store, key, {"a": ids[:, 0], "b": ids[:, 1], "jaccard": j}, PAIRS)
+    ids = corpus.gather_table(docs, ["id"])["id"]
+    a, b = (ids.take(pa.array(np.searchsorted(docs, side))) for side in pairs.T)
+    write_table(corpus.store, key, {"a": a, "b": b, "jaccard": j}, PAIRS)
 
+# %% ../../nbs/01c_lsh.ipynb #c036
 def verify_range(
-    task: dict # workspace, settings, number, low, high (document numbers), candidates (keys)
-) -> dict: # edges: key, number of candidates and edges
+    task: dict # workspace, settings, number, low, high (document numbers), candidates (keys), round
+) -> dict: # edges: key, number of candidates and edges, candidates by similarity
     "Verify the candidates whose first document is in a range; write the edges that reach the threshold."
     corpus, s = Corpus(task["workspace"]), DedupSettings(**task["settings"])
-    found = []
+    found = [np.empty(0, np.uint64)]
     for key in task["candidates"]:
-        pairs = load_array(corpus.store, key)
-        i, j = np.searchsorted(pairs[:, 0], (task["low"], task["high"]))
-        found.append(np.array(pairs[i:j]))
-    pairs = unique_pairs(np.concatenate(found) if found else np.empty((0, 2), np.int64))
+        packed = load_array(corpus.store, key)
+        i, j = np.searchsorted(packed, np.array([task["low"] << 32, (task["high"] << 32) - 1], np.uint64))
+        found.append(np.asarray(packed[i:j]))
+    pairs = unpack(np.unique(np.concatenate(found)))
     similarity = verify_pairs(corpus, pairs, s.shingle)
-    edge = similarity >= s.threshold
-    key = f"minhash_lsh/spill/edges/{task['number']:05d}.npy"
-    with corpus.store.writer(key) as f: np.save(f, np.column_stack([pairs[edge].astype(np.float64), similarity[edge]]), allow_pickle=False)
-    write_pairs(corpus, f"minhash_lsh/pairs/near-{task['number']:05d}.parquet", pairs[edge], similarity[edge])
-    return {"key": key, "candidates": len(pairs), "edges": int(edge.sum())}
+    edge, name = similarity >= s.threshold, f"{task['round']}-{task['number']:05d}"
+    with corpus.store.writer(f"minhash_lsh/spill/edges/{name}.npy") as f: np.save(f, np.column_stack([pairs[edge].astype(np.float64), similarity[edge]]), allow_pickle=False)
+    write_pairs(corpus, f"minhash_lsh/pairs/near-{name}.parquet", pairs[edge], similarity[edge])
+    histogram = np.bincount(np.floor(similarity * 100 + 1e-9).astype(np.int64), minlength=101).tolist()
+    return {"key": f"minhash_lsh/spill/edges/{name}.npy", "pairs": f"minhash_lsh/pairs/near-{name}.parquet", "candidates": len(pairs), "edges": int(edge.sum()), "histogram": histogram}
 
-# %% ../../nbs/01c_lsh.ipynb #c027
-def find_candidates(ctx, tasks: list[dict]) -> list[dict]: # one result a partition
-    "Band keys of all parts, shuffled by key, joined."
-    settings = ctx.settings.dedup.model_dump()
-    return ctx.executor.map_shuffle(band_part, tasks, functools.partial(join_partition, ctx.store.uri, settings), "bands")
+# %% ../../nbs/01c_lsh.ipynb #c038
+def rejoin_partition(
+    task: dict # workspace, settings, number (of the partition), orphans (key of sorted document numbers)
+) -> dict: # keys of candidate files, their number
+    "Candidates among the orphans of each hot bucket of a partition."
+    corpus, s, number = Corpus(task["workspace"]), DedupSettings(**task["settings"]), task["number"]
+    rows, orphans = load_array(corpus.store, f"minhash_lsh/spill/hot/{number:05d}.npy"), load_array(corpus.store, task["orphans"])
+    rows = rows[np.isin(rows[:, 1], orphans)]
+    first = np.flatnonzero(np.concatenate([[True], rows[1:, 0] != rows[:-1, 0]])) if len(rows) else []
+    members = [np.unique(g[:, 1]) for g in np.split(rows, first[1:])] if len(rows) else []
+    pairs = [star_pairs(corpus, keeper_order(corpus, m, s), s) for m in members if len(m) > 1]
+    pairs = np.unique(np.concatenate([np.empty(0, np.uint64), *pairs]))
+    if not len(pairs): return {"keys": [], "candidates": 0}
+    key = f"minhash_lsh/spill/candidates/{task['round']}-{number:05d}.npy"
+    with corpus.store.writer(key) as f: np.save(f, pairs, allow_pickle=False)
+    return {"keys": [key], "candidates": len(pairs)}

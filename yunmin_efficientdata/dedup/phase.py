@@ -5,20 +5,48 @@
 # %% ../../nbs/01_dedup.ipynb #c004
 from __future__ import annotations
 import time
-import orjson
+import numpy as np, orjson
 from ..core.context import open_phase
-from ..core.figures import save_figure
-from ..core.settings import UserError
+from ..core.settings import DedupSettings, UserError
 from ..core.store import Stat, Store
-from .audit import log_rows, plot_rates, plot_recall, plot_sizes, read_rows, statistics, write_log
-from .cluster import decide_all, find_exact, survivors_part
-from .lsh import find_candidates, sign_part, verify_range
-from .prepare import Corpus, list_raw, normal_source, prepare, resumable, sweep
+from .cluster import decide, fate_part, find_exact, orphans, publish_decision, read_copies, read_edges, write_part
+from .lsh import join_partition, partition_count, rejoin_partition, resolve_bands, sign_part, verify_range
+from .prepare import FATES, Corpus, list_raw, load_array, load_fate, normal_source, prepare, resumable, sweep, write_fate
 
 # %% auto #0
-__all__ = ['VERIFY_CANDIDATES', 'choose_sources', 'find_near', 'audit', 'run', 'check_bands']
+__all__ = ['VERIFY_CANDIDATES', 'ROUNDS', 'NEAR_CODE', 'EXACT_KEYS', 'NEAR_KEYS', 'choose_sources', 'find_near', 'semantic_level',
+           'option', 'write_survivors', 'run', 'prepare_stage', 'find_stages', 'audit']
 
-# %% ../../nbs/01_dedup.ipynb #c006
+# %% ../../nbs/01_dedup.ipynb #c005
+# TEMP until all modules are there
+try: from yunmin_efficientdata.dedup.augment import planted_recall
+except ImportError: planted_recall = None
+try: from yunmin_efficientdata.dedup.contamination import find_contamination, set_stats
+except ImportError: find_contamination = None; set_stats = lambda sets: ()
+try: from yunmin_efficientdata.dedup.semantic import find_semantic
+except ImportError: find_semantic = None
+try: from yunmin_efficientdata.dedup.spans import find_spans
+except ImportError: find_spans = None
+try: from yunmin_efficientdata.dedup.audit import AUDIT_OUTPUTS, write_audit
+except ImportError:
+    AUDIT_OUTPUTS = ("dedup_log.csv", "dedup_ready/statistics.json")
+    def write_audit(ctx, corpus, s, prepared, near, planted):
+        from yunmin_efficientdata.dedup.audit import log_rows, plot_rates, plot_recall, plot_sizes, read_rows, statistics, write_log
+        from yunmin_efficientdata.core.figures import save_figure
+        store = ctx.store
+        seconds = {step: (ctx.ledger.read(f"dedup.{step}") or {}).get("seconds", 0.0) for step in ("prepare", "exact", "near")}
+        rows = log_rows(prepared["domains"], near["domains"], seconds)
+        stats = statistics(corpus, s, near)
+        write_log(store, rows)
+        store.write("dedup_ready/statistics.json", orjson.dumps(stats, option=orjson.OPT_INDENT_2))
+        edges = [j for j, in read_rows(store, "minhash_lsh/pairs/near-", ["jaccard"])]
+        save_figure(store, plot_rates(rows), "reports/figures/dedup_rates.png")
+        save_figure(store, plot_sizes(stats["cluster_sizes"]), "reports/figures/dedup_clusters.png")
+        save_figure(store, plot_recall(s.bands, s.rows, s.threshold, edges), "reports/figures/dedup_recall.png")
+        last = rows[-1]; first = next(r for r in rows if r["scope"] == "total")
+        return {"docs_in": first["docs_in"], "docs_out": last["docs_out"], "bytes_in": first["bytes_in"], "bytes_out": last["bytes_out"]}
+
+# %% ../../nbs/01_dedup.ipynb #c007
 def choose_sources(
     store: Store, # the workspace
     raw: str | None, # as given by the user
@@ -33,7 +61,7 @@ def choose_sources(
     if append: return known + [source]
     raise UserError(f"this workspace was made from {', '.join(known)}; to add {source} use --append, to start anew use another workspace")
 
-# %% ../../nbs/01_dedup.ipynb #c007
+# %% ../../nbs/01_dedup.ipynb #c008
 def _prepare(ctx, stage, files, ignored, sources: list[str]) -> dict: # counts
     "Record the sources, then prepare. Sources of which nothing can be used are forgotten again, so that the next try may name others."
     key, store = "dedup_ready/sources.json", ctx.store
@@ -45,26 +73,53 @@ def _prepare(ctx, stage, files, ignored, sources: list[str]) -> dict: # counts
         else: store.write(key, before)
         raise
 
-# %% ../../nbs/01_dedup.ipynb #c009
+# %% ../../nbs/01_dedup.ipynb #c010
 VERIFY_CANDIDATES = 50_000  # about so many candidates are verified in one task
+ROUNDS = 5                  # looks at hot buckets, at most
 
-def find_near(ctx, stage) -> dict: # counts, seconds of each step, what happened by domain and source
-    "Signatures, candidates, verified edges, keepers, survivors. Resumes by part."
-    store, s, corpus = ctx.store, ctx.settings.dedup, Corpus(ctx.store)
+def _verify(ctx, stage, base: dict, joined: list[dict], round: int) -> list[dict]: # results of `verify_range`
+    "Verify the candidates of one round."
+    documents, keys = len(Corpus(ctx.store)), [k for j in joined for k in j["keys"]]
+    tasks = min(4096, 1 + sum(j["candidates"] for j in joined) // VERIFY_CANDIDATES)
+    ranges = [base | {"number": i, "round": round, "low": i * documents // tasks, "high": (i + 1) * documents // tasks, "candidates": keys} for i in range(tasks)]
+    return resumable(ctx, stage, f"verify{round}", verify_range, ranges, "verify")
+
+def _decide(ctx, stage, base: dict, joined: list[dict], verified: list[dict]): # Decision, results of `verify_range` of all rounds
+    "Choose keepers; while members of hot buckets have lost their leaders, compare them among themselves and choose again."
+    store, s, corpus, hot = ctx.store, DedupSettings(**base["settings"]), Corpus(ctx.store), [i for i, j in enumerate(joined) if j["hot"]]
+    for round in range(1, ROUNDS + 1):
+        near = read_edges(store, [e["key"] for e in verified])
+        decision = decide(corpus, read_copies(store), near, s)
+        lone = orphans(decision, near) if hot and round < ROUNDS else ()
+        if len(lone) < 2: break
+        key = f"minhash_lsh/spill/orphans-{round}.npy"
+        with store.writer(key) as f: np.save(f, lone, allow_pickle=False)
+        again = resumable(ctx, stage, f"rejoin{round}", rejoin_partition, [base | {"number": i, "round": round, "orphans": key} for i in hot], "join again")
+        if not any(a["candidates"] for a in again): break
+        new = _verify(ctx, stage, base, again, round)
+        verified = verified + new
+        if not any(e["edges"] for e in new): break
+    return decision, verified
+
+# %% ../../nbs/01_dedup.ipynb #c011
+def find_near(ctx, stage) -> dict: # counts, seconds of each step
+    "Signatures, candidates, verified edges, keepers. Resumes by part."
+    store, s, corpus = ctx.store, resolve_bands(ctx.settings.dedup), Corpus(ctx.store)
     if not stage.parts: store.delete_prefix("minhash_lsh/spill")
-    base = {"workspace": store.uri, "settings": s.model_dump()}
-    parts = [base | {"number": i, "part": i, "name": p["name"]} for i, p in enumerate(corpus.parts)]
-    clock = _Clock(resumed=bool(stage.parts))
+    base = {"workspace": store.uri, "settings": s.model_dump(), "parts": len(corpus.parts), "partitions": partition_count(len(corpus) * s.bands, s.partitions)}
+    parts, clock = [base | {"number": i} for i in range(len(corpus.parts))], _Clock(resumed=bool(stage.parts))
     resumable(ctx, stage, "sign", sign_part, parts, "sign"); clock.lap("sign")
-    if not stage.done_part("join"): stage.mark_part("join", find_candidates(ctx, parts))
-    joined = stage.parts["join"]; clock.lap("build")
-    n, v = len(corpus), min(s.partitions, 1 + sum(j["candidates"] for j in joined) // VERIFY_CANDIDATES)
-    ranges = [base | {"number": i, "low": i * n // v, "high": (i + 1) * n // v, "candidates": [j["key"] for j in joined if j["key"]]} for i in range(v)]
-    verified = resumable(ctx, stage, "verify", verify_range, ranges, "verify"); clock.lap("query")
-    if not stage.done_part("decide"): stage.mark_part("decide", decide_all(corpus, s, [e["key"] for e in verified]))
-    kept = resumable(ctx, stage, "keep", survivors_part, [p | {"removed": "minhash_lsh/spill/removed.npy"} for p in parts], "keep")
-    _tidy(store, parts, kept, v)
-    return stage.parts["decide"] | {k: sum(e[k] for e in verified) for k in ("candidates", "edges")} | {"hot_buckets": sum(j["hot"] for j in joined), "seconds": clock.laps} | _count(kept)
+    joined = resumable(ctx, stage, "join", join_partition, [base | {"number": i} for i in range(base["partitions"])], "join"); clock.lap("build")
+    verified = _verify(ctx, stage, base, joined, 0); clock.lap("query")
+    decision, verified = _decide(ctx, stage, base, joined, verified)
+    counts = publish_decision(corpus, decision)
+    resumable(ctx, stage, "fate", fate_part, parts); clock.lap("decide")
+    store.delete_prefix("minhash_lsh/spill")
+    sweep(store, "minhash_lsh/signatures/", [f"minhash_lsh/signatures/{p['name']}.npy" for p in corpus.parts])
+    sweep(store, "minhash_lsh/fate/", [f"minhash_lsh/fate/{p['name']}.npy" for p in corpus.parts])
+    sweep(store, "minhash_lsh/pairs/near-", [e["pairs"] for e in verified])
+    return counts | {k: sum(e[k] for e in verified) for k in ("candidates", "edges")} | {"hot_buckets": sum(j["hot"] for j in joined), "bands": s.bands, "rows": s.rows,
+        "jaccard_histogram": np.sum([e["histogram"] for e in verified], axis=0).tolist(), "seconds": clock.laps}
 
 class _Clock:
     "Wall seconds between laps; None in a resumed run, whose laps would be too short."
@@ -73,43 +128,57 @@ class _Clock:
         now = time.perf_counter()
         self.laps[name] = None if self.resumed else round(now - self.at, 4); self.at = now
 
-# %% ../../nbs/01_dedup.ipynb #c010
-def _count(kept: list[dict]) -> dict: # domains and sources
-    "Sums over parts: documents, bytes and words before, after exact, after near; what each source lost."
-    domains: dict = {}; sources: dict = {}
-    for part in kept:
-        sums = domains.setdefault(part["domain"], [{"docs": 0, "bytes": 0, "words": 0} for _ in range(3)])
-        for total, new in zip(sums, part["counts"]):
-            for k in total: total[k] += new[k]
-        for name, row in part["sources"].items():
-            total = sources.setdefault(name, dict.fromkeys(row, 0))
-            for k in row: total[k] += row[k]
-    return {"domains": domains, "sources": sources}
+# %% ../../nbs/01_dedup.ipynb #c013
+def _mark(corpus: Corpus, fate: str, folder: str | None) -> None:
+    "Set the fate of rows that a level found; without a folder, forget what an earlier run of it had set."
+    for part, name in enumerate(p["name"] for p in corpus.parts):
+        mask = load_fate(corpus, part)
+        if folder is None: mask[mask >= FATES.index(fate)] = 0  # later fates follow from this one
+        else:
+            rows = load_array(corpus.store, f"{folder}/{name}.npy")
+            mask[rows[mask[rows] == 0]] = FATES.index(fate)
+        write_fate(corpus, part, mask)
 
-def _tidy(store: Store, parts: list[dict], kept: list[dict], ranges: int) -> None:
-    "Remove temporary files and what earlier runs with other settings left."
-    store.delete_prefix("minhash_lsh/spill")
-    sweep(store, "deduped/", [k["key"] for k in kept if k["key"]])
-    sweep(store, "minhash_lsh/signatures/", [f"minhash_lsh/signatures/{p['name']}.npy" for p in parts])
-    sweep(store, "minhash_lsh/pairs/near-", [f"minhash_lsh/pairs/near-{i:05d}.parquet" for i in range(ranges)])
+def semantic_level(ctx, stage) -> dict: # counts
+    "The stage dedup.semantic."
+    corpus = Corpus(ctx.store)
+    if not stage.parts: _mark(corpus, "semantic", None)
+    counts = find_semantic(ctx, stage)
+    _mark(corpus, "semantic", "minhash_lsh/semantic")
+    return counts
 
-# %% ../../nbs/01_dedup.ipynb #c012
-def audit(ctx, prepared: dict, near: dict) -> dict: # the headline numbers
-    "Write dedup_log.csv, statistics.json and the figures."
-    store, s = ctx.store, ctx.settings.dedup
-    seconds = {step: (ctx.ledger.read(f"dedup.{step}") or {}).get("seconds", 0.0) for step in ("prepare", "exact", "near")}
-    rows = log_rows(prepared["domains"], near["domains"], seconds)
-    stats = statistics(Corpus(store), s, near)
-    write_log(store, rows)
-    store.write("dedup_ready/statistics.json", orjson.dumps(stats, option=orjson.OPT_INDENT_2))
-    edges = [j for j, in read_rows(store, "minhash_lsh/pairs/near-", ["jaccard"])]
-    save_figure(store, plot_rates(rows), "reports/figures/dedup_rates.png")
-    save_figure(store, plot_sizes(stats["cluster_sizes"]), "reports/figures/dedup_clusters.png")
-    save_figure(store, plot_recall(s.bands, s.rows, s.threshold, edges), "reports/figures/dedup_recall.png")
-    last = rows[-1]; first = next(r for r in rows if r["scope"] == "total")
-    return {"docs_in": first["docs_in"], "docs_out": last["docs_out"], "bytes_in": first["bytes_in"], "bytes_out": last["bytes_out"]}
+def option(ctx, name: str, on, work, **asked) -> dict | None: # counts; None when switched off
+    "Run the stage of a level that may be switched off."
+    if on: return ctx.stage(f"dedup.{name}", work, **asked)
+    if ctx.ledger.read(f"dedup.{name}"):
+        if name == "semantic": _mark(Corpus(ctx.store), "semantic", None)
+        ctx.ledger.forget(f"dedup.{name}")
+        for key in asked["outputs"]: (ctx.store.delete_prefix if key.endswith("/") else ctx.store.delete)(key)
 
-# %% ../../nbs/01_dedup.ipynb #c014
+# %% ../../nbs/01_dedup.ipynb #c015
+def write_survivors(ctx, stage) -> dict: # what happened by domain, source and fate
+    "The stage dedup.write. Resumes by part."
+    store, s, corpus = ctx.store, ctx.settings, Corpus(ctx.store)
+    base = {"workspace": store.uri, "min_chars": s.clean.min_chars, "spans": bool(s.dedup.spans.levels)}
+    written = resumable(ctx, stage, "write", write_part, [base | {"number": i} for i in range(len(corpus.parts))], "write")
+    sweep(store, "deduped/", [w["key"] for w in written if w["key"]])
+    return _count(written)
+
+def _add(total: dict, new: dict) -> None:
+    for k, v in new.items():
+        if isinstance(v, dict): _add(total.setdefault(k, {}), v)
+        else: total[k] = total.get(k, 0) + v
+
+def _count(written: list[dict]) -> dict: # sums over parts
+    "By domain: documents, bytes and words before exact, after exact, after near; fates; what was kept. By source: what each lost."
+    domains, fates, kept, sources = {}, {}, {}, {}
+    for w in written:
+        steps = domains.setdefault(w["domain"], [{} for _ in w["counts"]])
+        for total, new in zip(steps, w["counts"]): _add(total, new)
+        _add(fates.setdefault(w["domain"], {}), w["fates"]); _add(kept.setdefault(w["domain"], {}), w["kept"]); _add(sources, w["sources"])
+    return {"domains": domains, "fates": fates, "kept": kept, "sources": sources}
+
+# %% ../../nbs/01_dedup.ipynb #c018
 def run(
     workspace: str = "workspace", # folder or s3://bucket/prefix
     config: str = "configs/demo", # config folder
@@ -120,23 +189,49 @@ def run(
 ) -> dict: # summary
     "Phase 1. Raises `UserError` for a missing or different source, a wrong setting, or a corpus of which nothing is left."
     with open_phase("dedup", workspace, config=config, overrides=overrides, executor=executor, workers=workers) as ctx:
-        store, s = ctx.store, ctx.settings
-        check_bands(s.dedup)
-        sources = choose_sources(store, raw, append)
-        listed = [list_raw(store, x) for x in sources]
-        files, ignored = [f for fs, _ in listed for f in fs], [i for _, more in listed for i in more]
-        inputs = [Stat(f"{f.uri}/{f.key}" if f.uri != store.uri else f.key, f.size, f.version) for f in files]
-        prepared = ctx.stage("dedup.prepare", lambda stage: _prepare(ctx, stage, files, ignored, sources), settings=[s.clean, s.dedup.part_bytes, sources], inputs=inputs,
-            outputs=["dedup_ready/manifest.json", "dedup_ready/review_samples.md", "minhash_lsh/index/"], code=["dedup.clean", "dedup.prepare"])
-        code = ["dedup.minhash", "dedup.lsh", "dedup.cluster", "dedup.prepare", "dedup.phase"]
-        exact = ctx.stage("dedup.exact", lambda stage: find_exact(ctx), settings=[s.dedup.keep, s.dedup.source_priority, s.dedup.partitions], after=["dedup.prepare"], outputs=["minhash_lsh/exact/"], code=code)
-        near = ctx.stage("dedup.near", lambda stage: find_near(ctx, stage), settings=s.dedup, after=["dedup.exact"],
-            outputs=["minhash_lsh/signatures/", "minhash_lsh/pairs/", "minhash_lsh/clusters/", "deduped/"], code=code)
-        total = ctx.stage("dedup.audit", lambda stage: audit(ctx, prepared, near), settings=s.dedup, after=["dedup.prepare", "dedup.near"],
-            outputs=["dedup_log.csv", "dedup_ready/statistics.json", "reports/figures/dedup_rates.png", "reports/figures/dedup_clusters.png", "reports/figures/dedup_recall.png"], code=[*code, "dedup.audit"])
+        d = resolve_bands(ctx.settings.dedup)
+        prepared = prepare_stage(ctx, raw, append)
+        contaminated, near, spans = find_stages(ctx, d)
+        written = ctx.stage("dedup.write", lambda stage: write_survivors(ctx, stage), settings=[ctx.settings.clean.min_chars, bool(spans)],
+            after=["dedup.near"] + ["dedup.semantic"] * bool(d.semantic.embeddings) + ["dedup.spans"] * bool(spans), outputs=["deduped/"], code=["dedup.cluster", "dedup.spans", "dedup.prepare", "dedup.phase"])
+        total = ctx.stage("dedup.audit", lambda stage: audit(ctx, prepared, near | written), settings=[d, ctx.settings.report.quotes], after=["dedup.prepare", "dedup.write"] + ["dedup.contamination"] * bool(contaminated),
+            outputs=list(AUDIT_OUTPUTS), code=["dedup.audit", "dedup.augment", *NEAR_CODE])
+        if contaminated: total |= {"contaminated": contaminated["documents"]}
         return {**total, **{k: prepared[k] for k in ("read", "kept", "filtered", "quarantined")}, **{k: near[k] for k in ("removed_exact", "removed_near", "clusters", "candidates", "edges")}}
 
-def check_bands(s) -> None:
-    "Raises `UserError` when bands and rows need more slots than a signature has."
-    if s.bands * s.rows > s.num_perm:
-        raise UserError(f"dedup.bands={s.bands} x dedup.rows={s.rows} need {s.bands * s.rows} slots, but dedup.num_perm={s.num_perm}; make num_perm larger or take fewer bands")
+def prepare_stage(ctx, raw: str | None, append: bool) -> dict: # counts
+    "List the sources and prepare them."
+    s = ctx.settings
+    sources = choose_sources(ctx.store, raw, append)
+    listed = [list_raw(ctx.store, x) for x in sources]
+    files, ignored = [f for fs, _ in listed for f in fs], [i for _, more in listed for i in more]
+    inputs = [Stat(f"{f.uri}/{f.key}" if f.uri != ctx.store.uri else f.key, f.size, f.version) for f in files]
+    return ctx.stage("dedup.prepare", lambda stage: _prepare(ctx, stage, files, ignored, sources), settings=[s.clean, s.dedup.part_bytes, sources], inputs=inputs,
+        outputs=["dedup_ready/manifest.json", "dedup_ready/review_samples.md", "minhash_lsh/index/"], code=["dedup.clean", "dedup.prepare"])
+
+# %% ../../nbs/01_dedup.ipynb #c019
+NEAR_CODE = ("dedup.minhash", "dedup.lsh", "dedup.cluster", "dedup.prepare", "dedup.phase")
+EXACT_KEYS = ("keep", "source_priority", "partitions")
+NEAR_KEYS = EXACT_KEYS + ("shingle", "num_perm", "bands", "rows", "threshold", "seed")
+
+def find_stages(ctx, d: DedupSettings) -> tuple: # counts of contamination (None when off), near, spans (None when off)
+    "Everything between prepare and write."
+    remove = d.contamination.remove and bool(d.contamination.sets)
+    contaminated = option(ctx, "contamination", d.contamination.sets and find_contamination, lambda stage: find_contamination(ctx, stage), settings=d.contamination.model_dump(exclude={"remove"}), inputs=set_stats(d.contamination.sets),
+        after=["dedup.prepare"], outputs=["dedup_ready/contamination.json", "minhash_lsh/contaminated/"], code=["dedup.contamination", "dedup.prepare"])
+    after = ["dedup.prepare"] + ["dedup.contamination"] * remove
+    ctx.stage("dedup.exact", lambda stage: find_exact(ctx, stage), settings=d.model_dump(include=set(EXACT_KEYS)), after=after, outputs=["minhash_lsh/exact/"], code=list(NEAR_CODE))
+    near = ctx.stage("dedup.near", lambda stage: find_near(ctx, stage), settings=d.model_dump(include=set(NEAR_KEYS)), after=["dedup.exact"],
+        outputs=["minhash_lsh/signatures/", "minhash_lsh/pairs/", "minhash_lsh/clusters/", "minhash_lsh/fate/"], code=list(NEAR_CODE))
+    option(ctx, "semantic", d.semantic.embeddings, lambda stage: semantic_level(ctx, stage), settings=[d.semantic, d.keep, d.source_priority], after=["dedup.near"],
+        outputs=["minhash_lsh/semantic/"], code=["dedup.semantic", "dedup.cluster", "dedup.prepare", "dedup.phase"])
+    spans = option(ctx, "spans", d.spans.levels, lambda stage: find_spans(ctx, stage), settings=[d.spans, d.source_priority], after=["dedup.near"] + ["dedup.semantic"] * bool(d.semantic.embeddings),
+        outputs=["minhash_lsh/spans/"], code=["dedup.spans", "dedup.prepare"])
+    return contaminated, near, spans
+
+# %% ../../nbs/01_dedup.ipynb #c020
+def audit(ctx, prepared: dict, near: dict) -> dict: # the headline numbers
+    "The stage dedup.audit: recall on planted copies, then everything that [the audit](01e_audit.ipynb) writes."
+    corpus, s = Corpus(ctx.store), resolve_bands(ctx.settings.dedup)
+    planted = planted_recall(corpus, s) if s.audit.planted and planted_recall else None
+    return write_audit(ctx, corpus, s, prepared, near, planted)

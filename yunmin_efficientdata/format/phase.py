@@ -249,7 +249,7 @@ def run(
     with open_phase("format", workspace, config=config, overrides=overrides, executor=executor, workers=workers) as ctx:
         keys, s = domain_keys(ctx.store), ctx.settings
         inputs = [k for files in keys.values() for k in files] + ctx.store.list("minhash_lsh/clusters/")
-        f, after = s.format, "dedup.near"
+        f, after = s.format, "dedup.write"
         split = ctx.stage("format.split", lambda stage: split_work(ctx, keys), settings=[s.heldout], inputs=inputs, after=[after], outputs=[RULE], code=["format.parquet", "format.phase"])
         total = sum(d["bytes"] for d in split["domains"].values())
         tokenizer = ctx.stage("format.tokenizer", lambda stage: tokenizer_work(ctx, keys, total), settings=[s.tokenizer], after=["format.split"], outputs=["tokenizer/"], code=["format.tokenizer", "format.phase"])
