@@ -13,7 +13,7 @@ from .settings import UserError
 from .store import Store
 
 # %% auto #0
-__all__ = ['SUFFIXES', 'REASONS', 'RAW_BYTES', 'MAX_DEPTH', 'FIELDS', 'is_jsonl', 'BadLine', 'parse_line', 'read_jsonl',
+__all__ = ['SUFFIXES', 'REASONS', 'RAW_BYTES', 'MAX_DEPTH', 'FIELDS', 'is_jsonl', 'BadLine', 'parse_line', 'Span', 'read_jsonl',
            'dump_line', 'JsonlWriter', 'validate', 'make_id', 'Document', 'quarantine_record']
 
 # %% ../../nbs/00c_records.ipynb #c006
@@ -122,39 +122,61 @@ class _Unpacked(io.RawIOBase):
         return data
 
 # %% ../../nbs/00c_records.ipynb #c018
-def _lines(stream, limit: int) -> Iterator[tuple[int, bytes, bool]]: # (number, line, was it cut)
-    "Lines of a stream; of one over the limit only the beginning is kept."
-    number = 0
-    while line := stream.readline(limit + 1):
-        number += 1
-        if number == 1 and line.startswith(b"\xef\xbb\xbf"): line = line[3:]
-        cut = len(line.rstrip(b"\r\n")) > limit if len(line) > limit else False
-        yield number, line[:RAW_BYTES] if cut else line, cut
-        while cut and not line.endswith(b"\n") and (line := stream.readline(1 << 20)): pass
+def _next_line(stream, limit: int, first: bool) -> tuple[bytes, bool, int]: # (line, was it cut, bytes read; 0 at the end)
+    "The next line; of one over the limit only the beginning is kept. The first may carry a byte order mark."
+    line = stream.readline(limit + 5)  # room for the end of the line and the mark
+    size = len(line)
+    if first and line.startswith(b"\xef\xbb\xbf"): line = line[3:]
+    if len(line) <= limit or len(line.rstrip(b"\r\n")) <= limit: return line, False, size
+    head, more = line.rstrip(b"\r\n")[:RAW_BYTES], line
+    while not more.endswith(b"\n") and (more := stream.readline(1 << 20)): size += len(more)
+    return head, True, size
 
-# %% ../../nbs/00c_records.ipynb #c019
+# %% ../../nbs/00c_records.ipynb #c020
+@dataclass
+class Span:
+    "The lines of an uncompressed file that begin in a byte range."
+    start: int # first byte
+    end: int # byte after the last
+    lines: int = 0 # set by `read_jsonl` when it is through
+
+def _seek_line(stream, span: Span) -> int: # position of the first line that begins at `start` or later; `end` when none does
+    if not span.start: return 0
+    at = stream.seek(span.start - 1)
+    while at < span.end and (piece := stream.readline(min(1 << 20, span.end - at))):
+        at += len(piece)
+        if piece.endswith(b"\n"): break
+    return at
+
+# %% ../../nbs/00c_records.ipynb #c021
 def read_jsonl(
     store: Store,
     key: str, # .jsonl, .jsonl.gz or .jsonl.zst
-    max_line_bytes: int = 64 << 20 # longer lines are bad
+    max_line_bytes: int = 64 << 20, # longer lines are bad
+    span: Span | None = None # only these lines, numbered from 1; for .jsonl alone
 ) -> Iterator[tuple[int, dict] | BadLine]:
     "Every line of a file as `(line_no, record)` or `BadLine`. Raises `MissingKey` and the store's errors."
     suffix = "." + key.lower().rpartition(".")[2]
     with store.open(key) as source:
         raw = _Unpacked(source, suffix) if suffix in _OPEN else None
         stream = io.BufferedReader(raw, 1 << 18) if raw else source
-        number, rest = 0, b""
-        for number, line, cut in _lines(stream, max_line_bytes):
+        at, end = (_seek_line(stream, span), span.end) if span else (0, float("inf"))
+        number, rest, whole = 0, b"", not (span and span.start)
+        while at < end:
+            line, cut, size = _next_line(stream, max_line_bytes, whole and not number)
+            if not size: break
+            at += size; number += 1
             if cut: yield BadLine(number, "line_too_long", line); continue
-            body = line.strip(b" \t\r\n")
-            if not body: continue
-            record, reason = parse_line(body)
-            if record is not None: yield number, record
-            elif raw and raw.error and not line.endswith(b"\n"): rest, number = body[:RAW_BYTES], number - 1
-            else: yield BadLine(number, reason, body[:RAW_BYTES])
+            line, ended = line.strip(b" \t\r\n"), line.endswith(b"\n")
+            if not line: continue
+            record, reason = parse_line(line)
+            if record is not None: line = b""; yield number, record
+            elif raw and raw.error and not ended: rest, number = line[:RAW_BYTES], number - 1
+            else: yield BadLine(number, reason, line[:RAW_BYTES])
+        if span: span.lines = number
         if raw and raw.error: yield BadLine(number + 1, "corrupt_compression", rest)
 
-# %% ../../nbs/00c_records.ipynb #c021
+# %% ../../nbs/00c_records.ipynb #c024
 def dump_line(
     record: dict # JSON-able
 ) -> bytes: # one line with its newline
@@ -162,7 +184,7 @@ def dump_line(
     try: return orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
     except TypeError: return json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
 
-# %% ../../nbs/00c_records.ipynb #c022
+# %% ../../nbs/00c_records.ipynb #c025
 class JsonlWriter:
     "Writes one object a line, atomically, compressed by the key's suffix. Equal records give equal bytes."
     def __init__(self, store: Store, key: str): self.store, self.key, self.count = store, key, 0
@@ -180,7 +202,7 @@ class JsonlWriter:
     def write(self, record: dict): # counted in `count`
         self._file.write(dump_line(record)); self.count += 1
 
-# %% ../../nbs/00c_records.ipynb #c025
+# %% ../../nbs/00c_records.ipynb #c028
 def validate(
     record: dict, # one parsed line
     line_no: int = 0 # not used by the checks; for callers that log
@@ -192,7 +214,7 @@ def validate(
     if not text.strip(): return "empty_text"
     return "nul_character" if "\0" in text else None
 
-# %% ../../nbs/00c_records.ipynb #c026
+# %% ../../nbs/00c_records.ipynb #c029
 def make_id(
     domain: str,
     text: str, # cleaned text
@@ -205,7 +227,7 @@ def _as_text(value: Any) -> str:
     if value is None: return ""
     return value if type(value) is str else dump_line(value).decode().rstrip("\n")
 
-# %% ../../nbs/00c_records.ipynb #c027
+# %% ../../nbs/00c_records.ipynb #c030
 FIELDS = ("id", "text", "source", "domain", "lang", "date", "url", "license")
 
 @dataclass(slots=True)
@@ -230,7 +252,7 @@ class Document:
         known = {k: getattr(self, k) for k in FIELDS}
         return {k: v for k, v in known.items() if v or k not in ("url", "license")} | self.extra
 
-# %% ../../nbs/00c_records.ipynb #c028
+# %% ../../nbs/00c_records.ipynb #c031
 def quarantine_record(
     file: str, # key of the source
     bad: BadLine
