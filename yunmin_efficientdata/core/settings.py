@@ -57,8 +57,8 @@ class CleanSettings(Section):
     min_finished_lines: float = Field(0.0, ge=0, le=1, description="share of lines that end with a mark of punctuation below which a document is filtered; 0: off, for lists and tables")
     max_duplicate_lines: float = Field(0.6, gt=0, le=1, description="share of characters in repeated lines above which a document is filtered")
     max_duplicate_paragraphs: float = Field(0.6, gt=0, le=1, description="share of characters in repeated paragraphs above which a document is filtered")
-    max_top_ngrams: dict[int, float] = Field(default_factory=lambda: {2: 0.5, 3: 0.5, 4: 0.5}, description="words in an n-gram (2 to 4): share of characters in the most frequent one above which a document is filtered")
-    max_duplicate_ngrams: dict[int, float] = Field(default_factory=lambda: {5: 0.7, 6: 0.7, 7: 0.7, 8: 0.7, 9: 0.7, 10: 0.7}, description="words in an n-gram (5 to 10): share of characters in n-grams that occurred before above which a document is filtered")
+    max_top_ngrams: list[float] = Field(default_factory=lambda: [0.5] * 3, min_length=3, max_length=3, description="for n-grams of 2, 3 and 4 words: share of characters in the most frequent one above which a document is filtered")
+    max_duplicate_ngrams: list[float] = Field(default_factory=lambda: [0.7] * 6, min_length=6, max_length=6, description="for n-grams of 5 to 10 words: share of characters in n-grams that occurred before above which a document is filtered")
     min_hangul_ratio: float = Field(0.0, ge=0, le=1, description="share of Hangul among letters below which a document is filtered; 0: off, so that English stays")
     review_samples: int = Field(5, ge=0, description="before/after pairs a domain in review_samples.md")
 
