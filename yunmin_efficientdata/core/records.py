@@ -93,7 +93,7 @@ _OPEN = {".gz": lambda: zlib.decompressobj(31), ".zst": lambda: zstandard.ZstdDe
 class _Unpacked(io.RawIOBase):
     "The unpacked bytes of a stream; at damage it ends, and `error` says why."
     def __init__(self, source, suffix: str):
-        self.source, self.new, self.error = source, _OPEN[suffix], None
+        self.source, self.new, self.error, self.bite = source, _OPEN[suffix], None, 512 if suffix == ".zst" else 4096
         self.decoder, self.packed, self.out, self.at, self.empty = None, b"", memoryview(b""), 0, True
     def readable(self): return True
     def readinto(self, buffer) -> int:
@@ -103,7 +103,7 @@ class _Unpacked(io.RawIOBase):
         self.out = self.out[n:]
         return n
     def _more(self) -> bool: # False at the end
-        piece = self.packed[self.at:self.at + 4096]; self.at += len(piece)
+        piece = self.packed[self.at:self.at + self.bite]; self.at += len(piece)
         if not piece:
             self.packed, self.at = self.source.read(1 << 18), 0
             if not self.packed and (self.decoder or self.empty): self.error = "ends too early"
