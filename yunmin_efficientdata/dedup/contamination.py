@@ -233,7 +233,7 @@ def _joins() -> frozenset[int]:
     pairs = (unicodedata.decomposition(chr(c)).split() for low, high in _LIVELY for c in range(low, high))
     return frozenset(int(p[1], 16) for p in pairs if len(p) == 2 and p[0][0] != "<") | frozenset(range(0x1161, 0x1176)) | frozenset(range(0x11A8, 0x11C3))
 
-_LIVELY = ((0, 0x3400), (0xA000, 0xAC00), (0xD7A4, 0xE000), (0xF900, 0x20000), (0x2F800, 0x2FA20), (0xE0000, 0xE01F0))  # elsewhere every character is itself
+_LIVELY = ((0, 0x3400), (0x4DC0, 0x4E00), (0xA000, 0xAC00), (0xD7A4, 0xE000), (0xF900, 0x20000), (0x2F800, 0x2FA20), (0xE0000, 0xE01F0))  # elsewhere every character is itself
 
 def _becomes(c: str, joins: frozenset[int]) -> int | str: # ASK, or the characters
     "What a character becomes on its own."
@@ -310,10 +310,24 @@ def _passes(h, bitmap, bits):
 
 # %% ../../nbs/01h_contamination.ipynb #c034
 @_jit
+def _match(data, begin, stop, h, n, letters, look):
+    "The n-gram of n words that data[begin:stop] is, or -1: by its hash, then by its text."
+    kind, first, more = letters
+    hashes, size, start, end, text, lengths, bitmap, directory, bits, shift = look
+    e = _find(h, n, hashes, size, directory, shift)
+    return e if e >= 0 and _same(data, begin, stop, kind, first, more, text, start[e], end[e]) else -1
+
+@_jit
+def _put(out, found, d, e):
+    if found < len(out): out[found, 0] = d; out[found, 1] = e
+    return found + 1
+
+# %% ../../nbs/01h_contamination.ipynb #c035
+@_jit
 def _scan(data, offsets, letters, look, out):
     "Hits (document, n-gram) of the documents data[offsets[d]:offsets[d+1]] into out; returns their number (beyond len(out): not written). n-gram -1: needs Python."
     kind, first, more = letters
-    hashes, size, start, end, text, lengths, bitmap, directory, bits, shift = look
+    lengths, bitmap, bits = look[5], look[6], look[8]
     before, inverse, begin = np.empty(RING, np.uint64), np.empty(RING, np.uint64), np.empty(RING, np.int64)
     shortest, found = lengths[0], 0
     for d in range(len(offsets) - 1):
@@ -340,14 +354,9 @@ def _scan(data, offsets, letters, look, out):
                         for n in lengths:
                             if n > words: break
                             slot = (words - n) & (RING - 1)
-                            e = _find(_mix64((total - before[slot]) * inverse[slot]), n, hashes, size, directory, shift)
-                            if e >= 0 and _same(data, begin[slot], i, kind, first, more, text, start[e], end[e]):
-                                if found < len(out): out[found, 0] = d; out[found, 1] = e
-                                found += 1
-            elif v == -3:
-                if found < len(out): out[found, 0] = d; out[found, 1] = -1
-                found += 1
-                break
+                            e = _match(data, begin[slot], i, _mix64((total - before[slot]) * inverse[slot]), n, letters, look)
+                            if e >= 0: found = _put(out, found, d, e)
+            elif v == -3: found = _put(out, found, d, -1); break
             elif v < -3:
                 if at < 0: at = i
                 for k in range(first[-4 - v], first[-3 - v]):
@@ -355,11 +364,12 @@ def _scan(data, offsets, letters, look, out):
             i += width
     return found
 
-# %% ../../nbs/01h_contamination.ipynb #c036
+# %% ../../nbs/01h_contamination.ipynb #c037
 def _scan_numpy(text: str, table: Table) -> list[int]: # n-grams found
     "N-grams of one document, numpy only."
     points = _code_points(normal_form(text))
     start, end = _words(points)
+    if not len(table.hashes): return []
     words, found = _range_hashes(points.astype(np.uint64), start, end), []
     for n in table.lengths[table.lengths <= len(start)]:
         first = np.arange(len(start) - n + 1)
@@ -370,7 +380,7 @@ def _scan_numpy(text: str, table: Table) -> list[int]: # n-grams found
             if np.array_equal(points[start[k]:end[k + n - 1]], table.text[table.start[e]:table.end[e]]): found.append(int(e))
     return found
 
-# %% ../../nbs/01h_contamination.ipynb #c037
+# %% ../../nbs/01h_contamination.ipynb #c038
 def _scan_batch(batch: list[bytes], table: Table, kind: np.ndarray) -> np.ndarray: # int64 [hits, 2]
     "The kernel on a batch; its output grows until it fits."
     _, _, first, more = letter_tables()
@@ -388,6 +398,7 @@ def scan_texts(
     table: Table
 ) -> np.ndarray: # int64 [hits, 2]: place of the document in the list, n-gram; sorted, each once
     "Which n-grams of the table stand in which documents."
+    if not len(table.hashes): return np.empty((0, 2), np.int64)
     if njit is None: hits = np.array([(i, e) for i, t in enumerate(texts) for e in _scan_numpy(t, table)], np.int64).reshape(-1, 2)
     else:
         hits = _scan_batch([t.encode("utf-8", "surrogatepass") for t in texts], table, letter_tables()[0])
@@ -397,7 +408,7 @@ def scan_texts(
             hits = np.concatenate([hits[~np.isin(hits[:, 0], again)], np.stack([again[more[:, 0]], more[:, 1]], axis=1)])
     return np.unique(hits, axis=0)
 
-# %% ../../nbs/01h_contamination.ipynb #c040
+# %% ../../nbs/01h_contamination.ipynb #c041
 SPILL = "minhash_lsh/spill/contamination"
 BATCH_BYTES = 4 << 20  # of text in the kernel at once
 
@@ -416,7 +427,7 @@ def load_table(store: Store, key: str) -> Table:
     "The table that `save_table` wrote; read once a process."
     return _load_table(store.uri, key, store.stat(key).version)
 
-# %% ../../nbs/01h_contamination.ipynb #c041
+# %% ../../nbs/01h_contamination.ipynb #c042
 def scan_part(
     task: dict # workspace, number (of the part), name, table (key)
 ) -> dict: # documents with a hit, hits
@@ -443,7 +454,7 @@ def _text_batches(store: Store, name: str) -> Iterator[tuple[int, list[str]]]: #
             if size >= BATCH_BYTES: yield row, texts; row += len(texts); texts, size = [], 0
     if texts: yield row, texts
 
-# %% ../../nbs/01h_contamination.ipynb #c042
+# %% ../../nbs/01h_contamination.ipynb #c043
 def add_votes(
     votes: np.ndarray, # uint64 [n, 2]: n-gram, text hash; sorted
     hits: np.ndarray # uint64 [hits, 3]: row, n-gram, text hash
@@ -457,7 +468,7 @@ def add_votes(
     rank = np.arange(len(both)) - np.repeat(first, np.diff(np.append(first, len(both))))
     return both[rank <= FREQUENT]
 
-# %% ../../nbs/01h_contamination.ipynb #c045
+# %% ../../nbs/01h_contamination.ipynb #c046
 SHOWN_DOCUMENTS, SHOWN_ITEMS = 20, 10  # examples in the report, items for each
 
 def judge_part(
@@ -478,7 +489,7 @@ def judge_part(
     return {"domain": corpus.parts[number]["domain"], "documents": len(rows), "sets": dict(zip(map(str, sets.tolist()), documents.tolist())),
             "examples": _examples(corpus.table(number, ["id"])["id"], rows, grams, pairs, count)}
 
-# %% ../../nbs/01h_contamination.ipynb #c046
+# %% ../../nbs/01h_contamination.ipynb #c047
 def owned(
     hits: np.ndarray, # int64 [hits, 2]: row, n-gram; sorted
     table: Table
@@ -505,7 +516,7 @@ def _examples(ids: list[str], rows, grams, pairs, count) -> list[dict]: # id, n-
         out.append({"document": ids[rows[i]], "ngrams": int(grams[i]), "items": np.column_stack([pairs[of, 1], count[of]])[best].tolist()})
     return out
 
-# %% ../../nbs/01h_contamination.ipynb #c049
+# %% ../../nbs/01h_contamination.ipynb #c050
 WHOLE = 0.8  # share of an item's n-grams in one document
 
 def _set_report(
@@ -531,7 +542,7 @@ def _set_report(
             "top": [{"item": int(found[t, 0] - low), "id": items[found[t, 0] - low].id, "documents": int(found[t, 1]), "ngrams": int(found[t, 2]), "of": int(of[t])} for t in top],
             "found": orjson.Fragment(orjson.dumps(np.column_stack([found[:, 0] - low, found[:, 1:], of]).tolist())), "frequent": orjson.Fragment(orjson.dumps((common - low).tolist()))}
 
-# %% ../../nbs/01h_contamination.ipynb #c050
+# %% ../../nbs/01h_contamination.ipynb #c051
 def _merge_items(store: Store, judged: list[dict]) -> np.ndarray: # int64 [items, 3]
     "Items of all parts, added up."
     total = np.empty((0, 3), np.int64)
@@ -557,7 +568,7 @@ def _write_report(store: Store, s: ContaminationSettings, sets: dict, judged: li
     few = ("items", "too_short", "items_found", "items_whole", "items_frequent", "share", "documents")
     return {"sets": {n: {k: r[k] for k in few} for n, r in sets.items()}, "documents": report["documents"], "by_domain": report["by_domain"]}
 
-# %% ../../nbs/01h_contamination.ipynb #c052
+# %% ../../nbs/01h_contamination.ipynb #c053
 def find_contamination(
     ctx, stage # of the phase driver
 ) -> dict: # counts: by set, documents, by domain
@@ -588,7 +599,7 @@ def _count_votes(store: Store, scanned: list[dict], grams: int) -> np.ndarray: #
         if r["hits"]: votes = add_votes(votes, load_array(store, _hits_key(number)))
     return np.bincount(votes[:, 0].astype(np.int64), minlength=grams)
 
-# %% ../../nbs/01h_contamination.ipynb #c054
+# %% ../../nbs/01h_contamination.ipynb #c055
 def contaminated_items(
     store: Store, # workspace
     frequent: bool = False # with the items of which only common property was found
