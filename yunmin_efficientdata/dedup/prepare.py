@@ -9,20 +9,25 @@ from collections import Counter, OrderedDict
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Iterable, Iterator, NamedTuple
+from typing import Any, Callable, Iterable, Iterator, NamedTuple
 import numpy as np, orjson, pyarrow as pa, pyarrow.parquet as pq
 from fastcore.basics import patch
 from ..core.settings import CleanSettings, UserError
 from ..core.store import Store, open_store
-from ..core.records import BadLine, Document, JsonlWriter, dump_line, is_jsonl, make_id, quarantine_record, read_jsonl, validate
+from ..core.records import FIELDS, BadLine, Document, JsonlWriter, Span, dump_line, is_jsonl, make_id, quarantine_record, read_jsonl, validate
 from .clean import Cleaner, white_space
+try: from numba import njit
+except ImportError: njit = None
 
 # %% auto #0
-__all__ = ['SPILL_BYTES', 'INDEX', 'CACHE_BYTES', 'READ_BYTES', 'GAP_LOCAL', 'GAP_S3', 'FATES', 'RawFile', 'normal_source',
-           'list_raw', 'safe_domain', 'file_domain', 'base_id', 'id_hash', 'Spill', 'load_array', 'read_range',
-           'new_tally', 'add_tally', 'check_tally', 'Review', 'excerpts', 'first_difference', 'prepare_file',
-           'write_quarantine', 'check_domains', 'number_ids', 'text_hash', 'write_table', 'prepare_range', 'Corpus',
-           'read_runs', 'load_fate', 'write_fate', 'resumable', 'sweep', 'prepare', 'review_markdown']
+__all__ = ['CHUNK_BYTES', 'SPILL_BYTES', 'ROW_BYTES', 'SPILL', 'WINDOW_BYTES', 'INDEX', 'DOC_BYTES', 'CACHE_BYTES', 'READ_BYTES',
+           'GAP_LOCAL', 'GAP_S3', 'FATES', 'RawFile', 'normal_source', 'list_raw', 'cut_file', 'safe_domain',
+           'file_domain', 'squeeze', 'text_hash', 'base_id', 'id_hash', 'ties', 'order_rows', 'Row', 'spill_table',
+           'Spill', 'load_array', 'spill_slice', 'new_tally', 'add_tally', 'check_tally', 'Review', 'excerpts',
+           'first_difference', 'document', 'Intake', 'prepare_file', 'quarantine_key', 'write_quarantine',
+           'check_domains', 'join_quarantine', 'number_ids', 'Window', 'Gathered', 'number_rows', 'cut_part',
+           'write_parquet', 'write_table', 'prepare_range', 'Corpus', 'read_runs', 'load_fate', 'write_fate',
+           'resumable', 'sweep', 'file_tasks', 'prepare', 'review_markdown']
 
 # %% ../../nbs/01f_prepare.ipynb #c006
 class RawFile(NamedTuple):
@@ -69,9 +74,20 @@ def list_raw(
     raise UserError(f"raw source {source}: no .jsonl, .jsonl.gz or .jsonl.zst file" + (f" ({len(ignored)} other files, such as {ignored[0]})" if ignored else "") + "; only those names are read")
 
 # %% ../../nbs/01f_prepare.ipynb #c010
+CHUNK_BYTES = 64 << 20  # of a plain file are one task
+
+def cut_file(
+    file: RawFile
+) -> list[tuple[int, int] | None]: # first byte and the one after the last; None: the whole file
+    "The tasks of one file."
+    n = -(-file.size // CHUNK_BYTES) if file.key.lower().endswith(".jsonl") else 1
+    return [(i * file.size // n, (i + 1) * file.size // n) for i in range(n)] if n > 1 else [None]
+
+# %% ../../nbs/01f_prepare.ipynb #c013
 _UNSAFE = re.compile(r"[^\w.-]+")
 _NO_NAME = {"", "part", "data", "shard", "chunk", "file", "raw", "output"}  # say nothing about a domain
 
+@lru_cache(256)
 def safe_domain(
     name: str # as a record or a file says it
 ) -> str: # usable as a folder's name everywhere
@@ -91,14 +107,61 @@ def file_domain(
         if head.lower() not in _NO_NAME: return safe_domain(head)
     return safe_domain(otherwise)
 
-# %% ../../nbs/01f_prepare.ipynb #c013
+# %% ../../nbs/01f_prepare.ipynb #c016
+def _jit(fn): return njit(nogil=True, cache=True)(fn) if njit else fn
+
+@_jit
+def _space(data, i): # bytes of the white space at position i; 0: none
+    c = data[i]
+    if c <= 0x20: return 1 if c == 0x20 or 0x09 <= c <= 0x0D or 0x1C <= c <= 0x1F else 0
+    if c < 0xC2 or c > 0xE3: return 0
+    if c == 0xC2: return 2 if data[i + 1] == 0x85 or data[i + 1] == 0xA0 else 0
+    if c == 0xE1: return 3 if data[i + 1] == 0x9A and data[i + 2] == 0x80 else 0
+    if c == 0xE3: return 3 if data[i + 1] == 0x80 and data[i + 2] == 0x80 else 0
+    if c != 0xE2: return 0
+    if data[i + 1] == 0x80: return 3 if data[i + 2] <= 0x8A or data[i + 2] == 0xA8 or data[i + 2] == 0xA9 or data[i + 2] == 0xAF else 0
+    return 3 if data[i + 1] == 0x81 and data[i + 2] == 0x9F else 0
+
+@_jit
+def _squeeze(data, out): # bytes written to out, words
+    n = words = i = 0
+    gap = True
+    while i < len(data):
+        width = _space(data, i)
+        if width: gap = True; i += width; continue
+        if gap:
+            if words: out[n] = 0x20; n += 1
+            words += 1; gap = False
+        out[n] = data[i]; n += 1; i += 1
+    return n, words
+
+# %% ../../nbs/01f_prepare.ipynb #c017
+def squeeze(
+    text: str
+) -> tuple[int, int, Any]: # UTF-8 bytes of the text, its words, UTF-8 of the words with one space between them
+    "Measure a text, and close the gaps between its words."
+    data = text.encode("utf-8", "surrogatepass")
+    if njit is None or not data: words = text.split(); return len(data), len(words), " ".join(words).encode("utf-8", "surrogatepass")
+    out = np.empty(len(data), np.uint8)
+    n, words = _squeeze(np.frombuffer(data, np.uint8), out)
+    return len(data), words, out[:n]
+
+def text_hash(
+    text: str # cleaned
+) -> tuple[int, int]: # 128 bits as two numbers
+    "Hash of a text with white space collapsed: texts with the same words meet in it."
+    d = hashlib.blake2b(squeeze(text)[2], digest_size=16).digest()
+    return int.from_bytes(d[:8], "big"), int.from_bytes(d[8:], "big")
+
+# %% ../../nbs/01f_prepare.ipynb #c020
 SPILL_BYTES = 24 << 20  # records are written out when so many bytes have collected
+ROW_BYTES = 512  # a record in the buffer beside its line
 
 def base_id(
     given: str # an id
 ) -> str: # without a number that we add to repeats
     "`a#2` belongs with `a`, so that numbering a repeat can never collide with another id."
-    return re.sub(r"#[0-9]+$", "", given)
+    return re.sub(r"#[0-9]+$", "", given) if "#" in given else given
 
 def id_hash(
     base: str # base id
@@ -106,25 +169,72 @@ def id_hash(
     "Place of a document in the order of the corpus."
     return int.from_bytes(hashlib.blake2b(base.encode(), digest_size=8).digest(), "big")
 
-# %% ../../nbs/01f_prepare.ipynb #c014
+# %% ../../nbs/01f_prepare.ipynb #c022
+def ties(
+    places: np.ndarray # ascending
+) -> list[tuple[int, int]]: # first, one after the last
+    "Runs of two or more equal places."
+    edges = np.concatenate([[0], 1 + np.flatnonzero(places[1:] != places[:-1]), [len(places)]])
+    return [(int(edges[k]), int(edges[k + 1])) for k in np.flatnonzero(np.diff(edges) > 1)]
+
+def order_rows(
+    places: np.ndarray, # uint64
+    id_of: Callable[[int], str], line_of: Callable[[int], Any] # id and line of a row
+) -> np.ndarray: # rows in the order of the corpus
+    "Order by place; at one place by base id, id and a hash of the line."
+    order = np.argsort(places, kind="stable")
+    def key(row): own = id_of(row); return base_id(own), own, hashlib.blake2b(line_of(row), digest_size=16).digest()
+    for i, j in ties(places[order]): order[i:j] = sorted(order[i:j].tolist(), key=key)
+    return order
+
+# %% ../../nbs/01f_prepare.ipynb #c024
+class Row(NamedTuple):
+    "What is known of a document beside its line."
+    place: int # hash of its base id
+    id: str
+    given: bool # was the id given
+    domain: str
+    words: int
+    bytes: int # of its text, UTF-8
+    source: str
+    date: str
+    digest: bytes # 16 bytes: hash of its words
+
+SPILL = {"place": pa.uint64(), "id": pa.string(), "given": pa.bool_(), "domain": pa.string(), "words": pa.int64(), "bytes": pa.int64(), "source": pa.string(), "date": pa.string(),
+         "high": pa.uint64(), "low": pa.uint64(), "offset": pa.int64(), "length": pa.int64()}
+
+def spill_table(
+    rows: list[Row],
+    lengths: list[int] # of their lines
+) -> pa.Table: # a row for each, with the columns of SPILL
+    "Rows as columns."
+    columns = dict(zip(Row._fields, zip(*rows)))
+    digests = np.frombuffer(b"".join(columns.pop("digest")), ">u8").astype(np.uint64).reshape(-1, 2)
+    length = np.array(lengths, np.int64)
+    columns |= {"high": digests[:, 0], "low": digests[:, 1], "offset": np.cumsum(length) - length, "length": length}
+    return pa.table({c: pa.array(columns[c], t) for c, t in SPILL.items()})
+
+# %% ../../nbs/01f_prepare.ipynb #c025
 class Spill:
-    "Collects records and writes them out in sorted files."
+    "Collects documents and writes them out in sorted files."
     def __init__(self, store: Store, prefix: str):
-        self.store, self.prefix, self.keys, self.rows, self.size, self.total = store, prefix, [], [], 0, 0
-    def add(self, hash_: int, line: bytes, given: bool):
-        self.rows.append((hash_, line, given)); self.size += len(line) + 200; self.total += len(line)
+        self.store, self.prefix, self.keys, self.rows, self.lines, self.size, self.docs, self.total = store, prefix, [], [], [], 0, 0, 0
+    def add(self, row: Row, line: bytes):
+        self.rows.append(row); self.lines.append(line); self.size += len(line) + ROW_BYTES
         if self.size >= SPILL_BYTES: self.flush()
     def flush(self):
         if not self.rows: return
-        self.rows.sort()
-        key = f"{self.prefix}-{len(self.keys):05d}"
-        index = np.zeros((len(self.rows) + 1, 3), np.uint64)
-        index[:-1, 0] = [r[0] for r in self.rows]; index[1:, 1] = np.cumsum([len(r[1]) for r in self.rows]); index[:-1, 2] = [r[2] for r in self.rows]
-        with self.store.writer(key + ".jsonl") as f: f.writelines(r[1] for r in self.rows)
-        with self.store.writer(key + ".npy") as f: np.save(f, index, allow_pickle=False)
-        self.keys.append(key); self.rows, self.size = [], 0
+        rows, lines, key = self.rows, self.lines, f"{self.prefix}-{len(self.keys):05d}"
+        order = order_rows(np.array([r.place for r in rows], np.uint64), lambda i: rows[i].id, lines.__getitem__).tolist()
+        with self.store.writer(key + ".jsonl") as f: f.writelines(lines[i] for i in order)
+        table = spill_table([rows[i] for i in order], [len(lines[i]) for i in order])
+        with pa.BufferOutputStream() as out:
+            with pa.ipc.new_file(out, table.schema) as w: w.write_table(table)
+            self.store.write(key + ".arrow", out.getvalue())
+        self.docs += len(rows); self.total += sum(map(len, lines)); self.keys.append(key)
+        self.rows, self.lines, self.size = [], [], 0
 
-# %% ../../nbs/01f_prepare.ipynb #c015
+# %% ../../nbs/01f_prepare.ipynb #c026
 def load_array(
     store: Store,
     key: str # of an .npy file
@@ -132,19 +242,17 @@ def load_array(
     "A numpy file of the store."
     return np.load(store.fetch(key), mmap_mode="r", allow_pickle=False)
 
-def read_range(
+def spill_slice(
     store: Store, key: str, # a spill
-    low: int, high: int # hashes: low <= hash < high
-) -> Iterator[tuple[int, bytes, bool]]: # hash, line, was its id given
-    "The records of a spill in a range of hashes."
-    index = load_array(store, key + ".npy")
-    i, j = (len(index) - 1 if h >> 64 else int(np.searchsorted(index[:-1, 0], np.uint64(h))) for h in (low, high))
-    if i == j: return
-    start, data = int(index[i, 1]), None
-    data = store.read_range(key + ".jsonl", start, int(index[j, 1]) - start)
-    for k in range(i, j): yield int(index[k, 0]), data[int(index[k, 1]) - start:int(index[k + 1, 1]) - start], bool(index[k, 2])
+    low: int, high: int # places: low <= place < high
+) -> pa.Table: # of SPILL, mapped from the file
+    "What a spill holds in a range of places."
+    with pa.memory_map(str(store.fetch(key + ".arrow"))) as f: table = pa.ipc.open_file(f).read_all()
+    places = table["place"].to_numpy()
+    i, j = (len(places) if h >> 64 else int(np.searchsorted(places, np.uint64(h))) for h in (low, high))
+    return table.slice(i, j - i)
 
-# %% ../../nbs/01f_prepare.ipynb #c018
+# %% ../../nbs/01f_prepare.ipynb #c029
 def new_tally() -> dict: # counts of one domain
     "Counts of prepare for one domain."
     return {"read": 0, "kept": 0, "filtered": Counter(), "quarantined": Counter(), "rules": Counter(),
@@ -165,13 +273,12 @@ def check_tally(name: str, t: dict) -> None:
     out = t["kept"] + sum(t["filtered"].values()) + sum(t["quarantined"].values())
     if t["read"] != out: raise RuntimeError(f"{name}: {t['read']} lines read, but {out} kept, filtered or quarantined")
 
-# %% ../../nbs/01f_prepare.ipynb #c021
+# %% ../../nbs/01f_prepare.ipynb #c032
 class Review:
     "The best `limit` before/after pairs of each domain."
     def __init__(self, limit: int): self.limit, self.best = limit, {}
     def add(self, domain: str, hash_: int, before: str, after: str, rules: list[str]):
-        visible = [r for r in rules if r != "white_space"]
-        rank = [not rules, -min(3, len(visible)), hash_]
+        rank = [not rules, -min(3, len(rules) - ("white_space" in rules)), hash_]
         best = self.best.setdefault(domain, [])
         if len(best) >= self.limit and (not best or rank >= best[-1][0]): return
         best.append([rank, *excerpts(before, after), rules])
@@ -192,65 +299,93 @@ def excerpts(
     return cut(before, raw), cut(after, at)
 
 def first_difference(x: str, y: str) -> int: # index of the first character that differs
-    "Where two texts part."
-    return next((i for i, (a, b) in enumerate(zip(x, y)) if a != b), min(len(x), len(y)))
+    "Where two texts part: in slices first, since a text may have 20 million characters."
+    n = min(len(x), len(y))
+    start = next((i for i in range(0, n, 4096) if x[i:i + 4096] != y[i:i + 4096]), n)
+    return next((start + i for i, (a, b) in enumerate(zip(x[start:start + 4096], y[start:start + 4096])) if a != b), n)
 
-# %% ../../nbs/01f_prepare.ipynb #c024
-def _document(record: dict, text: str, domain: str) -> tuple[Document, bool]: # the cleaned document, was its id given
-    doc = Document.from_record(record, domain=domain)
-    doc.text, doc.domain = text, safe_domain(doc.domain)
-    given = bool(doc.id.strip())
-    if not given: doc.id = make_id(doc.domain, text)
-    return doc, given
+# %% ../../nbs/01f_prepare.ipynb #c035
+_KNOWN = frozenset(FIELDS)
 
-def _clean_line(record: dict, domain: str, cleaner: Cleaner, tallies: dict, spill: Spill, review: Review) -> str | None: # reason when it is no document
-    "One record: validated, cleaned, filtered, counted, spilled."
-    reason = validate(record)
-    if reason: return reason
-    before = record["text"]
-    text, rules = cleaner.clean(before)
-    doc, given = _document(record, text, domain)
-    tally = tallies.setdefault(doc.domain, new_tally())
-    tally["read"] += 1; tally["rules"].update(rules)
-    tally["bytes_in"] += len(before.encode()); tally["words_in"] += len(before.split())
-    dropped = cleaner.reject(text)
-    if dropped: tally["filtered"][dropped] += 1; return None
-    tally["kept"] += 1; tally["bytes_out"] += len(text.encode()); tally["words_out"] += len(text.split())
-    place = id_hash(base_id(doc.id))
-    spill.add(place, dump_line(doc.to_dict()), given)
-    review.add(doc.domain, place, before, text, rules)
-    return None
+def _as_text(value: Any) -> str: # of a field
+    if type(value) is str: return value
+    return "" if value is None else dump_line(value).decode().rstrip("\n")
 
-# %% ../../nbs/01f_prepare.ipynb #c025
+def document(
+    record: dict, # a valid one
+    text: str, # cleaned
+    domain: str # safe
+) -> tuple[dict, bool]: # as it will be written, was its id given
+    "Fields in the order of `Document.to_dict`."
+    get = record.get
+    out = {k: v if type(v := get(k)) is str else _as_text(v) for k in FIELDS}
+    out["text"], out["domain"] = text, domain
+    if not out["url"]: del out["url"]
+    if not out["license"]: del out["license"]
+    for k, v in record.items():
+        if k not in _KNOWN: out[k] = v
+    given = bool(out["id"].strip())
+    if not given: out["id"] = make_id(domain, text)
+    return out, given
+
+# %% ../../nbs/01f_prepare.ipynb #c037
+class Intake:
+    "What becomes of each record of a task: validated, cleaned, filtered, counted, spilled."
+    def __init__(self, store: Store, settings: CleanSettings, prefix: str, domain: str):
+        self.cleaner, self.domain, self.limit, self.tallies = Cleaner(settings), domain, settings.max_domains, {}
+        self.spill, self.review = Spill(store, prefix), Review(settings.review_samples)
+    def tally(self, domain: str) -> dict:
+        if domain not in self.tallies:
+            self.tallies[domain] = new_tally(); check_domains(self.tallies, self.limit)
+        return self.tallies[domain]
+    def add(self, record: dict) -> str | None: # reason when it is no document
+        if reason := validate(record): return reason
+        before = record["text"]
+        text, rules, dropped, words, size = self.cleaner.process(before)
+        domain = safe_domain(_as_text(record.get("domain")) or self.domain)
+        tally = self.tally(domain)
+        size_in, words_in = squeeze(before)[:2] if rules else (size, words)
+        tally["read"] += 1; tally["bytes_in"] += size_in; tally["words_in"] += words_in
+        for r in rules: tally["rules"][r] += 1
+        if dropped: tally["filtered"][dropped] += 1; return None
+        tally["kept"] += 1; tally["bytes_out"] += size; tally["words_out"] += words
+        self.keep(*document(record, text, domain), words, size, before, rules)
+        return None
+    def keep(self, doc: dict, given: bool, words: int, size: int, before: str, rules: list[str]) -> None:
+        digest = hashlib.blake2b(squeeze(doc["text"])[2], digest_size=16).digest()
+        place = id_hash(base_id(doc["id"]))
+        self.review.add(doc["domain"], place, before, doc["text"], rules)
+        self.spill.add(Row(place, doc["id"], given, doc["domain"], words, size, doc["source"], doc["date"], digest), dump_line(doc))
+
+# %% ../../nbs/01f_prepare.ipynb #c038
 def prepare_file(
-    task: dict # workspace, file (RawFile), number, domain, settings (of clean)
-) -> dict: # spills, bytes, tallies, review, renamed, quarantine
-    "Read and clean one raw file. Bad lines go to quarantine with file, line and reason."
-    store, raw, settings = open_store(task["workspace"]), RawFile(*task["file"]), CleanSettings(**task["settings"])
-    cleaner, tallies = Cleaner(settings), {}
-    spill, review = Spill(store, f"minhash_lsh/spill/{task['number']:05d}"), Review(settings.review_samples)
+    task: dict # workspace, number, file (RawFile), file_number, cut (as `cut_file` gives it), domain, settings (of clean)
+) -> dict: # spills, docs and bytes in them, tallies, review, key of bad lines, lines
+    "Read and clean one raw file or a chunk of one. Bad lines go to quarantine with file, line and reason."
+    store, raw, settings, number = open_store(task["workspace"]), RawFile(*task["file"]), CleanSettings(**task["settings"]), task["number"]
+    intake, span = Intake(store, settings, f"minhash_lsh/spill/{number:05d}", task["domain"]), task["cut"] and Span(*task["cut"])
     def bad_lines():
-        for item in read_jsonl(open_store(raw.uri), raw.key, settings.max_line_bytes):
-            bad = item
-            if not isinstance(item, BadLine):
-                reason = _clean_line(item[1], task["domain"], cleaner, tallies, spill, review)
-                if len(tallies) > settings.max_domains: check_domains(tallies, settings.max_domains)
-                if reason is None: continue
-                bad = BadLine(item[0], reason, dump_line(item[1]).rstrip(b"\n"))
-            tally = tallies.setdefault(task["domain"], new_tally())
-            tally["read"] += 1; tally["quarantined"][bad.reason] += 1
-            yield bad
-    quarantined = write_quarantine(store, raw.name, task["number"], bad_lines())
-    spill.flush(); check_domains(tallies, settings.max_domains)
-    return {"spills": spill.keys, "bytes": spill.total, "tallies": tallies, "review": review.best, "quarantine": quarantined}
+        for item in read_jsonl(open_store(raw.uri), raw.key, settings.max_line_bytes, span):
+            if type(item) is tuple:
+                if (reason := intake.add(item[1])) is None: continue
+                item = BadLine(item[0], reason, dump_line(item[1]).rstrip(b"\n"))
+            tally = intake.tally(task["domain"])
+            tally["read"] += 1; tally["quarantined"][item.reason] += 1
+            yield item
+    bad = write_quarantine(store, f"minhash_lsh/spill/{number:05d}-bad.jsonl" if span else quarantine_key(raw.name, task["file_number"]), raw.name, bad_lines())
+    intake.spill.flush()
+    return {"spills": intake.spill.keys, "docs": intake.spill.docs, "bytes": intake.spill.total, "tallies": intake.tallies, "review": intake.review.best, "bad": bad, "lines": span.lines if span else None}
 
-# %% ../../nbs/01f_prepare.ipynb #c026
-def write_quarantine(store: Store, name: str, number: int, bad: Iterable[BadLine]) -> str | None: # its key; None when there is no bad line
-    "Bad lines of one file as `dedup_ready/quarantine/*.jsonl`. Draws the whole iterator."
+# %% ../../nbs/01f_prepare.ipynb #c039
+def quarantine_key(name: str, number: int) -> str: # of a raw file and its number
+    "Where the bad lines of a file go."
+    return f"dedup_ready/quarantine/{number:05d}-{_UNSAFE.sub('_', name)[-80:]}".removesuffix(".gz").removesuffix(".zst")
+
+def write_quarantine(store: Store, key: str, name: str, bad: Iterable[BadLine]) -> str | None: # the key; None when there is no bad line
+    "Bad lines of one file as JSON lines. Draws the whole iterator."
     bad = iter(bad)
     first = next(bad, None)
     if first is None: return None
-    key = f"dedup_ready/quarantine/{number:05d}-{_UNSAFE.sub('_', name)[-80:]}".removesuffix(".gz").removesuffix(".zst")
     with JsonlWriter(store, key) as out:
         out.write(quarantine_record(name, first))
         for item in bad: out.write(quarantine_record(name, item))
@@ -261,68 +396,147 @@ def check_domains(domains: Iterable[str], limit: int) -> None:
     if len(names := sorted(domains)) > limit:
         raise UserError(f"{len(names)} domains are more than clean.max_domains={limit}: {', '.join(names[:60])}{' …' if len(names) > 60 else ''}; give records a `domain`, set clean.domain_pattern or rename the files")
 
-# %% ../../nbs/01f_prepare.ipynb #c028
-def number_ids(
-    rows: list[tuple[int, bytes, bool]] # hash, line, was its id given
-) -> tuple[list[dict], int]: # records with unique ids in the order of the corpus, number of repeated given ids
-    "Parse the records of a range, sort them, number repeated ids."
-    records = [(h, base_id((r := orjson.loads(line))["id"]), r["id"], line, given, r) for h, line, given in rows]
-    records.sort(key=lambda x: x[:4])
-    reserved, used, repeated = {r[2] for r in records}, set(), 0
-    for h, base, own, _, given, record in records:
-        new, n = own, 1
-        while new in used or n > 1 and new in reserved: n += 1; new = f"{base}#{n}"
-        used.add(new); repeated += given and new != own
-        record["id"] = new
-    return [r[-1] for r in records], repeated
+# %% ../../nbs/01f_prepare.ipynb #c041
+def join_quarantine(
+    task: dict # workspace, key, chunks: [(key or None, lines)] in the order of the file
+) -> str: # the key
+    "One quarantine file of a raw file that was read in chunks."
+    store, before = open_store(task["workspace"]), 0
+    with JsonlWriter(store, task["key"]) as out:
+        for key, lines in task["chunks"]:
+            for _, row in read_jsonl(store, key) if key else (): out.write(row | {"line": row["line"] + before})
+            before += lines
+    return task["key"]
 
-# %% ../../nbs/01f_prepare.ipynb #c031
-def text_hash(
-    text: str # cleaned
-) -> tuple[int, int]: # 128 bits as two numbers
-    "Hash of a text with white space collapsed."
-    d = hashlib.blake2b(" ".join(text.split()).encode(), digest_size=16).digest()
-    return int.from_bytes(d[:8], "big"), int.from_bytes(d[8:], "big")
+# %% ../../nbs/01f_prepare.ipynb #c044
+def number_ids(
+    ids: list[str], # of the documents at one place, in the order of the corpus
+    given: list[bool] # was it given
+) -> tuple[list[str], int]: # unique ids, number of given ones that had to be changed
+    "Number repeated ids; never into one that another document was given."
+    reserved, used, last, repeated, out = set(ids), set(), {}, 0, []
+    for own, was_given in zip(ids, given):
+        new, base = own, base_id(own)
+        if new in used:
+            n = last.get(base, 1) + 1
+            while (new := f"{base}#{n}") in used or new in reserved: n += 1
+            last[base] = n
+        used.add(new); out.append(new); repeated += was_given and new != own
+    return out, repeated
+
+# %% ../../nbs/01f_prepare.ipynb #c047
+WINDOW_BYTES = 256 << 20  # lines of one range that are held at a time
+
+class Window:
+    "The lines of one spill, of which a piece is in memory."
+    def __init__(self, store: Store, key: str, low: int, high: int, size: int): # bytes low to high are wanted, size at a time
+        self.store, self.key, self.low, self.high, self.size, self.start, self.data = store, key, low, high, size, 0, memoryview(b"")
+    def line(self, at: int, n: int) -> memoryview:
+        i = at - self.start
+        if i < 0 or i + n > len(self.data):
+            self.data = memoryview(b"")  # free the old piece first
+            self.start = self.low if self.high - self.low <= self.size else at
+            self.data = memoryview(self.store.read_range(self.key, self.start, min(max(n, self.size), self.high - self.start)))
+            i = at - self.start
+        return self.data[i:i + n]
+
+# %% ../../nbs/01f_prepare.ipynb #c048
+class Gathered:
+    "All documents of a range: columns from all spills, lines through windows."
+    def __init__(self, store: Store, spills: list[str], low: int, high: int):
+        slices = [(key, t) for key in spills if len(t := spill_slice(store, key, low, high))]
+        self.table = pa.concat_tables([pa.schema(list(SPILL.items())).empty_table(), *(t for _, t in slices)]).combine_chunks()
+        self.offset, self.length, self.places = (self.table[c].to_numpy() for c in ("offset", "length", "place"))
+        self.spill = np.repeat(np.arange(len(slices)), [len(t) for _, t in slices])
+        starts = np.cumsum([0] + [len(t) for _, t in slices])
+        ends = self.offset + self.length
+        spans = [(int(self.offset[i]), int(ends[j - 1])) for i, j in zip(starts, starts[1:])]
+        size = max((b - a for a, b in spans), default=0)
+        if sum(b - a for a, b in spans) > WINDOW_BYTES: size = max(1 << 16, WINDOW_BYTES // len(spans))
+        self.windows = [Window(store, key + ".jsonl", a, b, size) for (key, _), (a, b) in zip(slices, spans)]
+    def line(self, row: int) -> memoryview: return self.windows[self.spill[row]].line(int(self.offset[row]), int(self.length[row]))
+
+# %% ../../nbs/01f_prepare.ipynb #c049
+def number_rows(
+    gathered: Gathered
+) -> tuple[np.ndarray, dict[int, str], int]: # rows in the order of the corpus, new ids of rows, repeated given ids
+    "Order a range and number its repeated ids."
+    ids, given = gathered.table["id"], gathered.table["given"]
+    order = order_rows(gathered.places, lambda row: ids[row].as_py(), gathered.line)
+    renamed, repeated = {}, 0
+    for i, j in ties(gathered.places[order]):
+        rows = pa.array(order[i:j])
+        own = ids.take(rows).to_pylist()
+        new, n = number_ids(own, given.take(rows).to_pylist())
+        renamed |= {int(r): b for r, a, b in zip(order[i:j], own, new) if a != b}; repeated += n
+    return order, renamed, repeated
+
+def cut_part(
+    weights: np.ndarray, # bytes that each document counts for
+    limit: int # bytes of a part
+) -> list[tuple[int, int]]: # first, one after the last; a single one unless the whole is above twice the limit
+    "Where a domain's share of a range is cut: only where one place holds very much."
+    ends = np.cumsum(weights)
+    if not len(ends) or ends[-1] <= 2 * limit: return [(0, len(ends))]
+    edges = [0, *(1 + np.flatnonzero(np.diff((ends - weights) // limit))), len(ends)]
+    return [(int(i), int(j)) for i, j in zip(edges, edges[1:])]
+
+# %% ../../nbs/01f_prepare.ipynb #c051
+INDEX = {"id": pa.string(), "offset": pa.int64(), "length": pa.int64(), "words": pa.int64(), "bytes": pa.int64(),
+         "source": pa.string(), "date": pa.string(), "high": pa.uint64(), "low": pa.uint64()}
+
+def write_parquet(store: Store, key: str, table: pa.Table) -> None:
+    "Write a Parquet file: equal tables give equal bytes."
+    with store.output(key) as path: pq.write_table(table, path, compression="zstd", use_dictionary=[k for k in ("source", "date", "reason") if k in table.column_names])
 
 def write_table(
     store: Store, key: str, # where
     columns: dict[str, Any], # name -> values
     schema: dict[str, pa.DataType] # name -> type
 ) -> None:
-    "Write a Parquet file: the same columns give the same bytes."
-    table = pa.table({k: pa.array(columns[k], t) for k, t in schema.items()})
-    with store.output(key) as path: pq.write_table(table, path, compression="zstd", use_dictionary=[k for k in ("source", "date", "reason") if k in schema])
+    "Write columns as a Parquet file."
+    write_parquet(store, key, pa.table({k: pa.array(columns[k], t) for k, t in schema.items()}))
 
-# %% ../../nbs/01f_prepare.ipynb #c033
-INDEX = {"id": pa.string(), "offset": pa.int64(), "length": pa.int64(), "words": pa.int64(), "bytes": pa.int64(),
-         "source": pa.string(), "date": pa.string(), "high": pa.uint64(), "low": pa.uint64()}
+# %% ../../nbs/01f_prepare.ipynb #c052
+def _renumber(line: Any, id_: str) -> bytes: # the line with another id
+    return dump_line(orjson.loads(line) | {"id": id_})
 
-def _write_part(store: Store, domain: str, number: int, records: list[dict]) -> dict: # its entry in parts.json
+def _write_part(store: Store, domain: str, name: str, gathered: Gathered, rows: np.ndarray, renamed: dict[int, str]) -> dict: # its entry in parts.json
     "One part and its index."
-    name, columns, offset = f"{domain}/part-{number:05d}", {k: [] for k in INDEX}, 0
+    lengths = gathered.length[rows].copy()
     with store.writer(f"dedup_ready/{name}.jsonl") as out:
-        for r in records:
-            line, text = dump_line(r), r["text"]
+        for i, row in enumerate(rows.tolist()):
+            line = gathered.line(row)
+            if row in renamed: line = _renumber(line, renamed[row]); lengths[i] = len(line)
             out.write(line)
-            for k, v in zip(INDEX, (r["id"], offset, len(line), len(text.split()), len(text.encode()), r["source"], r["date"], *text_hash(text))): columns[k].append(v)
-            offset += len(line)
-    write_table(store, f"minhash_lsh/index/{name}.parquet", columns, INDEX)
-    return {"domain": domain, "name": name, "docs": len(records), "bytes": offset}
+    table = gathered.table.take(pa.array(rows)).combine_chunks()
+    if renamed: table = table.set_column(table.schema.get_field_index("id"), "id", pa.array([renamed.get(r, i) for r, i in zip(rows.tolist(), table["id"].to_pylist())], pa.string()))
+    columns = {c: table[c] for c in INDEX} | {"offset": pa.array(np.cumsum(lengths) - lengths), "length": pa.array(lengths)}
+    write_parquet(store, f"minhash_lsh/index/{name}.parquet", pa.table(columns))
+    return {"domain": domain, "name": name, "docs": len(rows), "bytes": int(lengths.sum())}
 
-# %% ../../nbs/01f_prepare.ipynb #c034
+# %% ../../nbs/01f_prepare.ipynb #c053
+DOC_BYTES = 256  # that a document counts for in the size of a part, beside its line
+
 def prepare_range(
-    task: dict # workspace, number, ranges, spills
+    task: dict # workspace, number, ranges, spills (key of the list), part_bytes
 ) -> dict: # parts written, repeated given ids
     "Gather one range of hashes from all spills and write a part for each domain."
     store, number, ranges = open_store(task["workspace"]), task["number"], task["ranges"]
     low, high = ((number + i) * (1 << 64) // ranges for i in (0, 1))
-    rows = [row for key in task["spills"] for row in read_range(store, key, low, high)]
-    records, repeated = number_ids(rows)
-    domains: dict[str, list] = {}
-    for r in records: domains.setdefault(r["domain"], []).append(r)
-    return {"parts": [_write_part(store, d, number, domains[d]) for d in sorted(domains)], "repeated_ids": repeated}
+    gathered = Gathered(store, orjson.loads(store.read(task["spills"])), low, high)
+    order, renamed, repeated = number_rows(gathered)
+    coded = gathered.table["domain"].combine_chunks().dictionary_encode()
+    codes, names, parts = coded.indices.to_numpy()[order], coded.dictionary.to_pylist(), []
+    for domain in sorted(names):
+        rows = order[codes == names.index(domain)]
+        cuts = cut_part(gathered.length[rows] + DOC_BYTES, task["part_bytes"])
+        for k, (i, j) in enumerate(cuts):
+            name = f"{domain}/part-{number:05d}" + (f"-{k:05d}" if len(cuts) > 1 else "")
+            parts.append(_write_part(store, domain, name, gathered, rows[i:j], renamed))
+    return {"parts": parts, "repeated_ids": repeated}
 
-# %% ../../nbs/01f_prepare.ipynb #c036
+# %% ../../nbs/01f_prepare.ipynb #c055
 CACHE_BYTES = 32 << 20  # of numeric columns that a Corpus keeps
 
 class Corpus:
@@ -338,7 +552,7 @@ class Corpus:
         cuts = np.searchsorted(docs, self.starts)
         for part in np.flatnonzero(np.diff(cuts)): yield int(part), docs[cuts[part]:cuts[part + 1]] - self.starts[part]
 
-# %% ../../nbs/01f_prepare.ipynb #c037
+# %% ../../nbs/01f_prepare.ipynb #c056
 @patch
 def columns(
     self: Corpus,
@@ -361,7 +575,7 @@ def _remember(self: Corpus, part: int, name: str, values: np.ndarray) -> np.ndar
     while self._cached > CACHE_BYTES and len(self._cache) > 1: self._cached -= self._cache.popitem(last=False)[1].nbytes
     return values
 
-# %% ../../nbs/01f_prepare.ipynb #c038
+# %% ../../nbs/01f_prepare.ipynb #c057
 @patch
 def table(self: Corpus, part: int, columns: list[str]) -> dict[str, Any]: # numpy for numbers, lists for text
     "Columns of one part."
@@ -387,7 +601,7 @@ def gather(self: Corpus, docs: np.ndarray, columns: list[str]) -> dict[str, list
     "The same as Python lists, for a few documents."
     return self.gather_table(docs, columns).to_pydict()
 
-# %% ../../nbs/01f_prepare.ipynb #c040
+# %% ../../nbs/01f_prepare.ipynb #c059
 READ_BYTES, GAP_LOCAL, GAP_S3 = 4 << 20, 8 << 10, 1 << 20  # of one read; unwanted bytes read over rather than starting another
 
 def read_runs(
@@ -414,7 +628,7 @@ def lines(
             start, data = int(offset[i]), memoryview(read(int(offset[i]), int(offset[j - 1] + length[j - 1] - offset[i])))
             for row, at, n in zip(rows[i:j].tolist(), (offset[i:j] - start).tolist(), length[i:j].tolist()): yield row, data[at:at + n]
 
-# %% ../../nbs/01f_prepare.ipynb #c041
+# %% ../../nbs/01f_prepare.ipynb #c060
 @contextmanager
 def _reader(store: Store, key: str, reads: int): # read(start, length) -> bytes
     "Reads of one file: of a few, on S3, each is a request; for many the file is fetched."
@@ -444,7 +658,7 @@ def texts(
     for part, rows in self.groups(np.asarray(docs, np.int64)):
         for _, text in self.part_texts(part, rows): yield text
 
-# %% ../../nbs/01f_prepare.ipynb #c044
+# %% ../../nbs/01f_prepare.ipynb #c063
 FATES = ("kept", "exact", "near", "contaminated", "semantic", "emptied")  # values 0 to 5 of minhash_lsh/fate/<part>.npy
 
 def load_fate(
@@ -470,7 +684,7 @@ def write_fate(
     with corpus.store.writer(key) as f: np.save(f, fate, allow_pickle=False)
     return key
 
-# %% ../../nbs/01f_prepare.ipynb #c046
+# %% ../../nbs/01f_prepare.ipynb #c065
 def resumable(
     ctx, stage, # of the driver
     name: str, fn, tasks: list[dict], # each with a `number`
@@ -491,28 +705,51 @@ def sweep(
     for key in store.list(prefix):
         if key not in keep: store.delete(key)
 
-# %% ../../nbs/01f_prepare.ipynb #c047
+# %% ../../nbs/01f_prepare.ipynb #c066
+def file_tasks(
+    store: Store, files: list[RawFile],
+    settings: CleanSettings,
+    otherwise: str # domain where a file's name says nothing
+) -> list[dict]: # tasks of `prepare_file`
+    "One task for each file or chunk of a file."
+    base = {"workspace": store.uri, "settings": settings.model_dump()}
+    cuts = [(i, f, cut) for i, f in enumerate(files) for cut in cut_file(f)]
+    return [base | {"number": n, "file": tuple(f), "file_number": i, "cut": cut, "domain": file_domain(f.name, settings.domain_pattern, otherwise)} for n, (i, f, cut) in enumerate(cuts)]
+
+def _quarantines(ctx, stage, tasks: list[dict], mapped: list[dict]) -> list[str]: # keys, in the order of files
+    "Quarantine of whole files as it is; that of chunks joined."
+    keys, chunks = {t["file_number"]: m["bad"] for t, m in zip(tasks, mapped) if not t["cut"] and m["bad"]}, {}
+    for t, m in zip(tasks, mapped):
+        if t["cut"]: chunks.setdefault(t["file_number"], []).append((m["bad"], m["lines"]))
+    names = {t["file_number"]: RawFile(*t["file"]).name for t in tasks}
+    todo = [{"workspace": ctx.store.uri, "number": i, "key": quarantine_key(names[i], i), "chunks": c} for i, c in chunks.items() if any(k for k, _ in c)]
+    keys |= dict(zip([t["number"] for t in todo], resumable(ctx, stage, "quarantine", join_quarantine, todo)))
+    return [keys[i] for i in sorted(keys)]
+
+# %% ../../nbs/01f_prepare.ipynb #c067
 def prepare(ctx, stage, files: list[RawFile], ignored: list[str], sources: list[str]) -> dict: # counts
     "Fill dedup_ready/ and minhash_lsh/index/. Raises `UserError` when nothing is left, `RuntimeError` when counts do not add up."
-    store, s = ctx.store, ctx.settings
+    store, s, log = ctx.store, ctx.settings, getattr(ctx, "log", lambda text: None)
     if not stage.parts: store.delete_prefix("minhash_lsh/spill")
-    otherwise = next((Path(x).name for x in sources if x != "raw/"), "data")
-    tasks = [{"workspace": store.uri, "number": i, "file": tuple(f), "settings": s.clean.model_dump(), "domain": file_domain(f.name, s.clean.domain_pattern, otherwise)} for i, f in enumerate(files)]
+    tasks = file_tasks(store, files, s.clean, next((Path(x).name for x in sources if x != "raw/"), "data"))
     mapped = resumable(ctx, stage, "file", prepare_file, tasks, "clean")
     domains: dict[str, dict] = {}
     for m in mapped:
         for d, t in m["tallies"].items(): add_tally(domains.setdefault(d, new_tally()), t)
     check_domains(domains, s.clean.max_domains)
-    ranges = max(1, -(-sum(m["bytes"] for m in mapped) // s.dedup.part_bytes))
-    spills = [k for m in mapped for k in m["spills"]]
-    ranged = resumable(ctx, stage, "range", prepare_range, [{"workspace": store.uri, "number": i, "ranges": ranges, "spills": spills} for i in range(ranges)], "sort")
+    quarantine = _quarantines(ctx, stage, tasks, mapped)
+    ranges = max(1, -(-sum(m["bytes"] + DOC_BYTES * m["docs"] for m in mapped) // s.dedup.part_bytes))
+    log(f"clean: {sum(t['read'] for t in domains.values()):,} lines of {len(files):,} files in {len(tasks):,} tasks, {sum(m['docs'] for m in mapped):,} documents kept, sorted in {ranges:,} ranges")
+    base = {"workspace": store.uri, "ranges": ranges, "spills": "minhash_lsh/spill/list.json", "part_bytes": s.dedup.part_bytes}
+    store.write(base["spills"], orjson.dumps([k for m in mapped for k in m["spills"]]))
+    ranged = resumable(ctx, stage, "range", prepare_range, [base | {"number": i} for i in range(ranges)], "sort")
     parts = sorted((p for r in ranged for p in r["parts"]), key=lambda p: p["name"])
-    counts = _publish(store, domains, parts, ranged, mapped, ignored, sources, files, s.clean)
+    counts = _publish(store, domains, parts, ranged, mapped, quarantine, ignored, sources, files, s.clean)
     store.delete_prefix("minhash_lsh/spill")
     return counts
 
-# %% ../../nbs/01f_prepare.ipynb #c048
-def _publish(store, domains, parts, ranged, mapped, ignored, sources, files, settings) -> dict: # counts
+# %% ../../nbs/01f_prepare.ipynb #c068
+def _publish(store, domains, parts, ranged, mapped, quarantine, ignored, sources, files, settings) -> dict: # counts
     "Check the counts, write the manifest, parts.json and the review samples, remove leftovers."
     total = new_tally()
     for d, t in domains.items(): add_tally(total, t); check_tally(d, t)
@@ -521,7 +758,6 @@ def _publish(store, domains, parts, ranged, mapped, ignored, sources, files, set
     if not parts:
         why = ", ".join(f"{k} {v:,}" for k, v in (total["filtered"] + total["quarantined"]).most_common(5)) or "the files are empty"
         raise UserError(f"no document is left of {total['read']:,} lines in {len(files)} files ({why}); see dedup_ready/quarantine/ and the clean section of the config")
-    quarantine = [m["quarantine"] for m in mapped if m["quarantine"]]
     names = [p["name"] for p in parts]
     manifest = {"total": total, "domains": {d: domains[d] for d in sorted(domains)}, "repeated_ids": sum(r["repeated_ids"] for r in ranged),
                 "sources": sources, "files": len(files), "ignored": sorted(ignored), "quarantine": quarantine, "parts": [f"dedup_ready/{n}.jsonl" for n in names]}
@@ -533,7 +769,7 @@ def _publish(store, domains, parts, ranged, mapped, ignored, sources, files, set
     sweep(store, "minhash_lsh/index/", ["minhash_lsh/index/parts.json"] + [f"minhash_lsh/index/{n}.parquet" for n in names])
     return {k: total[k] for k in ("read", "kept")} | {"filtered": sum(total["filtered"].values()), "quarantined": sum(total["quarantined"].values()), "domains": domains, "total": total}
 
-# %% ../../nbs/01f_prepare.ipynb #c049
+# %% ../../nbs/01f_prepare.ipynb #c069
 def review_markdown(
     mapped: list[dict], # results of `prepare_file`
     limit: int # pairs a domain
