@@ -13,9 +13,9 @@ from rich.table import Table
 from .core.settings import UserError
 
 # %% auto #0
-__all__ = ['app', 'console', 'Workspace', 'Raw', 'Config', 'Set', 'Kind', 'Workers', 'DEMO', 'run', 'dedup', 'format_', 'dem',
-           'evaluate', 'report', 'table', 'status', 'profile', 'plan', 'show_plan', 'sample', 'parse_diff', 'merge',
-           'serve_site', 'main']
+__all__ = ['app', 'console', 'Workspace', 'Raw', 'Config', 'Set', 'Kind', 'Workers', 'DEMO', 'bench', 'run', 'dedup', 'format_',
+           'dem', 'evaluate', 'report', 'table', 'status', 'profile', 'plan', 'show_plan', 'sample', 'parse_diff',
+           'merge', 'bench_dedup', 'serve_site', 'main']
 
 # %% ../nbs/07_cli.ipynb #c005
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False,
@@ -155,6 +155,26 @@ def merge(base: Annotated[str, typer.Argument(help="HF folder of the base model.
     console.print(f"merged {len(pairs)} vectors by {method} into {out}")
 
 # %% ../nbs/07_cli.ipynb #c020
+bench = typer.Typer(no_args_is_help=True, help="Compare with other tools on your own text: CPU seconds, memory, quality.")
+app.add_typer(bench, name="bench")
+
+@bench.command("dedup")
+def bench_dedup(corpus: Annotated[Optional[str], typer.Option(help="Folder or s3://… of JSONL files; default: a sample corpus made for the occasion.")] = None,
+                documents: Annotated[int, typer.Option(min=40, help="Documents of five words or more, taken from all files.")] = 28_000,
+                peers: Annotated[Optional[str], typer.Option(help="Some of datasketch,rensa,datatrove,text-dedup; default: all.")] = None,
+                out: Annotated[str, typer.Option(help="Folder for tables and figures.")] = "bench-dedup",
+                repeats: Annotated[int, typer.Option(min=1, help="Repetitions; contestants take turns.")] = 3,
+                threads: Annotated[int, typer.Option(min=1, help="Threads or processes of each contestant.")] = 1,
+                planted: Annotated[float, typer.Option(min=0, max=0.5, help="Share of altered copies, so that recall can be measured.")] = 0.05,
+                quick: Annotated[bool, typer.Option("--quick", help="At most 3,000 documents, once.")] = False):
+    "Near-duplicates: signatures, end to end, quality against the exact truth."
+    from yunmin_efficientdata.bench.dedup import PEERS, bench_dedup as run
+    chosen = PEERS if peers is None else [p.strip() for p in peers.split(",") if p.strip()]
+    tables = run(corpus, min(documents, 3000) if quick else documents, chosen, out, 1 if quick else repeats, threads, planted, say=console.print)
+    table("goals", tables["goals"].to_dict("records"))
+    console.print(f"{out}/dedup.md: all tables and figures")
+
+# %% ../nbs/07_cli.ipynb #c022
 def serve_site(ws: str, port: int) -> None:
     "Serve reports/site of a workspace on localhost until Ctrl-C."
     import functools, http.server
@@ -168,7 +188,7 @@ def serve_site(ws: str, port: int) -> None:
     except KeyboardInterrupt: pass
     finally: server.server_close()
 
-# %% ../nbs/07_cli.ipynb #c022
+# %% ../nbs/07_cli.ipynb #c024
 def main(argv: list[str] | None = None) -> None:
     "Entry point: reads .env, runs a command, turns errors into exit codes."
     from dotenv import load_dotenv

@@ -4,13 +4,28 @@
 
 # %% ../../nbs/06b_bench_dedup.ipynb #c004
 from __future__ import annotations
+import sys, tempfile
 from itertools import chain, islice
-from typing import Iterable, NamedTuple
-import numpy as np
+from pathlib import Path
+from typing import Callable, Iterable, Iterator, NamedTuple
+import numpy as np, orjson, pandas as pd, pyarrow.parquet as pq
 from numba import njit
+from ..core.figures import korean_style
+from ..core.ledger import Ledger
+from ..core.records import BadLine, is_jsonl, read_jsonl
+from ..core.sample import write_sample
+from ..core.settings import UserError
+from ..core.store import open_store
+from . import peers as peers_module
+from .harness import Contestant, goal, machine, peer, plot_rates, summarise, take_turns, write_report
+from .peers import DEDUP, SIGN, components, peak_rss_mb, read_texts, timed
+from ..dedup.clean import FILTERS, RULES, Cleaner
+from ..dedup.minhash import INVERSE, N, _mix64, canonical, shingle_hash, shingle_hash64, signatures, token_ngrams
 
 # %% auto #0
-__all__ = ['ShingleSets', 'shingle_sets', 'exact_pairs']
+__all__ = ['SAME_JOB', 'PEERS', 'NOTES', 'SHOWN', 'ShingleSets', 'shingle_sets', 'exact_pairs', 'read_corpus', 'altered_copy',
+           'write_input', 'hash_only', 'dedup_ours', 'result_ours', 'run_ours', 'main', 'Truth', 'find_truth',
+           'quality', 'contestants', 'bit_equal', 'goals', 'plot_quality', 'bench_dedup', 'judge', 'report']
 
 # %% ../../nbs/06b_bench_dedup.ipynb #c006
 class ShingleSets(NamedTuple):
@@ -150,3 +165,299 @@ def exact_pairs(
     a, b, similarity = _join(token, start, size, np.argsort(size, kind="stable"), int(token.max(initial=-1)) + 1, float(threshold))
     order = np.lexsort((b, a))
     return np.stack([a, b], axis=1).astype(np.int64)[order], similarity[order]
+
+# %% ../../nbs/06b_bench_dedup.ipynb #c019
+def read_corpus(
+    corpus: str, # folder or s3://… of JSONL files
+    documents: int # about so many
+) -> Iterator[tuple[str, str]]: # text as it was, text cleaned
+    "Raw and cleaned text of the first documents of every file, in proportion to the files' sizes."
+    store, cleaner = open_store(corpus), Cleaner()
+    keys = [k for k in store.list("") if is_jsonl(k)]
+    if not keys: raise UserError(f"{corpus}: no .jsonl, .jsonl.gz or .jsonl.zst file; name a corpus with --corpus")
+    share = {}
+    for key in keys: share[key] = sum(not isinstance(item, BadLine) for item in read_jsonl(store, key))
+    total = sum(share.values())
+    for key in keys:
+        wanted = -(-documents * share[key] // max(1, total))
+        usable = ((raw, text) for item in read_jsonl(store, key) if not isinstance(item, BadLine) and isinstance(raw := item[1].get("text"), str)
+                  for text in [cleaner.clean(raw)[0]] if len(text.split()) >= N and cleaner.reject(text) is None)
+        yield from islice(usable, wanted)
+
+# %% ../../nbs/06b_bench_dedup.ipynb #c020
+def altered_copy(
+    words: list[str], similarity: float, # wanted Jaccard similarity of word 5-grams
+    vocabulary: list[str], rng: np.random.Generator
+) -> str:
+    "The text with some words replaced: each replacement costs up to five shingles on either side of the union."
+    grams = max(1, len(words) - N + 1)
+    edits = max(1, round(grams * (1 - similarity) / (N * (1 + similarity))))
+    out = list(words)
+    for i in rng.choice(len(words), min(edits, len(words)), replace=False): out[i] = vocabulary[rng.integers(len(vocabulary))]
+    return " ".join(out)
+
+def write_input(
+    corpus: str, documents: int,
+    folder: Path, # cleaned/text.jsonl and raw/text.jsonl go here
+    planted: float = 0.05, # share of documents that are altered copies
+    seed: int = 0
+) -> list[str]: # cleaned texts; line i is document i
+    "Write what the contestants read. Raises `UserError` for a corpus without usable documents."
+    rng, copies = np.random.default_rng(seed), int(documents * planted)
+    rows = list(read_corpus(corpus, documents - copies))[:documents - copies]
+    if len(rows) < 20: raise UserError(f"{corpus}: {len(rows)} documents of {N} words or more; a benchmark needs at least 20")
+    vocabulary = [w for _, t in rows[:2000] for w in t.split()]
+    for i in rng.integers(len(rows), size=copies):
+        text = altered_copy(rows[i][1].split(), rng.uniform(0.6, 1), vocabulary, rng)
+        rows.append((text, text))
+    rows = [rows[i] for i in rng.permutation(len(rows))]
+    for name, column in (("raw", 0), ("cleaned", 1)):
+        (folder/name).mkdir(parents=True)
+        with open(folder/name/"text.jsonl", "wb") as f:
+            for i, row in enumerate(rows): f.write(orjson.dumps({"id": str(i), "text": row[column]}, option=orjson.OPT_APPEND_NEWLINE))
+    return [text for _, text in rows]
+
+# %% ../../nbs/06b_bench_dedup.ipynb #c023
+@njit(nogil=True, cache=True)
+def _hash_only(data, starts, n):
+    "XOR of the hashes of all word n-grams of each document: tokenise and hash, nothing else."
+    out = np.zeros(len(starts) - 1, np.uint64)
+    longest = 0
+    for d in range(len(out)): longest = max(longest, starts[d + 1] - starts[d])
+    begin, inverse, end = np.empty(longest + 2, np.uint64), np.empty(longest + 2, np.uint64), np.empty(longest + 2, np.uint64)
+    base, inverse_base = np.uint64(0x9E3779B97F4A7C15), np.uint64(INVERSE)
+    for d in range(len(out)):
+        p, power, inv, words = np.uint64(0), np.uint64(1), np.uint64(1), 0
+        begin[0] = p; inverse[0] = inv
+        for i in range(starts[d], starts[d + 1]):
+            if data[i] == 32: end[words] = p; words += 1
+            p += (np.uint64(data[i]) + np.uint64(1)) * power
+            power *= base; inv *= inverse_base
+            if data[i] == 32: begin[words] = p; inverse[words] = inv
+        end[words] = p; words += 1
+        last = min(n, words) - 1
+        for k in range(words - last): out[d] ^= _mix64((end[k + last] - begin[k]) * inverse[k])
+    return out
+
+def hash_only(texts: list[str]) -> np.ndarray: # uint64 [documents]
+    "Tokenise and hash in batches of about 4 MB, as `signatures` does."
+    out = []
+    for i in range(0, len(texts), 1000):
+        batch = [canonical(t) for t in texts[i:i + 1000]]
+        out.append(_hash_only(np.frombuffer(b"".join(batch), np.uint8), np.cumsum([0] + [len(b) for b in batch]), N))
+    return np.concatenate(out)
+
+# %% ../../nbs/06b_bench_dedup.ipynb #c026
+SAME_JOB = ["dedup.contamination.sets=[]", "dedup.audit.planted=0", "dedup.audit.largest=0", "dedup.audit.pairs=0", "clean.review_samples=0"]
+
+def dedup_ours(job: dict) -> dict: # seconds and result, as `bench.peers` gives them
+    "Phase 1 on a workspace of its own."
+    from yunmin_efficientdata.dedup.phase import run
+    whole = job["contestant"] != "ours"
+    rules = [] if whole else SAME_JOB + [f"clean.rules.{name}=false" for name in [*(r.name for r in RULES), *FILTERS]]
+    source = job["raw"] if whole else job["input"]
+    def phase(raw, ws): return run(ws, raw=raw, overrides=rules, workers=job["threads"])
+    out = Path(job["out"])
+    (out/"warm").mkdir()
+    with open(source, "rb") as f: (out/"warm/text.jsonl").write_bytes(b"".join(islice(f, 40)))
+    phase(str(out/"warm"), str(out/"ws-warm"))
+    seconds, _ = timed(lambda: phase(source, str(out/"ws")))
+    stages = {e["stage"]: e for e in Ledger(open_store(str(out/"ws"))).entries()}
+    seconds["rss_mb"] = max([peak_rss_mb(), *(e["peak_rss_mb"] for e in stages.values())])
+    if not whole and (audit := stages.get("dedup.audit")):
+        seconds["cpu"] -= audit["cpu_seconds"]; seconds["wall"] -= audit["seconds"]
+    return seconds | {"stages": {name: round(e["cpu_seconds"], 3) for name, e in stages.items()}}
+
+# %% ../../nbs/06b_bench_dedup.ipynb #c027
+def result_ours(workspace: str, documents: int) -> dict: # removed, pairs, clusters
+    "What phase 1 says about the documents 0 .. documents-1."
+    store = open_store(workspace)
+    def rows(prefix, columns):
+        tables = [pq.read_table(store.fetch(k), columns=columns).to_pydict() for k in store.list(prefix) if k.endswith(".parquet")]
+        return [list(chain.from_iterable(t[c] for t in tables)) for c in columns]
+    kept = {int(r["id"]) for k in store.list("deduped/") if is_jsonl(k) for _, r in read_jsonl(store, k)}
+    a, b = rows("minhash_lsh/pairs/", ["a", "b"])
+    ids, cluster = rows("minhash_lsh/clusters/", ["id", "cluster"])
+    groups: dict[str, list[int]] = {}
+    for i, c in zip(ids, cluster): groups.setdefault(c, []).append(int(i))
+    return {"removed": sorted(set(range(documents)) - kept), "pairs": [(int(x), int(y)) for x, y in zip(a, b)], "clusters": list(groups.values())}
+
+def run_ours(job: dict) -> dict:
+    "One measurement of ours, by the rules of `bench.peers.run_job`."
+    ids, texts = read_texts(job["input"])
+    if job["task"] == "signatures":
+        work = {"ours": signatures, "tokenise + hash only": hash_only}[job["contestant"]]
+        work(texts[:50])
+        seconds, _ = timed(lambda: work(texts), 1.0)
+        return seconds | {"rss_mb": peak_rss_mb(), "documents": len(texts)}
+    seconds = dedup_ours(job)
+    Path(job["out"], "result.json").write_bytes(orjson.dumps(result_ours(str(Path(job["out"])/"ws"), len(texts))))
+    return seconds | {"documents": len(texts)}
+
+def main() -> None:
+    "Entry point of the process that measures ours: the job file is named on the command line."
+    job, out, sys.stdout = orjson.loads(Path(sys.argv[1]).read_bytes()), sys.stdout, sys.stderr
+    print(orjson.dumps(run_ours(job)).decode(), file=out, flush=True)
+
+# %% ../../nbs/06b_bench_dedup.ipynb #c029
+class Truth(NamedTuple):
+    "What is true about some texts."
+    first: np.ndarray # int64 [documents]: the first document with the same words
+    pairs: np.ndarray # int64 [pairs, 2]: documents with different text and a similarity of at least the threshold
+    similarity: np.ndarray # float64 [pairs]
+
+def find_truth(
+    texts: list[str], # cleaned
+    threshold: float = 0.8
+) -> Truth:
+    "All pairs, by the exact join."
+    seen: dict[str, int] = {}
+    first = np.array([seen.setdefault(" ".join(t.split()), i) for i, t in enumerate(texts)], np.int64)
+    distinct = np.flatnonzero(first == np.arange(len(texts)))
+    pairs, similarity = exact_pairs((texts[i] for i in distinct), threshold)
+    return Truth(first, distinct[pairs].reshape(-1, 2), similarity)
+
+# %% ../../nbs/06b_bench_dedup.ipynb #c030
+def quality(
+    result: dict, # removed, pairs, clusters (None: not told)
+    truth: Truth
+) -> dict: # one row
+    "Hold a result against the truth."
+    first, pairs = truth.first, truth.pairs
+    kept = np.ones(len(first), bool); kept[result["removed"]] = False
+    alive = np.bincount(first[kept], minlength=len(first)) > 0        # is a copy of this text kept
+    resolved = ~(alive[pairs].all(axis=1)) if len(pairs) else np.empty(0, bool)
+    beside = np.zeros(len(first), bool)                               # is a kept document similar to this text
+    for a, b in (pairs.T, pairs.T[::-1]): np.logical_or.at(beside, a, alive[b])
+    strangers = int((~kept & ~alive[first] & ~beside[first]).sum())
+    row = {"removed": int((~kept).sum()), "copies_left": int(kept.sum() - alive.sum()), "pair_recall": float("nan"), "pairs_resolved": float(resolved.mean()) if len(pairs) else float("nan"),
+           "pairs_reported": None, "precision": float("nan"), "strangers_removed": strangers}
+    if result["clusters"] is not None:
+        edges = [(x, c[0]) for c in result["clusters"] for x in c[1:]] + list(enumerate(first.tolist()))
+        label = np.arange(len(first))
+        for group in components(edges): label[group] = group[0]
+        row["pair_recall"] = float((label[pairs[:, 0]] == label[pairs[:, 1]]).mean()) if len(pairs) else float("nan")
+    if result["pairs"] is not None:
+        true = {tuple(p) for p in pairs.tolist()}
+        said = {tuple(sorted((first[a], first[b]))) if first[a] != first[b] else (a, a, b) for a, b in result["pairs"]}
+        row |= {"pairs_reported": len(said), "precision": sum(len(p) == 3 or p in true for p in said) / len(said) if said else float("nan")}
+    return row
+
+# %% ../../nbs/06b_bench_dedup.ipynb #c033
+PEERS = ("datasketch", "rensa", "datatrove", "text-dedup")
+NOTES = {
+    ("signatures", "rensa, numpy"): "hashes made with NumPy, not from its manual: the strongest way to use it",
+    ("signatures", "text-dedup"): "other shingles: lower case, split at every character that is no letter or digit",
+    ("signatures", "tokenise + hash only"): "no signature: the ceiling",
+    ("dedup", "ours"): "rules off; audit left out",
+    ("dedup", "ours, all of phase 1"): "raw text, every default rule, contamination and audit included",
+    ("dedup", "datasketch"): "16 x 8, candidates verified in Python",
+    ("dedup", "rensa"): "16 bands; check on the estimate; names survivors only",
+    ("dedup", "datatrove"): "16 x 8, nothing verified, one document a cluster is kept",
+    ("dedup", "text-dedup"): "16 x 8, other shingles, nothing verified, one document a cluster is kept"}
+
+def contestants(
+    task: str, # signatures or dedup
+    folder: Path, # as `write_input` filled it
+    peers: Iterable[str] = PEERS # who may take part
+) -> list[Contestant]:
+    "Ours and the peers, those that cannot run too."
+    job = {"task": task, "input": str((folder/"cleaned/text.jsonl").resolve()), "raw": str((folder/"raw/text.jsonl").resolve())}
+    own = [sys.executable, "-c", "from yunmin_efficientdata.bench.dedup import main; main()"]
+    names = {"signatures": ["ours", "tokenise + hash only"], "dedup": ["ours", "ours, all of phase 1"]}[task]
+    out = [Contestant(n, own, job | {"contestant": n}, NOTES.get((task, n), "")) for n in names]
+    for n in {"signatures": SIGN, "dedup": DEDUP}[task]:
+        environment = next(p for p in PEERS if n.startswith(p))
+        if environment not in peers: continue
+        command, missing = peer(environment, Path(peers_module.__file__).resolve())
+        out.append(Contestant(n, command, job | {"contestant": n}, NOTES.get((task, n), ""), missing))
+    return out
+
+# %% ../../nbs/06b_bench_dedup.ipynb #c035
+def bit_equal(texts: list[str]) -> bool:
+    "Are our signatures datasketch's, bit for bit."
+    from datasketch import MinHash
+    def theirs(t):
+        m = MinHash(num_perm=128, seed=1, hashfunc=shingle_hash, scheme="affine32"); m.update_batch([s.encode() for s in token_ngrams(t)])
+        return m.hashvalues
+    return bool(np.array_equal(signatures(texts), np.array([theirs(t) for t in texts])))
+
+def goals(sign, dedup, judged, equal: bool): # DataFrames of this run -> DataFrame
+    "The first three rows of the project's goals against this run."
+    def of(table, name, column):
+        hit = table.loc[table.contestant == name, column] if column in table else []
+        return float(hit.iloc[0]) if len(hit) else None
+    rensa = [r for r in (of(sign, n, "ratio") for n in ("rensa", "rensa, numpy")) if r is not None and r == r]
+    return pd.DataFrame([
+        goal("signatures: times datasketch bulk, sha1", 15, of(sign, "datasketch sha1", "ratio")), goal("signatures: times datasketch bulk, xxh32", 10, of(sign, "datasketch xxh32", "ratio")),
+        goal("signatures: times rensa's best exact-quality path", 1.1, min(rensa, default=None)), goal("signatures: share of the tokenise + hash ceiling", 0.7, of(sign, "tokenise + hash only", "ratio")),
+        goal("signatures: bit-equal to datasketch (1: yes)", 1, float(equal)),
+        goal("end to end: times datatrove", 8, of(dedup, "datatrove", "ratio")), goal("end to end: times datasketch LSH loop, checked", 5, of(dedup, "datasketch", "ratio")),
+        goal("pair recall, both in one component", 0.99, of(judged, "ours", "pair_recall")), goal("precision of reported pairs", 1, of(judged, "ours", "precision")),
+        goal("strangers removed", 0, of(judged, "ours", "strangers_removed"), most=True)])
+
+# %% ../../nbs/06b_bench_dedup.ipynb #c037
+def plot_quality(
+    dedup, judged # tables of this run
+): # matplotlib figure
+    "How fast against how right: rate on one axis, pairs resolved and strangers removed on the others."
+    import matplotlib.pyplot as plt
+    colours = korean_style()
+    t = dedup.merge(judged, on="contestant").dropna(subset=["documents_per_cpu_s"])
+    fig, axes = plt.subplots(1, 2, figsize=(9.2, 3.6))
+    for ax, column, title in ((axes[0], "pairs_resolved", "참 중복쌍 가운데 해소한 비율"), (axes[1], "strangers_removed", "닮은 글 없이 지운 문서 수")):
+        for _, row in t.iterrows():
+            ax.scatter(row.documents_per_cpu_s, row[column], s=70, color=colours[1] if row.contestant == "ours" else colours[0], zorder=3)
+            ax.annotate(row.contestant, (row.documents_per_cpu_s, row[column]), textcoords="offset points", xytext=(0, 8), ha="center", fontsize=9)
+        ax.set_xscale("log"); ax.margins(0.25, 0.2); ax.set_xlabel("CPU 1초에 처리한 문서 수"); ax.set_title(title, loc="left")
+    fig.tight_layout()
+    return fig
+
+# %% ../../nbs/06b_bench_dedup.ipynb #c039
+SHOWN = {"documents_per_cpu_s": "documents / CPU-s", "cpu_s": "CPU-s", "wall_s": "wall s", "process_cpu_s": "CPU-s of the process", "peak_mb": "peak MB", "ratio": "CPU time / ours", "ratio_low": "low", "ratio_high": "high", "not_run": "not run"}
+
+def bench_dedup(
+    corpus: str | None = None, # folder of JSONL; None: a sample corpus made for the occasion
+    documents: int = 28_000, # altered copies included
+    peers: Iterable[str] = PEERS,
+    out: str | Path = "bench-dedup", # where tables and figures go
+    repeats: int = 3, threads: int = 1, planted: float = 0.05,
+    say: Callable[[str], None] = print
+) -> dict: # DataFrames: goals, signatures, dedup, quality
+    "Run both benchmarks and the judgement; write dedup.md, CSV files and two figures. Raises `UserError` for an unusable corpus or an unknown peer."
+    if unknown := set(peers) - set(PEERS): raise UserError(f"--peers {', '.join(sorted(unknown))}: unknown; choose from {', '.join(PEERS)}")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        if corpus is None: write_sample(open_store(str(folder/"sample")), documents=max(100, documents))
+        texts = write_input(corpus or str(folder/"sample"), documents, folder, planted)
+        say(f"{len(texts):,} documents, {sum(len(t.encode()) for t in texts) / 1e6:.1f} MB")
+        truth = find_truth(texts)
+        say(f"truth: {len(truth.pairs):,} pairs at .8 or above, {int((truth.first != np.arange(len(texts))).sum()):,} exact copies")
+        fields, tables, judged = {task: contestants(task, folder, peers) for task in ("signatures", "dedup")}, {}, []
+        for task, field in fields.items():
+            rows = take_turns(field, folder/task, repeats, threads, say=say)
+            notes = {c.name: c.note for c in field}
+            tables[task] = (t := summarise(rows, "ours")).assign(remark=[notes[n] for n in t.contestant])
+        judged = judge(folder/"dedup", fields["dedup"], truth)
+        tables |= {"quality": judged, "goals": goals(tables["signatures"], tables["dedup"], judged, bit_equal(texts[:100]))}
+        report(tables, texts, truth, out, repeats, threads, corpus, planted)
+    return tables
+
+# %% ../../nbs/06b_bench_dedup.ipynb #c040
+def judge(folder: Path, field: list[Contestant], truth: Truth) -> pd.DataFrame: # a row a contestant that told its result
+    "Quality of the first run of each. Phase 1 as a whole works on text that it cleaned itself, so the truth of the cleaned text does not judge it."
+    rows = []
+    for c in field:
+        path = next(iter(sorted(folder.glob(f"*-{c.name.replace(' ', '_').replace(',', '')}/result.json"))), None)
+        if path and c.name != "ours, all of phase 1": rows.append({"contestant": c.name, **quality(orjson.loads(path.read_bytes()), truth)})
+    return pd.DataFrame(rows, columns=["contestant", "removed", "copies_left", "pair_recall", "pairs_resolved", "pairs_reported", "precision", "strangers_removed"])
+
+def report(tables: dict, texts: list[str], truth: Truth, out, repeats: int, threads: int, corpus, planted: float) -> None:
+    "dedup.md with everything, figures beside it."
+    lines = [f"{len(texts):,} documents ({sum(len(t.encode()) for t in texts) / 1e6:.1f} MB of cleaned text, 5 words or more) of {Path(corpus).name if corpus else 'the sample corpus'}, {planted:.0%} of them altered copies with a similarity of .6 to 1; "
+             f"{len(truth.pairs):,} true pairs at J >= .8, {int((truth.first != np.arange(len(texts))).sum()):,} exact copies. {repeats} repetitions in turns, {threads} thread{'s' * (threads > 1)}; medians; ratios within a repetition, with their range.",
+             "Machine: " + ", ".join(f"{k} {v}" for k, v in machine().items()) + "."]
+    speed = {name: tables[task].rename(columns=SHOWN).drop(columns="runs") for task, name in (("signatures", "Signatures: cleaned text to 128 slots"), ("dedup", "End to end: JSONL to survivors"))}
+    figures = {"dedup-speed.png": plot_rates({"서명: 정제된 글에서 128칸까지": (tables["signatures"], "ours"), "전체: JSONL에서 남는 문서까지": (tables["dedup"], "ours")})}
+    if len(tables["quality"]) and "documents_per_cpu_s" in tables["dedup"]: figures["dedup-quality.png"] = plot_quality(tables["dedup"], tables["quality"])
+    write_report(out, "dedup", "Deduplication benchmark", {"Goals": tables["goals"], **speed, "Quality against the exact truth": tables["quality"]}, lines, figures)

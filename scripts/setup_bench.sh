@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Makes the environments of the peers that `yunmin bench` compares with, one each in .bench/<peer>/ (or below YUNMIN_BENCH),
+# from the exact versions in scripts/bench/<peer>.txt. A peer that does not install leaves its reason in .bench/<peer>.failed,
+# and the benchmark lists it as not run. Environments that are ready are left alone; needs pip only.
+#   scripts/setup_bench.sh                       all peers
+#   scripts/setup_bench.sh datasketch rensa      these
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+folder=${YUNMIN_BENCH:-.bench}
+declare -A wants=([datasketch]="datasketch xxhash orjson" [rensa]="rensa numpy orjson" [datatrove]="datatrove[processing,io]" [text-dedup]="text-dedup")
+order=(datasketch rensa datatrove text-dedup)
+[ $# -gt 0 ] && order=("$@")
+mkdir -p "$folder"
+exec 9> "$folder/.lock"
+command -v flock >/dev/null && flock 9
+
+for peer in "${order[@]}"; do
+  pins=scripts/bench/$peer.txt env=$folder/$peer failed=$folder/$peer.failed
+  if [ -z "${wants[$peer]:-}" ]; then echo "error: unknown peer $peer; choose from ${!wants[*]}" >&2; exit 2; fi
+  want=$({ cat "$pins"; echo "${wants[$peer]}"; } | sha256sum | cut -d' ' -f1)
+  if [ -f "$env/.complete" ] && [ "$(cat "$env/.complete")" = "$want" ]; then echo "$peer: ready"; continue; fi
+  echo "$peer: installing ..."
+  rm -rf "$env" "$failed"
+  read -ra packages <<< "${wants[$peer]}"
+  if log=$({ "$python" -m venv "$env" && "$env/bin/python" -m pip --disable-pip-version-check install -q -c "$pins" "${packages[@]}"; } 2>&1); then
+    echo "$want" > "$env/.complete"
+    echo "$peer: ready"
+  else
+    { grep -E 'ERROR|[Ee]rror' <<< "$log" || true; echo "$log"; } | head -1 > "$failed"
+    echo "$peer: NOT installed: $(cat "$failed")"
+  fi
+done
