@@ -12,15 +12,16 @@ import numpy as np, orjson
 from ..core.settings import ContaminationSettings, UserError, project_root
 from ..core.store import Stat, Store, open_store
 from ..core.records import BadLine, is_jsonl, read_jsonl
-from .minhash import BASE, INVERSE, _jit, _mix64, _mix_numpy, _powers, njit
 from .prepare import Corpus, load_array, resumable, sweep
+try: from numba import njit
+except ImportError: njit = None
 
 # %% auto #0
-__all__ = ['DESCRIBING', 'FREQUENT', 'TEMPLATE_ITEMS', 'TEMPLATE_SHARE', 'DROP', 'SPACE', 'ASK', 'RING', 'SPILL', 'BATCH_BYTES',
-           'SHOWN_DOCUMENTS', 'SHOWN_ITEMS', 'WHOLE', 'normal_form', 'item_fields', 'item_units', 'EvalFile',
-           'find_sets', 'Item', 'read_set', 'Table', 'build_table', 'letter_tables', 'scan_texts', 'save_table',
-           'load_table', 'scan_part', 'add_votes', 'judge_part', 'owned', 'by_item', 'find_contamination',
-           'contaminated_items']
+__all__ = ['DESCRIBING', 'BASE', 'INVERSE', 'FREQUENT', 'TEMPLATE_ITEMS', 'TEMPLATE_SHARE', 'DROP', 'SPACE', 'ASK', 'RING',
+           'SPILL', 'BATCH_BYTES', 'SHOWN_DOCUMENTS', 'SHOWN_ITEMS', 'WHOLE', 'normal_form', 'item_fields',
+           'item_units', 'EvalFile', 'locate', 'find_sets', 'Item', 'read_set', 'mix', 'Table', 'build_table',
+           'letter_tables', 'jit', 'scan_texts', 'save_table', 'load_table', 'scan_part', 'add_votes', 'judge_part',
+           'owned', 'by_item', 'find_contamination', 'contaminated_items']
 
 # %% ../../nbs/01h_contamination.ipynb #c006
 def _letter(
@@ -74,8 +75,10 @@ class EvalFile(NamedTuple):
     key: str # its key there
     stat: Stat # changes with the file
 
-def _locate(name: str) -> tuple[Store, str] | None: # store and key or prefix; None: does not exist
-    "A file, folder or s3:// address that the settings name."
+def locate(
+    name: str # as the settings name it
+) -> tuple[Store, str] | None: # store and key; the key of a folder is ""; None: there is no such thing
+    "A file, folder or s3:// address, looked for from the current folder, then from the project's."
     if "://" in name:
         if not is_jsonl(name): return (store, "") if (store := open_store(name)).list("") else None
         folder, _, key = name.rpartition("/")
@@ -94,7 +97,7 @@ def find_sets(
     "The files of all evaluation sets. Raises `UserError` for one that is named and missing."
     found, names = [], set()
     for name in settings.sets:
-        where = _locate(name)
+        where = locate(name)
         if where is None and name in ContaminationSettings().sets: continue
         keys = [k for k in (where[0].list(where[1]) if where else []) if is_jsonl(k) and (k == where[1] or not where[1])]
         if not keys:
@@ -127,12 +130,29 @@ def read_set(
     return items
 
 # %% ../../nbs/01h_contamination.ipynb #c017
+BASE = 0x9E3779B97F4A7C15          # odd: invertible modulo 2^64
+INVERSE = pow(BASE, -1, 1 << 64)   # BASE * INVERSE = 1 modulo 2^64
+
+def mix(
+    h: np.ndarray # uint64
+) -> np.ndarray: # uint64
+    "The finaliser of MurmurHash3: every bit of the input changes half of the output."
+    for shift, multiplier in ((33, 0xFF51AFD7ED558CCD), (33, 0xC4CEB9FE1A85EC53), (33, 1)):
+        h = (h ^ (h >> np.uint64(shift))) * np.uint64(multiplier)
+    return h
+
+@lru_cache(4)
+def _powers(base: int, size: int) -> np.ndarray: # base^0 .. base^(size-1) modulo 2^64
+    p = np.full(size, base, np.uint64); p[:1] = 1
+    return np.multiply.accumulate(p)
+
+# %% ../../nbs/01h_contamination.ipynb #c018
 def _range_hashes(values: np.ndarray, start: np.ndarray, end: np.ndarray, salt: int = 0) -> np.ndarray:
     "sum (value_k + salt + 1) * BASE^(k - start) of ranges of a uint64 array, mixed."
     size = 1 << int(len(values)).bit_length()
     prefix = np.zeros(len(values) + 1, np.uint64)
     np.cumsum((values + np.uint64(salt + 1)) * _powers(BASE, size)[:len(values)], out=prefix[1:])
-    return _mix_numpy((prefix[end] - prefix[start]) * _powers(INVERSE, size)[start])
+    return mix((prefix[end] - prefix[start]) * _powers(INVERSE, size)[start])
 
 def _words(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]: # start and end of each word
     "Words of code points in normal form: runs between 32 and 10."
@@ -142,7 +162,7 @@ def _words(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]: # start and end
 def _code_points(text: str) -> np.ndarray: # uint32
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
 
-# %% ../../nbs/01h_contamination.ipynb #c020
+# %% ../../nbs/01h_contamination.ipynb #c021
 def _spans(
     counts: np.ndarray, # words of each unit
     ngram: int
@@ -154,7 +174,7 @@ def _spans(
     within = np.arange(int(grams.sum())) - np.repeat(np.cumsum(grams) - grams, grams)
     return unit, (np.cumsum(counts) - counts)[unit] + within, size[unit]
 
-# %% ../../nbs/01h_contamination.ipynb #c023
+# %% ../../nbs/01h_contamination.ipynb #c024
 FREQUENT = 10          # an n-gram in more documents is common property (Brown et al. 2020, appendix C)
 TEMPLATE_ITEMS = 10    # an n-gram in more items of its set, and ...
 TEMPLATE_SHARE = 0.01  # ... in more than this share of them, is the set's template
@@ -174,7 +194,7 @@ class Table(NamedTuple):
     grams: np.ndarray # int64 [items]: n-grams of each item
     sets: np.ndarray # int64 [sets + 1]: where the items of a set begin
 
-# %% ../../nbs/01h_contamination.ipynb #c024
+# %% ../../nbs/01h_contamination.ipynb #c025
 def _drop_templates(gram: np.ndarray, item: np.ndarray, sets: np.ndarray) -> np.ndarray: # mask of pairs that stay
     "Pairs (n-gram, item), both once, without the n-grams that many items of a set share."
     of_set = np.searchsorted(sets, item, side="right") - 1
@@ -197,7 +217,7 @@ def _empty_table(bounds: np.ndarray) -> Table:
     return Table(none.astype(np.uint64), none, none, none, none.astype(np.uint32), np.ones(1, np.int64), np.zeros(128, np.uint8), np.zeros(3, np.int64),
                  np.zeros(1, np.int64), none, np.zeros(bounds[-1], np.int64), bounds)
 
-# %% ../../nbs/01h_contamination.ipynb #c025
+# %% ../../nbs/01h_contamination.ipynb #c026
 def build_table(
     sets: list[list[Item]], # items of each set
     ngram: int = 13 # words
@@ -225,7 +245,7 @@ def build_table(
     return Table(hashes, size, word_start[first], word_end[first + size - 1], text, np.unique(size), _bitmap(last), directory,
                  np.searchsorted(gram, np.arange(len(own) + 1)), pairs[:, 1], np.bincount(pairs[:, 1], minlength=bounds[-1]), bounds)
 
-# %% ../../nbs/01h_contamination.ipynb #c028
+# %% ../../nbs/01h_contamination.ipynb #c029
 DROP, SPACE, ASK = -1, -2, -3  # and -4 - k: the k-th expansion
 
 def _joins() -> frozenset[int]:
@@ -242,7 +262,7 @@ def _becomes(c: str, joins: frozenset[int]) -> int | str: # ASK, or the characte
     out = unicodedata.normalize("NFKC", c).translate(_LETTERS)
     return ASK if " " in out and out != " " else out
 
-# %% ../../nbs/01h_contamination.ipynb #c029
+# %% ../../nbs/01h_contamination.ipynb #c030
 @lru_cache(1)
 def letter_tables() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]: # for raw text, for NFKC text, start of each expansion, expansions
     "What each code point becomes: int32 [0x110000], and the same for text that is NFKC already, where nothing needs Python."
@@ -260,10 +280,21 @@ def letter_tables() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]: # 
             plain[point] = code(_LETTERS[point]) if raw[point] == ASK else raw[point]
     return raw, plain, np.array(first, np.int64), np.array(more, np.int32)
 
-# %% ../../nbs/01h_contamination.ipynb #c032
+# %% ../../nbs/01h_contamination.ipynb #c033
+def jit(fn): # compiled and kept on disk; as it is where numba is missing
+    return njit(nogil=True, cache=True)(fn) if njit else fn
+
+@jit
+def _mix64(h):
+    h = np.uint64(h)
+    h ^= h >> np.uint64(33); h *= np.uint64(0xFF51AFD7ED558CCD)
+    h ^= h >> np.uint64(33); h *= np.uint64(0xC4CEB9FE1A85EC53)
+    return h ^ (h >> np.uint64(33))
+
+# %% ../../nbs/01h_contamination.ipynb #c034
 RING = 64  # at least the longest n-gram, a power of two
 
-@_jit
+@jit
 def _decode(data, i):
     "Code point at a byte and its width."
     b = np.int64(data[i])
@@ -272,7 +303,7 @@ def _decode(data, i):
     if b < 0xF0: return (b & 15) << 12 | (data[i + 1] & 63) << 6 | (data[i + 2] & 63), 3
     return (b & 7) << 18 | (data[i + 1] & 63) << 12 | (data[i + 2] & 63) << 6 | (data[i + 3] & 63), 4
 
-@_jit
+@jit
 def _same(data, i, stop, kind, first, more, text, at, end):
     "Is data[i:stop], which begins with a word, in normal form text[at:end]."
     gap = False
@@ -291,8 +322,8 @@ def _same(data, i, stop, kind, first, more, text, at, end):
             at += 1
     return at == end
 
-# %% ../../nbs/01h_contamination.ipynb #c033
-@_jit
+# %% ../../nbs/01h_contamination.ipynb #c035
+@jit
 def _find(h, n, hashes, size, directory, shift):
     "Number of the n-gram with this hash and length, or -1."
     bucket = np.int64(h >> np.uint64(shift))
@@ -300,7 +331,7 @@ def _find(h, n, hashes, size, directory, shift):
         if hashes[e] == h and size[e] == n: return e
     return -1
 
-@_jit
+@jit
 def _passes(h, bitmap, bits):
     "Does the bitmap know the hash."
     a = np.int64(h >> np.uint64(64 - bits))
@@ -308,8 +339,8 @@ def _passes(h, bitmap, bits):
     a = np.int64(h & np.uint64((1 << bits) - 1))
     return bool(bitmap[a >> 3] >> (a & 7) & 1)
 
-# %% ../../nbs/01h_contamination.ipynb #c034
-@_jit
+# %% ../../nbs/01h_contamination.ipynb #c036
+@jit
 def _match(data, begin, stop, h, n, letters, look):
     "The n-gram of n words that data[begin:stop] is, or -1: by its hash, then by its text."
     kind, first, more = letters
@@ -317,13 +348,13 @@ def _match(data, begin, stop, h, n, letters, look):
     e = _find(h, n, hashes, size, directory, shift)
     return e if e >= 0 and _same(data, begin, stop, kind, first, more, text, start[e], end[e]) else -1
 
-@_jit
+@jit
 def _put(out, found, d, e):
     if found < len(out): out[found, 0] = d; out[found, 1] = e
     return found + 1
 
-# %% ../../nbs/01h_contamination.ipynb #c035
-@_jit
+# %% ../../nbs/01h_contamination.ipynb #c037
+@jit
 def _scan(data, offsets, letters, look, out):
     "Hits (document, n-gram) of the documents data[offsets[d]:offsets[d+1]] into out; returns their number (beyond len(out): not written). n-gram -1: needs Python."
     kind, first, more = letters
@@ -364,7 +395,7 @@ def _scan(data, offsets, letters, look, out):
             i += width
     return found
 
-# %% ../../nbs/01h_contamination.ipynb #c037
+# %% ../../nbs/01h_contamination.ipynb #c039
 def _scan_numpy(text: str, table: Table) -> list[int]: # n-grams found
     "N-grams of one document, numpy only."
     points = _code_points(normal_form(text))
@@ -380,7 +411,7 @@ def _scan_numpy(text: str, table: Table) -> list[int]: # n-grams found
             if np.array_equal(points[start[k]:end[k + n - 1]], table.text[table.start[e]:table.end[e]]): found.append(int(e))
     return found
 
-# %% ../../nbs/01h_contamination.ipynb #c038
+# %% ../../nbs/01h_contamination.ipynb #c040
 def _scan_batch(batch: list[bytes], table: Table, kind: np.ndarray) -> np.ndarray: # int64 [hits, 2]
     "The kernel on a batch; its output grows until it fits."
     _, _, first, more = letter_tables()
@@ -408,7 +439,7 @@ def scan_texts(
             hits = np.concatenate([hits[~np.isin(hits[:, 0], again)], np.stack([again[more[:, 0]], more[:, 1]], axis=1)])
     return np.unique(hits, axis=0)
 
-# %% ../../nbs/01h_contamination.ipynb #c041
+# %% ../../nbs/01h_contamination.ipynb #c043
 SPILL = "minhash_lsh/spill/contamination"
 BATCH_BYTES = 4 << 20  # of text in the kernel at once
 
@@ -427,7 +458,7 @@ def load_table(store: Store, key: str) -> Table:
     "The table that `save_table` wrote; read once a process."
     return _load_table(store.uri, key, store.stat(key).version)
 
-# %% ../../nbs/01h_contamination.ipynb #c042
+# %% ../../nbs/01h_contamination.ipynb #c044
 def scan_part(
     task: dict # workspace, number (of the part), name, table (key)
 ) -> dict: # documents with a hit, hits
@@ -454,7 +485,7 @@ def _text_batches(store: Store, name: str) -> Iterator[tuple[int, list[str]]]: #
             if size >= BATCH_BYTES: yield row, texts; row += len(texts); texts, size = [], 0
     if texts: yield row, texts
 
-# %% ../../nbs/01h_contamination.ipynb #c043
+# %% ../../nbs/01h_contamination.ipynb #c045
 def add_votes(
     votes: np.ndarray, # uint64 [n, 2]: n-gram, text hash; sorted
     hits: np.ndarray # uint64 [hits, 3]: row, n-gram, text hash
@@ -468,7 +499,7 @@ def add_votes(
     rank = np.arange(len(both)) - np.repeat(first, np.diff(np.append(first, len(both))))
     return both[rank <= FREQUENT]
 
-# %% ../../nbs/01h_contamination.ipynb #c046
+# %% ../../nbs/01h_contamination.ipynb #c048
 SHOWN_DOCUMENTS, SHOWN_ITEMS = 20, 10  # examples in the report, items for each
 
 def judge_part(
@@ -489,7 +520,7 @@ def judge_part(
     return {"domain": corpus.parts[number]["domain"], "documents": len(rows), "sets": dict(zip(map(str, sets.tolist()), documents.tolist())),
             "examples": _examples(corpus.table(number, ["id"])["id"], rows, grams, pairs, count)}
 
-# %% ../../nbs/01h_contamination.ipynb #c047
+# %% ../../nbs/01h_contamination.ipynb #c049
 def owned(
     hits: np.ndarray, # int64 [hits, 2]: row, n-gram; sorted
     table: Table
@@ -516,7 +547,7 @@ def _examples(ids: list[str], rows, grams, pairs, count) -> list[dict]: # id, n-
         out.append({"document": ids[rows[i]], "ngrams": int(grams[i]), "items": np.column_stack([pairs[of, 1], count[of]])[best].tolist()})
     return out
 
-# %% ../../nbs/01h_contamination.ipynb #c050
+# %% ../../nbs/01h_contamination.ipynb #c052
 WHOLE = 0.8  # share of an item's n-grams in one document
 
 def _set_report(
@@ -542,7 +573,7 @@ def _set_report(
             "top": [{"item": int(found[t, 0] - low), "id": items[found[t, 0] - low].id, "documents": int(found[t, 1]), "ngrams": int(found[t, 2]), "of": int(of[t])} for t in top],
             "found": orjson.Fragment(orjson.dumps(np.column_stack([found[:, 0] - low, found[:, 1:], of]).tolist())), "frequent": orjson.Fragment(orjson.dumps((common - low).tolist()))}
 
-# %% ../../nbs/01h_contamination.ipynb #c051
+# %% ../../nbs/01h_contamination.ipynb #c053
 def _merge_items(store: Store, judged: list[dict]) -> np.ndarray: # int64 [items, 3]
     "Items of all parts, added up."
     total = np.empty((0, 3), np.int64)
@@ -568,7 +599,7 @@ def _write_report(store: Store, s: ContaminationSettings, sets: dict, judged: li
     few = ("items", "too_short", "items_found", "items_whole", "items_frequent", "share", "documents")
     return {"sets": {n: {k: r[k] for k in few} for n, r in sets.items()}, "documents": report["documents"], "by_domain": report["by_domain"]}
 
-# %% ../../nbs/01h_contamination.ipynb #c053
+# %% ../../nbs/01h_contamination.ipynb #c055
 def find_contamination(
     ctx, stage # of the phase driver
 ) -> dict: # counts: by set, documents, by domain
@@ -599,7 +630,7 @@ def _count_votes(store: Store, scanned: list[dict], grams: int) -> np.ndarray: #
         if r["hits"]: votes = add_votes(votes, load_array(store, _hits_key(number)))
     return np.bincount(votes[:, 0].astype(np.int64), minlength=grams)
 
-# %% ../../nbs/01h_contamination.ipynb #c055
+# %% ../../nbs/01h_contamination.ipynb #c057
 def contaminated_items(
     store: Store, # workspace
     frequent: bool = False # with the items of which only common property was found
