@@ -19,9 +19,9 @@ except ImportError: njit = None
 # %% auto #0
 __all__ = ['DESCRIBING', 'BASE', 'INVERSE', 'FREQUENT', 'TEMPLATE_ITEMS', 'TEMPLATE_SHARE', 'DROP', 'SPACE', 'ASK', 'RING',
            'SPILL', 'BATCH_BYTES', 'SHOWN_DOCUMENTS', 'SHOWN_ITEMS', 'WHOLE', 'normal_form', 'item_fields',
-           'item_units', 'EvalFile', 'locate', 'find_sets', 'Item', 'read_set', 'mix', 'Table', 'build_table',
-           'letter_tables', 'jit', 'scan_texts', 'save_table', 'load_table', 'scan_part', 'add_votes', 'judge_part',
-           'owned', 'by_item', 'find_contamination', 'contaminated_items']
+           'item_units', 'EvalFile', 'locate', 'find_sets', 'set_stats', 'Item', 'read_set', 'mix', 'Table',
+           'build_table', 'letter_tables', 'jit', 'scan_texts', 'save_table', 'load_table', 'scan_part', 'add_votes',
+           'judge_part', 'owned', 'by_item', 'find_contamination', 'contaminated_items']
 
 # %% ../../nbs/01h_contamination.ipynb #c006
 def _letter(
@@ -109,6 +109,12 @@ def find_sets(
             names.add(unique)
             found.append(EvalFile(unique, where[0].uri, key, where[0].stat(key)))
     return found
+
+def set_stats(
+    sets: list[str] # as in the settings
+) -> list[Stat]: # address, size and version of each file
+    "What the finding depends on, for the ledger: a set that changed is checked again."
+    return [Stat(f"{f.uri}/{f.key}", f.stat.size, f.stat.version) for f in find_sets(ContaminationSettings(sets=sets))]
 
 # %% ../../nbs/01h_contamination.ipynb #c015
 class Item(NamedTuple):
@@ -465,7 +471,7 @@ def scan_part(
     "Hits of one part to minhash_lsh/spill/contamination/hits/: uint64 [hits, 3] of row, n-gram, text hash."
     corpus = Corpus(task["workspace"])
     table, found = load_table(corpus.store, task["table"]), []
-    for row, texts in _text_batches(corpus.store, task["name"]):
+    for row, texts in _text_batches(corpus, task["number"]):
         hits = scan_texts(texts, table)
         if len(hits): found.append(hits + [row, 0])
     if not found: return {"documents": 0, "hits": 0}
@@ -476,14 +482,13 @@ def scan_part(
 
 def _hits_key(number: int) -> str: return f"{SPILL}/hits/{number:05d}.npy"
 
-def _text_batches(store: Store, name: str) -> Iterator[tuple[int, list[str]]]: # first row, texts
+def _text_batches(corpus: Corpus, part: int) -> Iterator[tuple[int, list[str]]]: # first row, texts
     "The texts of a part in batches of about BATCH_BYTES."
-    texts, row, size = [], 0, 0
-    with store.open(f"dedup_ready/{name}.jsonl") as f:
-        for line in f:
-            texts.append(orjson.loads(line)["text"]); size += len(line)
-            if size >= BATCH_BYTES: yield row, texts; row += len(texts); texts, size = [], 0
-    if texts: yield row, texts
+    texts, size = [], 0
+    for row, text in corpus.part_texts(part):
+        texts.append(text); size += 3 * len(text)
+        if size >= BATCH_BYTES: yield row + 1 - len(texts), texts; texts, size = [], 0
+    if texts: yield row + 1 - len(texts), texts
 
 # %% ../../nbs/01h_contamination.ipynb #c045
 def add_votes(

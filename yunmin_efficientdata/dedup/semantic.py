@@ -17,8 +17,8 @@ from .cluster import choose_keepers, ranks_of
 
 # %% auto #0
 __all__ = ['READ_ROWS', 'SPILL', 'MATCH_ROWS', 'UNIT', 'MAX_BANDS', 'SLACK', 'HOT', 'COMPARISONS', 'CHUNK', 'BLOCK', 'PAIRS',
-           'COMPARE_ROWS', 'SHARE_ROWS', 'VectorFile', 'list_embeddings', 'read_ids', 'read_vectors', 'ids_part',
-           'ids_file', 'join_ids', 'match_partition', 'random_signs', 'unit_rows', 'project', 'reduce_file',
+           'COMPARE_ROWS', 'SHARE_ROWS', 'VectorFile', 'list_embeddings', 'embedding_stats', 'read_ids', 'read_vectors',
+           'ids_part', 'ids_file', 'join_ids', 'match_partition', 'random_signs', 'unit_rows', 'project', 'reduce_file',
            'predicted_recall', 'choose_codes', 'band_codes', 'code_file', 'search_band', 'compare_range',
            'write_decision', 'find_semantic', 'trigram_embedding']
 
@@ -45,6 +45,12 @@ def list_embeddings(
     for f in files:
         if f.key.endswith(".npy") and _ids_key(f.key) not in keys: raise _wrong(f.key, f"{_ids_key(f.key)} is missing", "write one id a line, in the order of the rows")
     return files
+
+def embedding_stats(
+    where: str # folder or s3://…, as in the settings
+) -> list[Stat]: # address, size and version of each file
+    "What the result depends on, for the ledger."
+    return [Stat(f"{f.uri}/{f.key}", f.stat.size, f.stat.version) for f in list_embeddings(where)]
 
 def _ids_key(key: str) -> str: return key.removesuffix(".npy") + ".ids.txt"
 
