@@ -5,24 +5,29 @@
 # %% ../../nbs/01j_augment.ipynb #c004
 from __future__ import annotations
 import hashlib, heapq, re, tempfile, unicodedata
+from array import array
+from difflib import SequenceMatcher
 from random import Random
 from typing import Any, Callable, Iterable, Iterator, NamedTuple
-import numpy as np
+import numpy as np, orjson
 from pydantic import Field
 from ..core.figures import korean_style
 from ..core.settings import DOMAINS, CleanSettings, DedupSettings, Section, UserError
 from .clean import Cleaner
 from .lsh import band_keys, candidate_probability, resolve_bands
-from .minhash import canonical, jaccard, shingle_hashes, shingle_set, signatures
+from .minhash import canonical, jaccard, jaccard_pairs, shingle_hashes, shingle_set, shingle_sets, signatures
 from .prepare import Corpus, text_hash
 
 # %% auto #0
-__all__ = ['LINES', 'KINDS', 'CUT', 'PLANTED', 'COPIES', 'Dice', 'alter', 'spaces_dropped', 'spaces_all_dropped',
-           'spaces_inserted', 'nfd', 'full_width', 'particles', 'final_consonant', 'neighbour_key', 'doubled_letter',
-           'endings', 'punctuation', 'words_dropped', 'words_inserted', 'words_swapped', 'sentences_dropped',
-           'sentences_moved', 'boilerplate_added', 'case', 'digits', 'Kind', 'perturb', 'Altered', 'augment',
-           'draw_documents', 'sample_texts', 'Pair', 'compare', 'copies_found', 'wilson', 'Planted', 'plant',
-           'planted_recall']
+__all__ = ['LINES', 'KINDS', 'CUT', 'PLANTED', 'COPIES', 'THRESHOLDS', 'RELATED', 'Dice', 'alter', 'spaces_dropped',
+           'spaces_all_dropped', 'spaces_inserted', 'nfd', 'full_width', 'particles', 'final_consonant',
+           'neighbour_key', 'doubled_letter', 'endings', 'punctuation', 'words_dropped', 'words_inserted',
+           'words_swapped', 'sentences_dropped', 'sentences_moved', 'boilerplate_added', 'case', 'digits', 'Kind',
+           'perturb', 'Altered', 'augment', 'draw_documents', 'sample_texts', 'Pair', 'compare', 'copies_found',
+           'wilson', 'Planted', 'plant', 'planted_recall', 'random_pairs', 'false_positive_rate', 'plot_strangers',
+           'Flagged', 'collisions', 'flagged_pairs', 'flagged_quality', 'SyntheticSettings', 'fields_of',
+           'repeated_share', 'loop_length', 'copied', 'wrong_language', 'truncated', 'Shelf', 'text_checks',
+           'SyntheticReport', 'length_outliers', 'check_synthetic']
 
 # %% ../../nbs/01j_augment.ipynb #c006
 class Dice:
@@ -264,7 +269,7 @@ def augment(
             if new != text: yield Altered(number, kind, rate, new)
 
 # %% ../../nbs/01j_augment.ipynb #c038
-CUT = 20_000  # characters of a drawn text at most: J and the bands know nothing of length, so the beginning serves as well as the whole
+CUT = 10_000  # characters of a drawn text at most: J and the bands know nothing of length, so the beginning serves as well as the whole
 
 def _place(high: np.ndarray, seed: int) -> np.ndarray: # uint64, as uint64 hashes of texts
     "Order of the draw."
@@ -423,3 +428,332 @@ def _kinds(rows: list[Planted], threshold: float) -> list[dict]: # in the order 
                     "above_threshold": sum(p.jaccard >= threshold for p in pairs), "candidate": sum(p.candidate for p in pairs), "found": sum(p.found for p in pairs),
                     "char5": {"mean_jaccard": round(sum(p.jaccard for p in chars) / len(chars), 6), "found": sum(p.found for p in chars)}})
     return out
+
+# %% ../../nbs/01j_augment.ipynb #c056
+THRESHOLDS = (.3, .4, .5, .6, .7, .8)
+RELATED = .5  # word5 similarity from which a random pair is taken for copies
+
+def random_pairs(
+    documents: int, # numbered from 0
+    pairs: int, # wanted; all pairs where there are not more
+    seed: int = 0
+) -> np.ndarray: # int64 [n, 2], sorted, first < second
+    "Different pairs of different documents; the same for a seed on every platform and version of numpy."
+    if documents * (documents - 1) // 2 <= pairs: return np.stack(np.triu_indices(documents, 1), axis=1).astype(np.int64)
+    draw, found = np.random.RandomState(seed), np.empty(0, np.int64)
+    while len(found) < pairs:
+        x = np.sort(draw.randint(documents, size=(pairs, 2), dtype=np.int64), axis=1)
+        new = (x[:, 0] * documents + x[:, 1])[x[:, 0] < x[:, 1]]
+        both = np.concatenate([found, new])
+        found = both[np.sort(np.unique(both, return_index=True)[1])]
+    return np.stack(np.divmod(np.sort(found[:pairs]), documents), axis=1)
+
+# %% ../../nbs/01j_augment.ipynb #c058
+def false_positive_rate(
+    source: Corpus | Iterable[str], # a prepared corpus, or cleaned texts
+    shingle: str = "char5", # kind of shingle
+    thresholds: Iterable[float] = THRESHOLDS,
+    pairs: int = 100_000, # of strangers
+    seed: int = 0,
+    documents: int = 2000, min_words: int = 5 # documents drawn, words that they have at least
+) -> dict: # documents, pairs, related, distribution of J, and share with 95 % upper bound for each threshold
+    "How alike unrelated documents are."
+    texts = sample_texts(source, documents, min_words, seed)
+    chosen = random_pairs(len(texts), pairs, seed)
+    words = jaccard_pairs(*shingle_sets(texts, "word5"), chosen)
+    strangers = words < RELATED
+    j = words[strangers] if shingle == "word5" else jaccard_pairs(*shingle_sets(texts, shingle), chosen[strangers])
+    at = {f"p{q:g}": round(float(np.percentile(j, q)), 6) for q in (50, 99, 99.9)} if len(j) else {}
+    rows = [{"threshold": t, "above": (above := int((j >= t).sum())), "share": above / max(1, len(j)),
+             "upper": wilson(above, len(j))[1] if above else min(1.0, 3 / max(1, len(j)))} for t in thresholds]
+    return {"shingle": shingle, "documents": len(texts), "pairs": len(j), "related": int((~strangers).sum()), "mean": round(float(j.mean()), 6) if len(j) else None,
+            **at, "max": round(float(j.max()), 6) if len(j) else None, "thresholds": rows, "histogram": np.histogram(j, 100, (0, 1))[0].tolist()}
+
+# %% ../../nbs/01j_augment.ipynb #c061
+_NAMES = {"word5": "단어 5개", "char5": "글자 5개", "morph5": "형태소 5개"}
+
+def plot_strangers(
+    results: list[dict], # of `false_positive_rate`
+    threshold: float = 0.8, # drawn as a line
+    title: str = "무관한 두 문서가 우연히 닮는 정도"
+): # matplotlib figure
+    "Of 100,000 unrelated pairs, how many have similarity J or more. The triangle is the 95 % bound where no pair was seen."
+    colours = korean_style()
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots(figsize=(7.2, 4.0))
+    for r, colour in zip(results, colours):
+        above = np.cumsum(r["histogram"][::-1])[::-1] / max(1, r["pairs"]) * 1e5
+        at = np.linspace(0, 1, len(above) + 1)[:-1]
+        ax.step(at[above > 0], above[above > 0], where="post", color=colour, lw=2, label=f"{_NAMES.get(r['shingle'], r['shingle'])} ({r['shingle']}), {r['pairs']:,}쌍, 최댓값 {r['max']:.2f}")
+        empty = at[(above == 0)]
+        if len(empty): ax.plot([empty[0], 1], [3e5 / max(1, r["pairs"])] * 2, color=colour, lw=1, ls=":"); ax.plot(threshold, 3e5 / max(1, r["pairs"]), "v", mfc="white", mec=colour)
+    ax.axvline(threshold, color="#444444", ls="--", lw=1, label=f"기준 J = {threshold:g}")
+    ax.plot([], [], "v", ls=":", color="#444444", mfc="white", label="한 쌍도 없음: 95 % 상한")
+    ax.set(yscale="log", ylim=(1, 1.5e5), xlim=(0, 1), xlabel="자카드 유사도 J", ylabel="10만 쌍 가운데 J 이상인 쌍", title=title)
+    ax.legend(fontsize=9, loc="upper right", frameon=True, facecolor="white", edgecolor="none", framealpha=1)
+    return fig
+
+# %% ../../nbs/01j_augment.ipynb #c064
+class Flagged(NamedTuple):
+    "A pair above the threshold."
+    a: int # positions of the texts
+    b: int
+    jaccard: float # of the shingles that flagged it
+    words: float # Jaccard similarity of their sets of words
+    characters: float # share of characters in common order, spaces and width aside (difflib's ratio of the first 2,000); 1.0 where words >= .5
+
+def collisions(
+    keys: np.ndarray # uint64 [documents, bands], of `band_keys`
+) -> np.ndarray: # int64 [n, 2], each pair once
+    "Pairs that share a band. In a bucket each member is paired with the first and with the one before it, so that large buckets stay linear."
+    found = [np.empty((0, 2), np.int64)]
+    for column in keys.T:
+        order = np.argsort(column, kind="stable")
+        same = np.flatnonzero(column[order][1:] == column[order][:-1]) + 1
+        first = np.arange(len(order)); first[same] = 0
+        found += [np.stack([order[x], order[same]], axis=1) for x in (same - 1, np.maximum.accumulate(first)[same])]
+    return np.unique(np.sort(np.concatenate(found), axis=1), axis=0)
+
+def flagged_pairs(
+    texts: list[str], # cleaned; equal texts are looked at once
+    shingle: str = "char5", s: DedupSettings = DedupSettings()
+) -> list[Flagged]: # sorted by words
+    "The pairs that a deduplicator would flag, with what a reader would go by."
+    s = resolve_bands(s)
+    place = {t: i for i, t in reversed(list(enumerate(texts)))}
+    kept = sorted(place.values())
+    pairs = collisions(band_keys(signatures((texts[i] for i in kept), s.num_perm, shingle, s.seed), s.bands, s.rows))
+    used, at = np.unique(pairs, return_inverse=True)
+    j = jaccard_pairs(*shingle_sets((texts[kept[i]] for i in used), shingle), at.reshape(-1, 2))
+    return sorted((_flag(texts, kept[a], kept[b], float(x)) for (a, b), x in zip(pairs.tolist(), j) if x >= s.threshold), key=lambda f: (f.words, f.a, f.b))
+
+def _flag(texts: list[str], a: int, b: int, j: float) -> Flagged:
+    x, y = set(texts[a].split()), set(texts[b].split())
+    words = len(x & y) / max(1, len(x | y))
+    if words >= .5: return Flagged(a, b, j, words, 1.0)
+    x, y = (canonical(texts[i], "char5").decode("utf-8", "surrogatepass")[:2000] for i in (a, b))
+    return Flagged(a, b, j, words, SequenceMatcher(None, x, y, autojunk=False).ratio())
+
+# %% ../../nbs/01j_augment.ipynb #c065
+def flagged_quality(
+    texts: list[str], # cleaned
+    shingle: str = "char5", s: DedupSettings = DedupSettings()
+) -> dict: # flagged, few_words, of these alike and doubtful, and up to ten doubtful pairs
+    "Of the flagged pairs: which share less than half of their words, and which of those have not the same characters either (ratio below .9)."
+    flagged = flagged_pairs(texts, shingle, s)
+    few = [f for f in flagged if f.words < .5]
+    doubtful = [f for f in few if f.characters < .9]
+    return {"shingle": shingle, "texts": len(texts), "flagged": len(flagged), "few_words": len(few), "alike": len(few) - len(doubtful), "doubtful": len(doubtful),
+            "upper": wilson(len(doubtful), len(flagged))[1] if doubtful else min(1.0, 3 / max(1, len(flagged))), "examples": [f._asdict() for f in doubtful[:10]]}
+
+# %% ../../nbs/01j_augment.ipynb #c069
+class SyntheticSettings(Section):
+    "Fields of the records, and thresholds of the checks."
+    prompt: list[str] = Field(["system", "instruction", "input", "prompt", "question"], description="fields that make the prompt; those that exist are joined")
+    answer: list[str] = Field(["output", "response", "answer", "completion", "text"], description="fields of the answer; the first that exists counts")
+    lang: str | None = Field(None, description="ko or en: language of every answer; empty: that of its prompt")
+    min_words: int = Field(10, ge=1, description="shorter answers are not checked for copies and duplicates: 예, 긍정 or a name coincide by right")
+    repeated: float = Field(0.15, gt=0, le=1, description="share of word 5-grams that occurred before in the answer; people stay below it (Rae et al. 2021, Gopher, table A1)")
+    loop_chars: int = Field(40, ge=8, description="length of an ending that repeats one unit four times or more; likelihood feeds such loops (Holtzman et al. 2020)")
+    length_score: float = Field(3.5, gt=0, description="modified z-score of the logarithm of the length, by median and MAD (Iglewicz and Hoaglin 1993)")
+    copied: float = Field(0.8, gt=0, le=1, description="share of the answer's character 5-grams that stand in the prompt; a summary that quotes stays below, strangers are below .2")
+    copied_run: int = Field(100, ge=10, description="characters of one stretch of the prompt that also are half of the answer")
+    source_share: float = Field(0.5, gt=0, le=1, description="share of the answer's word 5-grams that stand in the sources; five words in a row hardly coincide by chance")
+    threshold: float = Field(0.8, gt=0, le=1, description="Jaccard similarity (char5) from which answers are duplicates of each other or of a source")
+    foreign: float = Field(0.1, gt=0, le=1, description="share of Chinese, Japanese, Cyrillic or Thai letters that a prompt without them does not explain")
+    examples: int = Field(5, ge=0, description="ids reported for each check")
+
+def fields_of(
+    record: dict, s: SyntheticSettings
+) -> tuple[str, str, str]: # id (may be empty), prompt, answer
+    "Prompt and answer of a record, whatever its fields are called."
+    texts = [v for f in s.prompt if isinstance(v := record.get(f), str)]
+    answer = next((v for f in s.answer if isinstance(v := record.get(f), str)), "")
+    return str(record.get("id", "")), "\n".join(texts), answer
+
+# %% ../../nbs/01j_augment.ipynb #c072
+def repeated_share(answer: str) -> float: # of word 5-grams that occurred before; 0 below 20 words
+    "How much of a text repeats itself."
+    if len(answer.split()) < 20: return 0.0
+    h = shingle_hashes(answer, "word5")
+    return 1 - len(np.unique(h)) / len(h)
+
+def loop_length(
+    answer: str,
+    unit: int = 200 # characters of a repeated unit at most
+) -> int: # characters; 0: no loop
+    "Length of the loop at the end: one unit four times or more, perhaps cut off in the last round."
+    tail, best = answer.rstrip()[-6 * unit:], 0
+    for p in range(1, unit + 1):
+        same = 0
+        while same < len(tail) - p and tail[-1 - same] == tail[-1 - same - p]: same += 1
+        if same >= 3 * p: best = max(best, same + p)
+    return best
+
+def copied(
+    answer: str, prompt: str
+) -> tuple[float, int]: # share of its character 5-grams that stand in the prompt; characters of the longest stretch, spaces aside
+    "How much of an answer was copied."
+    h = shingle_hashes(answer, "char5")
+    if not len(h) or not prompt: return 0.0, 0
+    known = np.isin(h, shingle_set(prompt, "char5"))
+    gaps = np.flatnonzero(~np.concatenate([[False], known, [False]]))
+    longest = int(np.diff(gaps).max()) - 1
+    return float(known.mean()), longest + 4 if longest else 0
+
+# %% ../../nbs/01j_augment.ipynb #c075
+_REFUSAL = re.compile(r"""(?:죄송|미안|유감)[^.\n]{0,60}(?:수\s?없|어렵|못\s?하|불가)
+    | (?:AI|인공지능|언어\s?모델|챗봇)(?:로서|으로서|이기\s?때문|이므로|라서|이라서|입니다)
+    | (?:답변|제공|도와)[^.\n]{0,20}(?:드릴|할)\s수\s없
+    | \bas\san?\s(?:AI|artificial|large\slanguage|language)\b | \bI(?:'m|\sam)\s(?:sorry|unable|not\sable)\b
+    | \bI\s?(?:cannot|can't|can\snot|won't)\s(?:assist|help|provide|fulfil|answer|comply) | (?:trained|developed|created)\sby\s(?:OpenAI|Google|Anthropic|Meta)""", re.X | re.I)
+_OPENING = re.compile(r"""\s*(?:물론(?:입니다|이죠|이에요|이지요) | 네[,.!]?\s(?:알겠|물론|그럼|요청) | 알겠습니다 | (?:좋은|훌륭한)\s질문 | 그럼요
+    | (?:다음|아래)[은는]?\s[^\n.]{0,40}(?:입니다|예요|드립니다)[.:] | 요청하신
+    | (?:Sure|Certainly|Absolutely|Of\scourse)\b[,!.] | (?:Great|Good)\squestion | Here(?:'s|\sis|\sare)\s | I'd\sbe\s(?:happy|glad)\sto | As\srequested)""", re.X)
+_ASKED = re.compile("영어|영문|영작|번역|일본어|중국어|한자|한글|한국어|외국어|러시아어|프랑스어|독일어|스페인어|코드|함수|프로그램|translat|english|korean|japanese|chinese|code|function|python|sql", re.I)
+_ASIDE = re.compile(r"```.*?(?:```|$)|`[^`\n]*`|https?://\S+|\([^()\n]*\)", re.S)  # not judged: code, addresses, what stands in brackets
+_SCRIPTS = tuple(re.compile(p) for p in ("[가-힣ㄱ-ㅣ]", "[A-Za-z]", "[\u3040-\u30ff\u4e00-\u9fff\u0400-\u04ff\u0e00-\u0e7f]"))
+
+def _scripts(text: str) -> tuple[int, int, int]: # Hangul, Latin, and Chinese, Japanese, Cyrillic or Thai letters
+    text = _ASIDE.sub(" ", text)
+    return tuple(len(p.findall(text)) for p in _SCRIPTS)
+
+def wrong_language(answer: str, prompt: str, s: SyntheticSettings) -> bool: # false below 20 letters
+    "Is the answer in another language than the prompt, or has it letters of a third script."
+    hangul, latin, foreign = _scripts(answer)
+    letters = hangul + latin + foreign
+    if letters < 20 or _ASKED.search(prompt): return False
+    ph, pl, pf = _scripts(prompt)
+    if foreign >= s.foreign * letters and pf * 100 <= ph + pl: return True
+    lang = s.lang or ("ko" if ph > pl else "en" if pl > 20 and pl > 20 * ph else None)
+    return hangul < .2 * letters if lang == "ko" else hangul > .2 * letters if lang == "en" else False
+
+# %% ../../nbs/01j_augment.ipynb #c076
+_CLOSERS = "\"'”’)]}」』》*_ \n\t^~ㅋㅎㅠㅜ♡♥"
+_OPEN = re.compile(r"(?:[,;(\[{「『“‘]|[가-힣](?:은|는|을|를|의|에서|에게|와|과|으로|하고|하며|지만|면서|위해|위한|대한|및))$")
+_FINAL = re.compile(r"(?:[.!?…。:|>`]|[다요죠까네음함임됨것기라자지군걸데뿐줘])$|[\u2600-\u27bf\U0001f000-\U0001faff]$")
+_STOP = re.compile(r"[.!?。](?:\s|$)")
+_ITEM = re.compile(r"\s*(?:[-*•·▪#|>]|[0-9]+[.)]|[가-하][.)]|\S{1,20}:)")
+
+def truncated(answer: str) -> bool: # false below 30 characters
+    "Does a text stop in mid-sentence."
+    if answer.count("```") % 2: return True
+    text = answer.rstrip(_CLOSERS)
+    if len(text) < 30 or answer.rstrip().endswith(("```", ")", "]", "|")): return False
+    last = text.rsplit("\n", 1)[-1]
+    if _ITEM.match(last) and len(last) <= 60: return False
+    if _OPEN.search(text): return True
+    prose = len(_STOP.findall(text)) >= 2 and (_STOP.search(last) or len(last) > 60)
+    return bool(prose) and not _FINAL.search(text) and not _ITEM.match(last)
+
+# %% ../../nbs/01j_augment.ipynb #c079
+class Shelf:
+    "Texts in a temporary file, with band keys to find the similar ones."
+    def __init__(self, s: DedupSettings):
+        self.s, self.file, self.ends, self.rows, self.keys, self.batch = s, tempfile.TemporaryFile(), array("q", [0]), array("q"), [], []
+    def __len__(self): return len(self.ends) - 1
+    def add(self, text: str, name: str = "", compare: bool = True): # its id; is it looked for among the others
+        if compare: self.rows.append(len(self)); self.batch.append(text)
+        self.file.write(data := orjson.dumps([name, text.encode("utf-8", "replace").decode()]))
+        self.ends.append(self.ends[-1] + len(data))
+        if len(self.batch) == 1000: self.flush()
+    def flush(self):
+        if self.batch: self.keys.append(band_keys(signatures(self.batch, self.s.num_perm, self.s.shingle, self.s.seed), self.s.bands, self.s.rows)); self.batch = []
+    def get(self, i: int) -> list[str]: # name, text
+        self.file.seek(self.ends[i])
+        return orjson.loads(self.file.read(self.ends[i + 1] - self.ends[i]))
+    def similar(self, since: int = 0) -> np.ndarray: # int64 [n, 2]: first < second
+        "Pairs at or above the threshold whose second text is number `since` or later. Texts are read again only for candidates."
+        self.flush()
+        pairs = np.array(self.rows, np.int64)[collisions(np.concatenate(self.keys))] if self.keys else np.empty((0, 2), np.int64)
+        pairs = pairs[pairs[:, 1] >= since]
+        j = (jaccard(*(shingle_set(self.get(i)[1], self.s.shingle) for i in p)) for p in pairs.tolist())
+        return pairs[np.fromiter((x >= self.s.threshold for x in j), bool, len(pairs))]
+
+# %% ../../nbs/01j_augment.ipynb #c081
+def text_checks(s: SyntheticSettings) -> dict[str, tuple[Callable[[str, str], bool], str]]: # name -> (answer, prompt) -> is it at fault; the rule in words
+    "The checks that look at one record."
+    def long(answer): return len(answer.split()) >= s.min_words
+    def from_prompt(answer, prompt):
+        if not long(answer): return False
+        share, run = copied(answer, prompt)
+        return share >= s.copied or run >= max(s.copied_run, len("".join(answer.split())) / 2)
+    return {"empty": (lambda a, p: not a.strip(), "no answer"),
+            "repetition": (lambda a, p: repeated_share(a) > s.repeated, f"more than {s.repeated:.0%} of the word 5-grams occurred before"),
+            "loop": (lambda a, p: loop_length(a) >= s.loop_chars, f"the last {s.loop_chars} characters or more repeat one unit four times or more"),
+            "copied_prompt": (from_prompt, f"{s.copied:.0%} of the character 5-grams stand in the prompt, or one stretch of {s.copied_run} characters that is half of the answer"),
+            "refusal": (lambda a, p: bool(_REFUSAL.search(a[:200])), "a refusal, or the model speaks of itself, in the first 200 characters"),
+            "opening": (lambda a, p: bool(_OPENING.match(a)), "begins with a phrase of chat"),
+            "language": (lambda a, p: wrong_language(a, p, s), f"another language than the prompt's, or {s.foreign:.0%} letters of a third script"),
+            "truncated": (lambda a, p: truncated(a), "stops in mid-sentence")}
+
+# %% ../../nbs/01j_augment.ipynb #c082
+class SyntheticReport(NamedTuple):
+    "What `check_synthetic` found."
+    records: int
+    checks: dict[str, dict] # name -> count, share, rule, examples (ids, or numbers as text where a record has no id)
+    mask: np.ndarray # uint16 [records]: bit i stands for the i-th check
+    def good(self) -> np.ndarray: # numbers of the records that passed every check
+        return np.flatnonzero(self.mask == 0)
+    def faults(self, number: int) -> list[str]: # names of the checks that a record failed
+        return [name for i, name in enumerate(self.checks) if self.mask[number] >> i & 1]
+    def to_dict(self) -> dict: # JSON-able
+        return {"records": self.records, "flagged": int((self.mask != 0).sum()), "checks": self.checks}
+
+def length_outliers(
+    lengths: np.ndarray, # characters, int [records]
+    score: float = 3.5 # modified z-score
+) -> np.ndarray: # int8 [records]: -1 too short, 1 too long, else 0
+    "Outliers of the logarithm of the length. The scale is at least .2, so that nothing within a factor of two of the median is one."
+    if not len(lengths): return np.zeros(0, np.int8)
+    x = np.log(np.maximum(1, lengths))
+    middle = np.median(x)
+    z = (x - middle) / max(0.2, 1.4826 * float(np.median(np.abs(x - middle))))
+    return np.where(np.abs(z) > score, np.sign(z), 0).astype(np.int8)
+
+# %% ../../nbs/01j_augment.ipynb #c084
+def _shelve_sources(sources: Iterable[str], shelf: Shelf, s: SyntheticSettings) -> np.ndarray: # uint64, sorted: hashes of their word 5-grams
+    grams = []
+    for text in sources:
+        long = len(text.split()) >= s.min_words
+        shelf.add(text, compare=long)
+        if long: grams.append(shingle_set(text, "word5"))
+    return np.unique(np.concatenate(grams)) if grams else np.empty(0, np.uint64)
+
+def _share_known(answer: str, known: np.ndarray) -> float: # of the word 5-grams
+    h = shingle_set(answer, "word5")
+    return float((known[np.minimum(np.searchsorted(known, h), len(known) - 1)] == h).mean()) if len(known) and len(h) else 0.0
+
+def _later_checks(lengths: np.ndarray, shelf: Shelf, first: int, s: SyntheticSettings) -> dict[str, tuple[np.ndarray, str]]: # name -> (records, rule)
+    "The checks that need all records."
+    outlier, pairs = length_outliers(lengths, s.length_score), shelf.similar(first)
+    source, rule = pairs[:, 0] < first, f"character 5-grams with a Jaccard similarity of {s.threshold:g} or more to "
+    far = f"length beyond {s.length_score:g} modified z-scores"
+    return {"too_short": (np.flatnonzero((outlier < 0) & (lengths > 0)), far), "too_long": (np.flatnonzero(outlier > 0), far),
+            "source_duplicate": (np.unique(pairs[source, 1]) - first, rule + "a source"), "duplicate": (np.unique(pairs[~source, 1]) - first, rule + "an earlier answer")}
+
+# %% ../../nbs/01j_augment.ipynb #c085
+def check_synthetic(
+    records: Iterable[dict], # read once
+    sources: Iterable[str] = (), # texts that the generator was given or trained on
+    s: SyntheticSettings = SyntheticSettings()
+) -> SyntheticReport:
+    "Check instruction data or generated text. Of the sources, the hashes of their word 5-grams are held in memory, 8 bytes each."
+    checks, shelf = text_checks(s), Shelf(resolve_bands(DedupSettings(shingle="char5", threshold=s.threshold)))
+    known = _shelve_sources(sources, shelf, s)
+    first, lengths, masks = len(shelf), array("q"), array("H")
+    rules = {name: rule for name, (_, rule) in checks.items()} | {"copied_source": f"{s.source_share:.0%} of the word 5-grams stand in the sources"}
+    for record in records:
+        name, prompt, answer = fields_of(record, s)
+        long = len(answer.split()) >= s.min_words
+        faults = [check(answer, prompt) for check, _ in checks.values()] + [long and _share_known(answer, known) >= s.source_share]
+        masks.append(sum(bool(f) << i for i, f in enumerate(faults)))
+        lengths.append(len(answer.strip())); shelf.add(answer, name, compare=long)
+    mask = np.array(masks, np.uint16)
+    for name, (found, rule) in _later_checks(np.array(lengths, np.int64), shelf, first, s).items():
+        mask[found] |= np.uint16(1 << len(rules)); rules[name] = rule
+    return SyntheticReport(len(mask), {n: _check_row(mask, i, rule, shelf, first, s.examples) for i, (n, rule) in enumerate(rules.items())}, mask)
+
+def _check_row(mask: np.ndarray, bit: int, rule: str, shelf: Shelf, first: int, examples: int) -> dict: # count, share, rule, examples
+    found = np.flatnonzero(mask >> bit & 1)
+    return {"count": len(found), "share": round(len(found) / max(1, len(mask)), 6), "rule": rule, "examples": [shelf.get(first + i)[0] or str(i) for i in found[:examples].tolist()]}
