@@ -7,17 +7,20 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Iterator
 import numpy as np
-from ..core.settings import DedupSettings, UserError
+from ..core.figures import korean_style
+from ..core.settings import DedupSettings, Settings, UserError
 from ..core.store import Store, open_store
 from .lsh import partition_count, partition_of, read_bucket, write_buckets
-from .minhash import _jit, _mix64, njit
 from .prepare import FATES, Corpus, load_array, load_fate, resumable, sweep
+try: from numba import njit
+except ImportError: njit = None
 
 # %% auto #0
 __all__ = ['SPACE', 'LINE', 'DOT', 'MARK', 'STOP', 'CLOSE', 'DIGIT', 'LOWER', 'UPPER', 'HANGUL', 'WORD', 'LEVELS', 'SPILL',
-           'BATCH_CHARS', 'PROBES', 'kinds', 'sentence_rows', 'sentences', 'paragraphs', 'minimum_chars', 'find_all',
-           'source_rank', 'group_spans', 'span_part', 'losers', 'join_spans', 'Bloom', 'bloom_spans', 'cut',
-           'uncovered', 'merge_neighbours', 'decide_spans', 'count_emptied', 'find_spans', 'count_spans']
+           'BATCH_CHARS', 'PROBES', 'SAMPLE', 'kinds', 'sentence_rows', 'sentences', 'paragraphs', 'minimum_chars',
+           'find_all', 'source_rank', 'group_spans', 'span_part', 'losers', 'join_spans', 'Bloom', 'bloom_spans', 'cut',
+           'uncovered', 'merge_neighbours', 'least_left', 'count_emptied', 'decide_spans', 'find_spans', 'count_spans',
+           'plot_spans']
 
 # %% ../../nbs/01g_spans.ipynb #c006
 SPACE, LINE, DOT, MARK, STOP, CLOSE, DIGIT, LOWER, UPPER, HANGUL, WORD = (1 << i for i in range(11))
@@ -36,6 +39,8 @@ def kinds() -> np.ndarray: # uint16 [0x110000], flags of each code point
     return out
 
 # %% ../../nbs/01g_spans.ipynb #c009
+def _jit(fn): return njit(nogil=True, cache=True)(fn) if njit else fn
+
 _FINAL = np.array([ord(c) for c in "다요죠까네"], np.uint32)  # syllables that end a sentence even without a space behind the stop
 _HEAD = 6  # a full stop among so many first characters does not end a sentence
 
@@ -57,7 +62,7 @@ def _word_goes_on(text, kind, i, after):
     "Is the full stop at i, behind a Latin word and before the visible character at `after`, part of the sentence."
     t, word = i, 0
     while t > 0 and kind[text[t - 1]] & (LOWER | UPPER): t -= 1
-    for j in range(t, min(i, t + 8)): word = word * 128 + (text[j] | 32)
+    for j in range(t, min(i, t + 8)): word = word * 128 + (np.int64(text[j]) | 32)
     if i - t == 1 or kind[text[after]] & LOWER: return True
     return i - t <= 6 and _among(word, _ABBREVIATIONS)
 
@@ -83,7 +88,7 @@ def _sentence_end(text, kind, i, start):
         glued = k == j and kind[text[j]] & HANGUL and i > start
         return j if glued and (sharp or _among(text[i - 1], _FINAL)) else 0
     if sharp or j - i > 1 or k == n: return k
-    if i - start < _HEAD: return 0
+    if i - start < _HEAD and not (i > start + 1 and _among(text[i - 1], _FINAL) and kind[text[i - 2]] & HANGUL): return 0
     before, after = kind[text[i - 1]], k
     while after < n and kind[text[after]] & SPACE: after += 1
     if after == n: return k
@@ -105,21 +110,25 @@ def _new_item(text, kind, i):
     if not kind[text[i]] & WORD: return True
     j = i + 1
     if kind[text[i]] & DIGIT:
-        while j < len(text) and kind[text[j]] & DIGIT: j += 1
+        while j < len(text) and (kind[text[j]] & DIGIT or text[j] == 0xC758): j += 1  # 55의2
+    if j < len(text) and text[j] == 92: j += 1  # Markdown writes 1\\.
     return j < len(text) and (text[j] == 46 or text[j] == 41)  # . )
+
+@_jit
+def _is_fence(text, i): return i + 2 < len(text) and text[i] == 96 and text[i + 1] == 96 and text[i + 2] == 96  # ```
 
 @_jit
 def _fence_end(text, kind, i):
     "End of the fenced block of code that begins at i, 0 when none does. A fence that nobody closes runs to the end of the text."
-    if text[i] != 96 or i + 2 >= len(text) or text[i + 1] != 96 or text[i + 2] != 96: return 0
+    if not _is_fence(text, i): return 0
     last, closing = i, False
     while i < len(text):
         if kind[text[i]] & LINE:
             if closing: return last
-            j = _visible(text, kind, i)
-            closing = j + 2 < len(text) and text[j] == 96 and text[j + 1] == 96 and text[j + 2] == 96
-        elif not kind[text[i]] & SPACE: last = i + 1
-        i += 1
+            i = _visible(text, kind, i); closing = _is_fence(text, i)
+        else:
+            if not kind[text[i]] & SPACE: last = i + 1
+            i += 1
     return last
 
 # %% ../../nbs/01g_spans.ipynb #c014
@@ -150,7 +159,7 @@ def _one_sentence(text, kind, start, line):
             if lines: line = after
             i = after; continue
         last = i + 1
-        if flags & (DOT | MARK | STOP):
+        if flags & (DOT | MARK | STOP) and (i == start or not kind[text[i - 1]] & (DOT | MARK | STOP)):  # the first of a row of stops
             end = _sentence_end(text, kind, i, start)
             if end:
                 after, lines = _gap(text, kind, end)
@@ -160,8 +169,15 @@ def _one_sentence(text, kind, start, line):
 
 # %% ../../nbs/01g_spans.ipynb #c015
 @_jit
+def _ends_well(text, kind, start, end):
+    "Does text[start:end] end like a sentence and not begin like a table's row."
+    i = end - 1
+    while i > start and kind[text[i]] & CLOSE: i -= 1
+    return text[start] != 124 and (kind[text[i]] & (DOT | MARK | STOP) != 0 or _among(text[i], _FINAL))  # 124: |
+
+@_jit
 def _sentences(text, kind, out):
-    "All sentences of a text into out int32 [n, 4]: start, end, number of the paragraph, is it code or a table's row. Returns how many."
+    "All pieces of a text into out int32 [n, 4]: start, end, number of the paragraph, is it a sentence. Returns how many."
     rows, paragraph, fresh = 0, 0, True
     i, _ = _gap(text, kind, 0)
     line = i
@@ -169,7 +185,7 @@ def _sentences(text, kind, out):
         fence = _fence_end(text, kind, i) if fresh else 0
         if fence: (after, _), end, ends, fresh = _gap(text, kind, fence), fence, True, True
         else: end, after, ends, fresh = _one_sentence(text, kind, i, line)
-        out[rows, 0], out[rows, 1], out[rows, 2], out[rows, 3] = i, end, paragraph, fence > 0 or text[i] == 124  # |
+        out[rows, 0], out[rows, 1], out[rows, 2], out[rows, 3] = i, end, paragraph, fence == 0 and _ends_well(text, kind, i, end)
         rows += 1; paragraph += ends; i = after
         if fresh: line = i
     return rows
@@ -178,8 +194,8 @@ def _sentences(text, kind, out):
 def _points(text: str) -> np.ndarray: # uint32, code points; lone surrogates stay themselves
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
 
-def sentence_rows(text: str) -> np.ndarray: # int32 [n, 4]: start, end, number of the paragraph, is it code or a table's row
-    "The sentences of a text."
+def sentence_rows(text: str) -> np.ndarray: # int32 [n, 4]: start, end, number of the paragraph, is it a sentence that may go alone
+    "The pieces of a text."
     points = _points(text)
     out = np.empty((len(points) + 1, 4), np.int32)
     return out[:_sentences(points, kinds(), out)]
@@ -201,6 +217,13 @@ def paragraphs(
     return _pieces(text, rows[np.diff(rows[:, 2], prepend=-1) != 0, 0].tolist())
 
 # %% ../../nbs/01g_spans.ipynb #c020
+@_jit
+def _mix64(h):
+    "Finaliser of MurmurHash3: every bit of the input moves every bit of the output."
+    h ^= h >> np.uint64(33); h *= np.uint64(0xFF51AFD7ED558CCD)
+    h ^= h >> np.uint64(33); h *= np.uint64(0xC4CEB9FE1A85EC53)
+    return h ^ (h >> np.uint64(33))
+
 @_jit
 def _hash_characters(text, kind, start, end):
     "128 bits of text[start:end] with white space collapsed, and its length so."
@@ -228,10 +251,10 @@ def _text_spans(text, kind, minimum, rows, hashes, where, at):
         last = r + 1 == count
         after = len(text) if last else rows[r + 1, 0]
         x, y, n = _hash_characters(text, kind, rows[r, 0], rows[r, 1])
-        if n >= minimum[1] and not rows[r, 3]:
+        if n >= minimum[1] and rows[r, 3]:
             hashes[at, 0], hashes[at, 1] = x, y
             where[at, 0], where[at, 1], where[at, 2], where[at, 3] = rows[r, 0], rows[r, 1], after, 1; at += 1
-        a, b, length = _mix64(a ^ x), _mix64(b ^ y) + np.uint64(1), length + n + (r > first)
+        a, b, length = _mix64(a ^ x), _mix64(b ^ y) + np.uint64(1), length + n + (r > first and rows[r, 0] > rows[r - 1, 1])
         if last or rows[r + 1, 2] != rows[r, 2]:
             if length >= minimum[0]:
                 hashes[at, 0], hashes[at, 1] = a, b
@@ -276,20 +299,20 @@ def source_rank(corpus: Corpus, part: int, s: DedupSettings) -> np.ndarray: # ui
     if not last: return np.zeros(corpus.parts[part]["docs"], np.uint64)
     return np.array([min(rank.get(x, last), domain) for x in corpus.table(part, ["source"])["source"]], np.uint64)
 
-def _read_spans(corpus: Corpus, part: int, minimum: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    "Spans of all kept documents of a part, as `find_all` gives them, with rows of the part in place of numbers."
+def _read_spans(corpus: Corpus, part: int, minimum: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict]:
+    "Spans of all kept documents of a part, as `find_all` gives them, with rows of the part in place of numbers; how much was read."
     fate = load_fate(corpus, part)
     alive = np.flatnonzero((fate == FATES.index("kept")) | (fate == FATES.index("emptied")))  # emptied: by an earlier run
-    found, rows, texts, size = [find_all([], minimum)], [], [], 0
+    found, rows, texts, size, characters = [find_all([], minimum)], [], [], 0, 0
     def flush():
         h, w = find_all(texts, minimum)
         w[:, 0] = np.array(rows, np.int32)[w[:, 0]]
         found.append((h, w)); rows.clear(); texts.clear()
     for row, text in corpus.part_texts(part, alive):
-        rows.append(row); texts.append(text); size += len(text)
+        rows.append(row); texts.append(text); size += len(text); characters += len(text)
         if size >= BATCH_CHARS: flush(); size = 0
     if texts: flush()
-    return np.concatenate([h for h, _ in found]), np.concatenate([w for _, w in found])
+    return np.concatenate([h for h, _ in found]), np.concatenate([w for _, w in found]), {"documents": len(alive), "characters": characters}
 
 # %% ../../nbs/01g_spans.ipynb #c026
 def group_spans(
@@ -313,10 +336,10 @@ def group_spans(
 # %% ../../nbs/01g_spans.ipynb #c028
 def span_part(
     task: dict # workspace, number (of the part), settings (of dedup), partitions
-) -> dict: # spans by level, distinct ones, priorities among them
+) -> dict: # what was read, spans by level, distinct ones, priorities among them
     "Spans of one part: distinct hashes to minhash_lsh/spill/spans/hashes/, all places to minhash_lsh/spill/spans/places/."
     corpus, s, part = Corpus(task["workspace"]), DedupSettings(**task["settings"]), task["number"]
-    hashes, where = _read_spans(corpus, part, minimum_chars(s.spans))
+    hashes, where, seen = _read_spans(corpus, part, minimum_chars(s.spans))
     rank = source_rank(corpus, part, s)[where[:, 0]]
     leaders, group, goes = group_spans(hashes, rank, where[:, 0], s.spans.scope)
     with corpus.store.writer(f"{SPILL}/places/{part:05d}.npy") as f:
@@ -325,7 +348,7 @@ def span_part(
         place = rank[leaders] << np.uint64(52) | np.uint64(part << 32) | np.arange(len(leaders), dtype=np.uint64)
         rows = np.column_stack([hashes[leaders], place])
         write_buckets(corpus.store, f"{SPILL}/hashes/{part:05d}.bin", rows, partition_of(rows[:, 0], task["partitions"]), task["partitions"])
-    return {"spans": np.bincount(where[:, 4], minlength=2).tolist(), "distinct": len(leaders), "ranks": np.unique(rank[leaders]).tolist()}
+    return {"seen": seen, "spans": np.bincount(where[:, 4], minlength=2).tolist(), "distinct": len(leaders), "ranks": np.unique(rank[leaders]).tolist()}
 
 # %% ../../nbs/01g_spans.ipynb #c030
 _PLACE = np.uint64((1 << 52) - 1)  # part and group, without priority
@@ -346,8 +369,10 @@ def losers(
 
 def _hash_keys(corpus: Corpus) -> list[str]: return [f"{SPILL}/hashes/{p:05d}.bin" for p in range(len(corpus.parts))]
 
+def _lost_key(number: int) -> str: return f"{SPILL}/lost/{number:05d}.npy"
+
 def _save_lost(store: Store, number: int, lost: np.ndarray) -> None:
-    with store.writer(f"{SPILL}/lost/{number:05d}.npy") as f: np.save(f, lost, allow_pickle=False)
+    with store.writer(_lost_key(number)) as f: np.save(f, lost, allow_pickle=False)
 
 def join_spans(
     task: dict # workspace, number (of the partition), partitions
@@ -380,7 +405,7 @@ def _bloom(words, bits, count, high, low, insert, known):
 class Bloom:
     "A Bloom filter for 128-bit hashes, sized for so many of them and a false-positive rate. Raises `UserError` when memory is too small for it."
     def __init__(self, expected: int, rate: float):
-        self.bits = max(64, int(np.ceil(-max(expected, 1) * np.log(rate) / np.log(2)**2)) + 63 >> 6 << 6)
+        self.bits = max(1 << 16, int(np.ceil(-max(expected, 1) * np.log(rate) / np.log(2)**2)) + 63 >> 6 << 6)
         self.count, self.inserted = max(1, round(-np.log2(rate))), 0
         try: self.words = np.zeros(self.bits >> 6, np.uint64)
         except MemoryError: raise UserError(f"dedup.spans.method=bloom needs {self.bits >> 33:,} GiB for {expected:,} spans: raise dedup.spans.false_positive_rate, or take method=exact") from None
@@ -396,24 +421,24 @@ class Bloom:
 
 # %% ../../nbs/01g_spans.ipynb #c037
 PROBES = 1 << 20  # random hashes looked up in the full filter
+SAMPLE = 1 << 19  # hashes that are compared exactly beside the filter
 
-def bloom_spans(ctx, found: list[dict], partitions: int) -> dict: # size, predicted and measured rates
-    "One pass over the hashes of all parts, best sources first, with one filter. The first partition of hashes is joined exactly beside it and shows the true rate."
-    corpus, s = Corpus(ctx.store), ctx.settings.dedup
-    bloom, sampled, missed = Bloom(sum(f["distinct"] for f in found), s.spans.false_positive_rate), 0, []
-    parts = len(corpus.parts)
+def bloom_spans(ctx, found: list[dict]) -> dict: # size, predicted and measured rates
+    "One pass over the hashes of all parts, best sources first, with one filter. The hashes below a limit are kept and joined exactly afterwards: they show the true rate."
+    corpus, s, total = Corpus(ctx.store), ctx.settings.dedup, sum(f["distinct"] for f in found)
+    bloom, sample, missed = Bloom(total, s.spans.false_positive_rate), [], []
+    limit = np.uint64(min((1 << 64) - 1, SAMPLE * (1 << 64) // max(total, 1)))
     for rank in range(len(s.source_priority) + 1):
-        for part in (p for p in range(parts) if rank in found[p]["ranks"]):
-            key, rows = f"{SPILL}/lost/{part:05d}.npy", []
-            for p in range(partitions):
-                bucket = read_bucket(ctx.store, [_hash_keys(corpus)[part]], p, partitions, 3)
-                bucket = bucket[bucket[:, 2] >> np.uint64(52) == rank]
-                known = bloom.look(bucket, insert=True)
-                rows.append(bucket[known, 2] & _PLACE)
-                if p == 0: missed.append(rows[0])
-            before = [np.array(load_array(ctx.store, key))] if rank > min(found[part]["ranks"]) else []
-            _save_lost(ctx.store, part, np.sort(np.concatenate([*before, *rows])))
-    return _bloom_report(bloom, read_bucket(ctx.store, _hash_keys(corpus), 0, partitions, 3), np.concatenate([np.empty(0, np.uint64), *missed]))
+        for part, key in enumerate(_hash_keys(corpus)):
+            if rank not in found[part]["ranks"]: continue
+            rows = read_bucket(ctx.store, [key], 0, 1, 3)
+            rows = rows[rows[:, 2] >> np.uint64(52) == rank]
+            known, low = bloom.look(rows[:, :2], insert=True), rows[:, 0] <= limit
+            sample.append(rows[low]); missed.append(rows[low & known, 2] & _PLACE)
+            before = [np.array(load_array(ctx.store, _lost_key(part)))] if rank > min(found[part]["ranks"]) else []
+            _save_lost(ctx.store, part, np.sort(np.concatenate([*before, rows[known, 2] & _PLACE])))
+    for part in (p for p, f in enumerate(found) if not f["ranks"]): _save_lost(ctx.store, part, np.empty(0, np.uint64))
+    return _bloom_report(bloom, *(np.concatenate([e, *x]) for e, x in ((np.empty((0, 3), np.uint64), sample), (np.empty(0, np.uint64), missed))))
 
 def _bloom_report(bloom: Bloom, sample: np.ndarray, lost: np.ndarray) -> dict:
     "Predicted rates, and those measured on a sample of hashes (uint64 [n, 3]) of which `lost` were taken for repeats."
@@ -452,7 +477,7 @@ def _lost_groups(corpus: Corpus, task: dict) -> np.ndarray: # groups of a part t
     if s.scope == "within": return np.empty(0, np.int64)
     out = [np.empty(0, np.uint64)]
     for number in [part] if s.method == "bloom" else range(task["partitions"]):
-        lost = load_array(corpus.store, f"{SPILL}/lost/{number:05d}.npy")
+        lost = load_array(corpus.store, _lost_key(number))
         i, j = np.searchsorted(lost, np.array([part << 32, part + 1 << 32], np.uint64))
         out.append(lost[i:j])
     return (np.concatenate(out) & np.uint64(0xFFFFFFFF)).astype(np.int64)
@@ -476,9 +501,26 @@ def merge_neighbours(
     first[1:] = (spans[1:, 0] != spans[:-1, 0]) | (spans[1:, 1] != spans[:-1, 3])
     return np.column_stack([spans[first, :2], spans[np.roll(first, -1), 2]])
 
-# %% ../../nbs/01g_spans.ipynb #c044
+# %% ../../nbs/01g_spans.ipynb #c045
+def least_left(
+    s: Settings # all settings
+) -> int: # characters
+    "A document with fewer characters left than this is emptied: `clean.min_chars`, but no more than a span has."
+    return max(1, min(s.clean.min_chars, *minimum_chars(s.dedup.spans).tolist()))
+
+def count_emptied(
+    corpus: Corpus, part: int,
+    spans: np.ndarray, # int64 [n, 3]: row, start, end; sorted
+    least: int # as `least_left` gives it
+) -> int: # documents
+    "Documents of the part of which too little is left."
+    rows, first = np.unique(spans[:, 0], return_index=True)
+    texts = (text for _, text in corpus.part_texts(part, rows)) if len(rows) else ()
+    return sum(len(cut(text, s[:, 1:])) < least for text, s in zip(texts, np.split(spans, first[1:])))
+
+# %% ../../nbs/01g_spans.ipynb #c046
 def decide_spans(
-    task: dict # workspace, number (of the part), settings, partitions, min_chars
+    task: dict # workspace, number (of the part), settings, partitions, least (as `least_left` gives it)
 ) -> dict: # removed, characters and documents by level and in all; emptied documents
     "Write minhash_lsh/spans/<part>.npy: int64 [n, 3] (row, start, end), sorted."
     corpus, part = Corpus(task["workspace"]), task["number"]
@@ -492,39 +534,51 @@ def decide_spans(
     spans = merge_neighbours(every[np.lexsort((every[:, 1], every[:, 0]))])
     with corpus.store.writer(f"minhash_lsh/spans/{corpus.parts[part]['name']}.npy") as f: np.save(f, spans, allow_pickle=False)
     def count(x): return {"removed": len(x), "characters": int((x[:, 2] - x[:, 1]).sum()), "documents": len(np.unique(x[:, 0]))}
-    return {**dict(zip(LEVELS, map(count, levels))), "all": count(spans), "emptied": count_emptied(corpus, part, spans, task["min_chars"])}
+    return {**dict(zip(LEVELS, map(count, levels))), "all": count(spans), "emptied": count_emptied(corpus, part, spans, task["least"])}
 
-def count_emptied(corpus: Corpus, part: int, spans: np.ndarray, min_chars: int) -> int: # documents
-    "Documents of which fewer than `min_chars` characters are left."
-    rows, first = np.unique(spans[:, 0], return_index=True)
-    texts = (text for _, text in corpus.part_texts(part, rows)) if len(rows) else ()
-    return sum(len(cut(text, s[:, 1:])) < max(1, min_chars) for text, s in zip(texts, np.split(spans, first[1:])))
-
-# %% ../../nbs/01g_spans.ipynb #c046
+# %% ../../nbs/01g_spans.ipynb #c048
 def find_spans(ctx, stage) -> dict: # documents, characters, emptied; by level and by domain; the Bloom filter's size and rates
     "Repeated paragraphs and sentences of the kept documents, to minhash_lsh/spans/. Resumes by part."
     store, s, corpus = ctx.store, ctx.settings.dedup, Corpus(ctx.store)
     if not any(name.startswith("spans") for name in stage.parts): store.delete_prefix(SPILL)
-    n = partition_count(sum(p["bytes"] for p in corpus.parts) // 100, s.partitions)  # a span every 100 bytes is a bold guess
-    base = {"workspace": store.uri, "settings": s.model_dump(), "partitions": n, "min_chars": ctx.settings.clean.min_chars}
+    n = 1 if s.spans.method == "bloom" else partition_count(sum(p["bytes"] for p in corpus.parts) // 100, s.partitions)  # a span every 100 bytes is a bold guess
+    base = {"workspace": store.uri, "settings": s.model_dump(), "partitions": n, "least": least_left(ctx.settings)}
     parts = [base | {"number": i} for i in range(len(corpus.parts))]
     found, bloom = resumable(ctx, stage, "spans-find", span_part, parts, "spans"), None
     if s.spans.scope != "within" and s.spans.method == "exact": resumable(ctx, stage, "spans-join", join_spans, [base | {"number": i} for i in range(n)], "spans: join")
     elif s.spans.scope != "within":
-        if not stage.done_part("spans-bloom"): stage.mark_part("spans-bloom", bloom_spans(ctx, found, n))
+        if not stage.done_part("spans-bloom"): stage.mark_part("spans-bloom", bloom_spans(ctx, found))
         bloom = stage.parts["spans-bloom"]
     decided = resumable(ctx, stage, "spans-decide", decide_spans, parts, "spans: decide")
     store.delete_prefix(SPILL)
     sweep(store, "minhash_lsh/spans/", [f"minhash_lsh/spans/{p['name']}.npy" for p in corpus.parts])
     return count_spans([p["domain"] for p in corpus.parts], found, decided) | ({"bloom": bloom} if bloom else {})
 
-# %% ../../nbs/01g_spans.ipynb #c047
+# %% ../../nbs/01g_spans.ipynb #c049
 def count_spans(domains: list[str], found: list[dict], decided: list[dict]) -> dict:
     "Sums over parts, in all and by domain."
     def add(parts):
         out = {k: sum(d["all"][k] for _, d in parts) for k in ("documents", "characters")} | {"emptied": sum(d["emptied"] for _, d in parts)}
+        out["seen"] = {k: sum(f["seen"][k] for f, _ in parts) for k in ("documents", "characters")}
         for i, level in enumerate(LEVELS):
             out[level] = {"spans": sum(f["spans"][i] for f, _ in parts)} | {k: sum(d[level][k] for _, d in parts) for k in ("removed", "characters", "documents")}
         return out
     pairs = list(zip(found, decided))
     return add(pairs) | {"domains": {d: add([x for x, own in zip(pairs, domains) if own == d]) for d in sorted(set(domains))}}
+
+# %% ../../nbs/01g_spans.ipynb #c056
+def plot_spans(
+    counts: dict # as `find_spans` gives it
+): # matplotlib figure
+    "Share of each domain's characters in repeated paragraphs and, outside of those, in repeated sentences."
+    colours = korean_style()
+    import matplotlib.pyplot as plt
+    rows = [(d, *(100 * c[level]["characters"] / max(1, c["seen"]["characters"]) for level in LEVELS)) for d, c in counts["domains"].items()]
+    rows.sort(key=lambda r: (sum(r[1:]), r[0]))
+    names, paragraph, sentence = zip(*rows)
+    fig, ax = plt.subplots(figsize=(7.2, 1.2 + 0.45 * len(rows)), layout="constrained")
+    ax.barh(names, paragraph, color=colours[0], label="반복 문단"); ax.barh(names, sentence, left=paragraph, color=colours[1], label="반복 문장")
+    for y, (_, a, b) in enumerate(rows): ax.text(a + b, y, f" {a + b:.2f} %", va="center", fontsize=9)
+    ax.set(xlabel="글자 비율 (%)", title="여러 곳에 있는 문단과 문장", xlim=(0, 1.15 * max(0.01, *(a + b for _, a, b in rows)))); ax.grid(False, axis="y")
+    fig.legend(loc="outside lower center", ncols=2, frameon=False)
+    return fig
