@@ -84,7 +84,8 @@ def morphemes(
     texts: list[str] # cleaned texts
 ) -> list[str]: # their morphemes with one space between them
     "Morphemes of many texts at once, by kiwipiepy. Raises `UserError` where it is missing."
-    return [" ".join(" ".join(t.form for t in tokens).split()) for tokens in _kiwi(core_share()).tokenize(texts)]
+    whole = [t.encode("utf-8", "replace").decode() for t in texts]  # half a surrogate pair is no character, and kiwipiepy refuses it
+    return [" ".join(" ".join(t.form for t in tokens).split()) for tokens in _kiwi(core_share()).tokenize(whole)]
 
 # %% ../../nbs/01b_minhash.ipynb #c016
 def _readable(
@@ -358,6 +359,12 @@ def _lists(
         if count >= size: yield held; held, count = [], 0
     if held: yield held
 
+def _grown(out: np.ndarray | None, rows: int, columns: int) -> np.ndarray: # uint32, at least so many rows
+    "Room for more rows: moved by the operating system's page tables, not copied, and an eighth larger each time."
+    if out is None: return np.empty((rows, columns), np.uint32)
+    if rows > len(out): out.resize((max(rows, len(out) + len(out) // 8), columns), refcheck=False)
+    return out
+
 def signatures(
     texts: Iterable[str], # cleaned texts; anything but a list is read as a stream
     num_perm: int = 128, # slots of a signature
@@ -367,11 +374,12 @@ def signatures(
     """MinHash signatures, equal to `datasketch.MinHash(num_perm=num_perm, seed=seed, hashfunc=shingle_hash, scheme="affine32")`
     fed with the UTF-8 bytes of each text's shingles. Broder (1997), "On the resemblance and containment of documents"."""
     check_shingle(shingle)
-    (a, b), sign, parts = permutations(num_perm, seed), _sign_numpy if njit is None else _sign_batch, []
+    (a, b), sign, out, done = permutations(num_perm, seed), _sign_numpy if njit is None else _sign_batch, None, 0
     for chunk in _lists(texts):
-        parts.append(np.empty((len(chunk), num_perm), np.uint32))
-        for i, j in _batches(chunk): sign(*_hashes(chunk[i:j], shingle), a, b, parts[-1][i:j])
-    return parts[0] if len(parts) == 1 else np.concatenate(parts or [np.empty((0, num_perm), np.uint32)])
+        out = _grown(out, done + len(chunk), num_perm)
+        for i, j in _batches(chunk): sign(*_hashes(chunk[i:j], shingle), a, b, out[done + i:done + j])
+        done += len(chunk)
+    return _grown(out, 0, num_perm)[:done]
 
 # %% ../../nbs/01b_minhash.ipynb #c046
 def to_minhash(
