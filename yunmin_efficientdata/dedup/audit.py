@@ -16,15 +16,15 @@ from .minhash import _jit, jaccard, shingle_set, token_ngrams
 from .prepare import FATES, Corpus, load_fate
 
 # %% auto #0
-__all__ = ['LOG', 'FURTHER', 'MEMORY', 'TABLES', 'RANKS', 'REASONS', 'STRATA', 'PLAIN_CHARS', 'DIFF_CHARS', 'DIFF_WORDS', 'BINS',
+__all__ = ['LOG', 'FURTHER', 'MEMORY', 'TABLES', 'RANKS', 'REASONS', 'DIFF_CHARS', 'DIFF_WORDS', 'STRATA', 'PLAIN_CHARS', 'BINS',
            'STEPS', 'FIGURES', 'AUDIT_OUTPUTS', 'log_rows', 'write_log', 'audit_tables', 'removal_rates',
-           'removal_matrix', 'cluster_sizes', 'excerpt', 'largest_clusters', 'fence', 'markdown_table',
-           'largest_clusters_markdown', 'sample_pairs', 'true_jaccard', 'document_numbers', 'check_pairs', 'word_diff',
-           'diff_html', 'diff_markdown', 'pair_diffs', 'edge_histogram', 'corpus_recall', 'wilson', 'band_alternatives',
-           'read_rows', 'planted_recall', 'thresholds_from', 'sensitivity', 'step_rates', 'statistics', 'plot_rates',
-           'plot_sources', 'plot_matrix', 'plot_sizes', 'plot_recall', 'plot_sensitivity', 'plot_speed',
-           'rates_markdown', 'alternatives_markdown', 'planted_markdown', 'speed_markdown', 'sensitivity_markdown',
-           'audit_page', 'write_figures', 'write_audit']
+           'removal_matrix', 'fence', 'markdown_table', 'word_diff', 'diff_html', 'diff_markdown', 'short_diff',
+           'cluster_sizes', 'excerpt', 'largest_clusters', 'largest_clusters_markdown', 'sample_pairs', 'true_jaccard',
+           'document_numbers', 'check_pairs', 'pair_diffs', 'edge_histogram', 'corpus_recall', 'wilson',
+           'band_alternatives', 'read_rows', 'planted_recall', 'thresholds_from', 'sensitivity', 'step_rates',
+           'statistics', 'plot_rates', 'plot_sources', 'plot_matrix', 'plot_sizes', 'plot_recall', 'plot_sensitivity',
+           'plot_speed', 'rates_markdown', 'alternatives_markdown', 'planted_markdown', 'speed_markdown',
+           'sensitivity_markdown', 'audit_page', 'write_figures', 'write_audit']
 
 # %% ../../nbs/01e_audit.ipynb #c006
 LOG = ("scope", "step", "docs_in", "docs_out", "bytes_in", "bytes_out", "words_in", "words_out", "duplicate_rate", "seconds")
@@ -73,7 +73,7 @@ def write_log(store: Store, rows: list[dict]) -> None:
     store.write("dedup_log.csv", out.getvalue())
 
 # %% ../../nbs/01e_audit.ipynb #c012
-MEMORY = "400MB"  # of the audit's database; beyond it, on disk
+MEMORY = "256MB"  # of the audit's database; beyond it, on disk
 TABLES = """
 CREATE TABLE cluster (id VARCHAR, cluster VARCHAR, keep BOOLEAN, keeper VARCHAR, reason VARCHAR);
 CREATE TABLE pair (a VARCHAR, b VARCHAR, jaccard DOUBLE);
@@ -143,22 +143,22 @@ def removal_rates(
     db, # of `audit_tables`
     by: str, # domain or source
     top: int = 100 # of those that lost the most bytes, the rest is one row
-) -> list[dict]: # name, docs, bytes, removed, bytes_removed, rate, and documents by fate; those with most removed bytes first
+) -> list[dict]: # name, docs, bytes, removed, bytes_removed, rate, documents and bytes by fate; those with most removed bytes first
     "What each domain or source lost."
-    each = ", ".join(f"(sum(docs) FILTER (fate = {i}))::BIGINT AS {f}" for i, f in enumerate(FATES) if i)
+    each = ", ".join(f"coalesce(sum({what}) FILTER (fate = {i}), 0)::BIGINT AS {what}_{f}" for what in ("docs", "bytes") for i, f in enumerate(FATES) if i)
     sums = f"sum(docs)::BIGINT AS docs, sum(bytes)::BIGINT AS bytes, coalesce(sum(docs) FILTER (fate > 0), 0)::BIGINT AS removed, coalesce(sum(bytes) FILTER (fate > 0), 0)::BIGINT AS bytes_removed, {each}"
     order = "bytes_removed DESC, docs DESC, name"
     db.execute(f"CREATE OR REPLACE TEMP TABLE named AS SELECT *, row_number() OVER (ORDER BY {order}) AS place FROM (SELECT {by} AS name, {sums} FROM fate GROUP BY {by})")
-    rest = ", ".join(f"sum({c})::BIGINT" for c in ("docs", "bytes", "removed", "bytes_removed", *FATES[1:]))
+    columns = ["docs", "bytes", "removed", "bytes_removed", *(f"{what}_{f}" for what in ("docs", "bytes") for f in FATES[1:])]
     rows = _rows(db, f"SELECT * EXCLUDE place FROM named WHERE place <= {int(top)} ORDER BY place")
-    more = _rows(db, f"SELECT '(other)' AS name, {rest}, count(*) AS n FROM named WHERE place > {int(top)}")[0]
-    if more.pop("n"): rows.append(dict(zip(rows[0], more.values())))
+    more = _rows(db, f"SELECT '(other)' AS name, {', '.join(f'sum({c})::BIGINT AS {c}' for c in columns)}, count(*) AS n FROM named WHERE place > {int(top)}")[0]
+    if more.pop("n"): rows.append(more)
     return [_rate(r) for r in rows]
 
 def _rate(row: dict) -> dict:
-    fates = {f: row.pop(f) or 0 for f in FATES[1:]}
+    fates, size = ({f: row[f"{what}_{f}"] for f in FATES[1:] if row[f"docs_{f}"]} for what in ("docs", "bytes"))
     return {"name": row["name"] or "(unknown)", **{k: row[k] for k in ("docs", "removed", "bytes", "bytes_removed")},
-            "rate": round(row["removed"] / max(1, row["docs"]), 6), "fates": {f: n for f, n in fates.items() if n}}
+            "rate": round(row["removed"] / max(1, row["docs"]), 6), "fates": fates, "fate_bytes": size}
 
 # %% ../../nbs/01e_audit.ipynb #c022
 def removal_matrix(
@@ -180,64 +180,6 @@ def removal_matrix(
     return {"names": [("(other)" if n is None else n or "(unknown)") for n in place], **{k: v.tolist() for k, v in out.items()}, "across": across}
 
 # %% ../../nbs/01e_audit.ipynb #c025
-def cluster_sizes(
-    db # of `audit_tables`
-) -> list[dict]: # size, clusters; smallest first
-    "How large clusters are."
-    return _rows(db, "SELECT size, count(*) AS clusters FROM size GROUP BY size ORDER BY size")
-
-def _texts(corpus: Corpus, docs: list[int]) -> dict[int, str]: # document number -> text
-    "A few texts."
-    docs = sorted(set(docs))
-    return dict(zip(docs, corpus.texts(np.array(docs, np.int64)))) if docs else {}
-
-def excerpt(
-    text: str, other: str | None = None, # show the place where `text` begins to differ from this one
-    width: int = 160 # characters
-) -> str: # one line; `…` marks a cut
-    "A piece of a text on one line."
-    a, b = (" ".join(t[:1 << 20].split()) if t else "" for t in (text, other))
-    at = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b))) if other is not None and a != b else 0
-    low = max(0, min(at - width // 3, len(a) - width))
-    return "…" * (low > 0) + a[low:low + width] + "…" * (len(a) > low + width)
-
-# %% ../../nbs/01e_audit.ipynb #c028
-def largest_clusters(
-    db, # of `audit_tables`
-    corpus: Corpus, n: int = 10,
-    quotes: bool = True # with text
-) -> list[dict]: # largest first: cluster, size, kept, exact, near, domains, sources, edges, min_jaccard, mean_jaccard, keeper, members
-    "The largest clusters. Members: id, reason, jaccard with their keeper (None where the pair was not compared), text."
-    out = []
-    for c in _rows(db, f"SELECT cluster, size, first FROM size ORDER BY size DESC, cluster LIMIT {int(n)}"):
-        low, high = c.pop("first"), 0
-        high = low + c["size"] - 1
-        c |= _rows(db, "SELECT count(*) FILTER (keep) AS kept, count(*) FILTER (NOT keep AND reason = 'exact') AS exact, count(*) FILTER (NOT keep AND reason = 'near') AS near FROM member WHERE rank BETWEEN ? AND ?", low, high)[0]
-        for by in ("domain", "source"):
-            c[f"{by}s"] = {r["name"] or "(unknown)": r["docs"] for r in _rows(db, f"SELECT {by} AS name, count(*) AS docs FROM member WHERE rank BETWEEN ? AND ? GROUP BY 1 ORDER BY docs DESC, name LIMIT 5", low, high)}
-        c |= _rows(db, "SELECT count(*) AS edges, min(jaccard) AS min_jaccard, round(sum((jaccard * 1e9)::BIGINT)::DOUBLE / 1e9 / count(*), 6) AS mean_jaccard FROM edge WHERE later BETWEEN ? AND ?", low, high)[0]
-        out.append(c | {"keeper": c["cluster"], "members": _members(db, low, high)})
-    return _with_text(corpus, db, out) if quotes else out
-
-def _members(db, low: int, high: int) -> list[dict]: # id, reason, jaccard
-    "Three removed members of a cluster: the one least like its keeper, and two by a hash."
-    with_keeper = """SELECT m.id, m.reason, e.jaccard FROM member m JOIN member k ON m.keeper = k.id LEFT JOIN edge e ON e.later = m.rank AND e.earlier = k.rank
-        WHERE m.rank BETWEEN ? AND ? AND NOT m.keep ORDER BY {} LIMIT {}"""
-    worst = [r for r in _rows(db, with_keeper.format("e.jaccard NULLS LAST, m.id", 1), low, high)]
-    others = [r for r in _rows(db, with_keeper.format("md5(m.id), m.id", 3), low, high) if r not in worst]
-    return worst + others[:2]
-
-def _with_text(corpus: Corpus, db, clusters: list[dict]) -> list[dict]:
-    "Add excerpts: the keeper's beginning, of members the place where they begin to differ."
-    ids = sorted({m["id"] for c in clusters for m in c["members"]} | {c["keeper"] for c in clusters})
-    doc = {r["id"]: r["doc"] for r in _rows(db, "SELECT id, doc FROM member WHERE id IN (SELECT unnest($1))", ids)} if ids else {}
-    for c in clusters:  # texts of one cluster at a time
-        text = _texts(corpus, [doc[i] for i in (c["keeper"], *(m["id"] for m in c["members"]))])
-        c["text"] = excerpt(text[doc[c["keeper"]]])
-        for m in c["members"]: m["text"] = excerpt(text[doc[m["id"]]], text[doc[c["keeper"]]])
-    return clusters
-
-# %% ../../nbs/01e_audit.ipynb #c031
 def fence(
     text: str, kind: str = "text" # of the block
 ) -> str: # Markdown
@@ -259,83 +201,13 @@ def markdown_table(
     lines = [heads, ["--:" if r else ":--" for r in right], *[[_cell(v, (forms or {}).get(i)) for i, v in enumerate(r)] for r in rows]]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
-# %% ../../nbs/01e_audit.ipynb #c033
+# %% ../../nbs/01e_audit.ipynb #c027
 def _t(language: str, ko: str, en: str) -> str: return en if language == "en" else ko
 REASONS = {"exact": ("완전 중복", "exact"), "near": ("유사 중복", "near"), "contaminated": ("평가 세트 겹침", "contaminated"), "semantic": ("의미 중복", "semantic"), "emptied": ("구간 제거로 빔", "emptied")}
 
 def _counts(names: dict[str, int]) -> str: return ", ".join(f"{_cell(k)} {n:,}" for k, n in names.items())
 
-def largest_clusters_markdown(
-    clusters: list[dict], # of `largest_clusters`
-    language: str = "ko" # or en
-) -> str: # Markdown
-    "The largest clusters, for a person to read."
-    def t(ko, en): return _t(language, ko, en)
-    out = []
-    for i, c in enumerate(clusters, 1):
-        j = f", {t('간선', 'edges')} {c['edges']:,}, J {t('최소', 'min')} {c['min_jaccard']:.3f}, {t('평균', 'mean')} {c['mean_jaccard']:.3f}" if c["edges"] else ""
-        out += [f"### {i}. " + t("문서 {:,}건", "{:,} documents").format(c["size"]), "",
-                t("남김 {:,}, 완전 중복 {:,}, 유사 중복 {:,}", "kept {:,}, exact {:,}, near {:,}").format(c["kept"], c["exact"], c["near"]) + j + ". "
-                + t("도메인", "domains") + f": {_counts(c['domains'])}. " + t("출처", "sources") + f": {_counts(c['sources'])}.", ""]
-        if "text" not in c: continue
-        lines = [f"[{t('남김', 'kept')}] {c['text']}"]
-        for m in c["members"]:
-            j = "" if m["jaccard"] is None else f" J={m['jaccard']:.3f}"
-            lines.append(f"[{_t(language, *REASONS[m['reason']])}{j}] {m['text']}")
-        out += [fence("\n\n".join(lines)), ""]
-    return "\n".join(out)
-
-# %% ../../nbs/01e_audit.ipynb #c036
-STRATA = 5  # equal parts of the range threshold..1
-
-def sample_pairs(
-    db, # of `audit_tables`
-    n: int = 10, threshold: float = 0.8
-) -> list[tuple[str, str, float]]: # (earlier in keeper order, later, jaccard), by similarity
-    "Near-duplicate pairs, drawn by hash, spread over similarities."
-    stratum = f"least(floor((jaccard - {threshold!r}) / {max(1e-9, (1 - threshold) / STRATA)!r}), {STRATA - 1})"
-    drawn = f"SELECT *, row_number() OVER (PARTITION BY stratum ORDER BY key, a, b) AS place FROM (SELECT x.id AS a, y.id AS b, jaccard, {stratum} AS stratum, md5(x.id || chr(9) || y.id) AS key FROM edge JOIN member x ON earlier = x.rank JOIN member y ON later = y.rank)"
-    return [tuple(r.values()) for r in _rows(db, f"SELECT a, b, jaccard FROM (SELECT * FROM ({drawn}) ORDER BY place, stratum LIMIT {int(n)}) ORDER BY jaccard, a, b")]
-
-PLAIN_CHARS = 4_000_000  # longer texts are compared by hashes of their shingles, because sets of a 50 MB text would not fit
-
-def true_jaccard(
-    x: str, y: str, # texts
-    shingle: str # kind of shingle
-) -> float:
-    "Similarity of two texts from plain Python sets."
-    if max(len(x), len(y)) > PLAIN_CHARS: return jaccard(shingle_set(x, shingle), shingle_set(y, shingle))
-    A, B = set(token_ngrams(x, shingle)), set(token_ngrams(y, shingle))
-    return len(A & B) / len(A | B) if A | B else 1.0
-
-# %% ../../nbs/01e_audit.ipynb #c037
-def document_numbers(
-    corpus: Corpus, ids # to look up
-) -> dict[str, int]: # id -> document number, of those that exist
-    "Look ids up, part by part."
-    wanted, found = pa.array(sorted(set(ids)), pa.string()), {}
-    for part, start in zip(corpus.parts, corpus.starts):
-        have = pq.read_table(corpus.store.fetch(f"minhash_lsh/index/{part['name']}.parquet"), columns=["id"])["id"]
-        at = pc.indices_nonzero(pc.is_in(have, value_set=wanted))
-        found |= dict(zip(have.take(at).to_pylist(), (at.to_numpy() + int(start)).tolist()))
-    return found
-
-def check_pairs(
-    corpus: Corpus, pairs: list[tuple[str, str, float]],
-    shingle: str, # kind of shingle
-    quotes: bool = True, # with the beginnings of both texts
-) -> list[dict]: # a, b, recorded and true similarity, text_a, text_b
-    "Recompute the similarity of some pairs in plain Python. Raises `RuntimeError` when one differs."
-    number, rows = document_numbers(corpus, {i for p in pairs for i in p[:2]}), []
-    for a, b, j in pairs:
-        text = _texts(corpus, [number[a], number[b]])
-        x, y = text[number[a]], text[number[b]]
-        true = true_jaccard(x, y, shingle)
-        if abs(true - j) > 1e-9: raise RuntimeError(f"pair {a}, {b}: recorded similarity {j}, true {true}")
-        rows.append({"a": a, "b": b, "jaccard": j, "true": true} | ({"text_a": x[:80], "text_b": y[:80]} if quotes else {}))
-    return rows
-
-# %% ../../nbs/01e_audit.ipynb #c040
+# %% ../../nbs/01e_audit.ipynb #c029
 DIFF_CHARS, DIFF_WORDS = 1 << 18, 800  # of each text that are looked at; of the stretch that differs, from its first word on
 
 def word_diff(
@@ -361,12 +233,12 @@ def _context(op, n: int, first: bool, last: bool) -> list[tuple]:
     keep = lambda i, j: [("equal", x[i:j], y[i:j])] if j > i else []
     return keep(0, head) + [("skip", x[head:len(x) - tail], y[head:len(y) - tail])] + keep(len(x) - tail, len(x))
 
-# %% ../../nbs/01e_audit.ipynb #c043
+# %% ../../nbs/01e_audit.ipynb #c032
 _BOX = "border:1px solid rgba(128,128,128,.45);border-radius:6px;margin:10px 0;font-size:13.5px;line-height:1.7;overflow:hidden;text-align:left"
 _ROW = "display:grid;grid-template-columns:minmax(0,1fr) minmax(0,1fr)"
 _SIDE = "padding:5px 12px;overflow-wrap:anywhere;word-break:keep-all"
-_MARK = {"del": "background:rgba(213,94,0,.26);color:inherit;text-decoration:line-through;border-radius:3px;padding:0 2px",
-         "ins": "background:rgba(0,114,178,.28);color:inherit;text-decoration:underline;border-radius:3px;padding:0 2px"}
+_MARK = {"del": "background:rgba(213,94,0,.26);color:inherit;text-decoration:underline dotted;text-underline-offset:3px;border-radius:3px;padding:0 2px",
+         "ins": "background:rgba(0,114,178,.28);color:inherit;text-decoration:underline solid;text-underline-offset:3px;border-radius:3px;padding:0 2px"}
 
 def _hunks(ops: list[tuple]) -> Iterator[tuple[list[tuple], int]]: # (operations, words left out after them)
     "Pieces between the places where something was left out."
@@ -396,22 +268,169 @@ def diff_html(
         if n: out.append(left_out(n))
     return f'<div style="{_BOX}">' + "".join(out) + "</div>"
 
-# %% ../../nbs/01e_audit.ipynb #c046
+# %% ../../nbs/01e_audit.ipynb #c035
 def diff_markdown(
     a: str, b: str, # texts
     context: int = 8, language: str = "ko"
 ) -> str: # Markdown: a diff block
     "Two texts as a diff, one line for each stretch of words."
+    return fence("\n".join(_diff_lines(word_diff(a, b, context), language)), "diff")
+
+def _diff_lines(ops: list[tuple], language: str) -> list[str]:
     lines = []
-    for piece, n in _hunks(word_diff(a, b, context)):
+    for piece, n in _hunks(ops):
         for kind, x, y in piece:
             if kind == "equal": lines.append("  " + " ".join(x)); continue
             if x: lines.append("- " + " ".join(x))
             if y: lines.append("+ " + " ".join(y))
         if n: lines.append(_t(language, f"  ⋯ {n:,}단어 생략 ⋯", f"  ⋯ {n:,} words left out ⋯"))
-    return fence("\n".join(lines), "diff")
+    return lines
 
-# %% ../../nbs/01e_audit.ipynb #c048
+def short_diff(
+    a: str, b: str, # texts
+    changes: int = 3, words: int = 24 # shown at most; of a change, of each side
+) -> list[tuple]: # as `word_diff`
+    "The beginning of a diff: enough to see of what kind the differences are."
+    out, left = [], changes
+    for kind, x, y in word_diff(a, b, 5):
+        if kind == "change": left -= 1; x, y = (w if len(w) <= words else w[:words] + ["…"] for w in (x, y))
+        if left < 0: break
+        out.append((kind, x, y))
+    return out
+
+# %% ../../nbs/01e_audit.ipynb #c038
+def cluster_sizes(
+    db # of `audit_tables`
+) -> list[dict]: # size, clusters; smallest first
+    "How large clusters are."
+    return _rows(db, "SELECT size, count(*) AS clusters FROM size GROUP BY size ORDER BY size")
+
+def _texts(corpus: Corpus, docs: list[int]) -> dict[int, str]: # document number -> text
+    "A few texts."
+    docs = sorted(set(docs))
+    return dict(zip(docs, corpus.texts(np.array(docs, np.int64)))) if docs else {}
+
+def excerpt(
+    text: str, other: str | None = None, # show the place where `text` begins to differ from this one
+    width: int = 160 # characters
+) -> str: # one line; `…` marks a cut
+    "A piece of a text on one line."
+    a, b = (" ".join(t[:1 << 20].split()) if t else "" for t in (text, other))
+    at = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b))) if other is not None and a != b else 0
+    low = max(0, min(at - width // 3, len(a) - width))
+    return "…" * (low > 0) + a[low:low + width] + "…" * (len(a) > low + width)
+
+# %% ../../nbs/01e_audit.ipynb #c041
+def largest_clusters(
+    db, # of `audit_tables`
+    corpus: Corpus, n: int = 10,
+    quotes: bool = True # with text
+) -> list[dict]: # largest first: cluster, size, kept, exact, near, domains, sources, edges, min_jaccard, mean_jaccard, keeper, members
+    "The largest clusters. Members: id, reason, jaccard with their keeper (None where the pair was not compared), text, and the first differences as `short_diff` gives them."
+    out = []
+    for c in _rows(db, f"SELECT cluster, size, first FROM size ORDER BY size DESC, cluster LIMIT {int(n)}"):
+        low, high = c.pop("first"), 0
+        high = low + c["size"] - 1
+        c |= _rows(db, "SELECT count(*) FILTER (keep) AS kept, count(*) FILTER (NOT keep AND reason = 'exact') AS exact, count(*) FILTER (NOT keep AND reason = 'near') AS near FROM member WHERE rank BETWEEN ? AND ?", low, high)[0]
+        for by in ("domain", "source"):
+            c[f"{by}s"] = {r["name"] or "(unknown)": r["docs"] for r in _rows(db, f"SELECT {by} AS name, count(*) AS docs FROM member WHERE rank BETWEEN ? AND ? GROUP BY 1 ORDER BY docs DESC, name LIMIT 5", low, high)}
+        c |= _rows(db, "SELECT count(*) AS edges, min(jaccard) AS min_jaccard, round(sum((jaccard * 1e9)::BIGINT)::DOUBLE / 1e9 / count(*), 6) AS mean_jaccard FROM edge WHERE later BETWEEN ? AND ?", low, high)[0]
+        out.append(c | {"keeper": c["cluster"], "members": _members(db, low, high)})
+    return _with_text(corpus, db, out) if quotes else out
+
+def _members(db, low: int, high: int) -> list[dict]: # id, keeper, reason, jaccard
+    "Three removed members of a cluster: the one least like its keeper, and two by a hash."
+    with_keeper = """SELECT m.id, m.keeper, m.reason, e.jaccard FROM member m JOIN member k ON m.keeper = k.id LEFT JOIN edge e ON e.later = m.rank AND e.earlier = k.rank
+        WHERE m.rank BETWEEN ? AND ? AND NOT m.keep ORDER BY {} LIMIT {}"""
+    worst = [r for r in _rows(db, with_keeper.format("e.jaccard NULLS LAST, m.id", 1), low, high)]
+    others = [r for r in _rows(db, with_keeper.format("md5(m.id), m.id", 3), low, high) if r not in worst]
+    return worst + others[:2]
+
+def _with_text(corpus: Corpus, db, clusters: list[dict]) -> list[dict]:
+    "Add excerpts: the keeper's beginning; of members the place where they begin to differ from theirs, and the first differences."
+    ids = sorted({m[k] for c in clusters for m in c["members"] for k in ("id", "keeper")} | {c["keeper"] for c in clusters})
+    doc = {r["id"]: r["doc"] for r in _rows(db, "SELECT id, doc FROM member WHERE id IN (SELECT unnest($1))", ids)} if ids else {}
+    for c in clusters:  # texts of one cluster at a time
+        text = _texts(corpus, [doc[i] for i in (c["keeper"], *(m[k] for m in c["members"] for k in ("id", "keeper")))])
+        c["text"] = excerpt(text[doc[c["keeper"]]])
+        for m in c["members"]:
+            mine, kept = text[doc[m["id"]]], text[doc[m["keeper"]]]
+            m["text"], m["diff"] = excerpt(mine, kept), short_diff(kept, mine)
+    return clusters
+
+# %% ../../nbs/01e_audit.ipynb #c043
+def largest_clusters_markdown(
+    clusters: list[dict], # of `largest_clusters`
+    language: str = "ko" # or en
+) -> str: # Markdown
+    "The largest clusters, for a person to read."
+    def t(ko, en): return _t(language, ko, en)
+    out = []
+    for i, c in enumerate(clusters, 1):
+        j = f", {t('간선', 'edges')} {c['edges']:,}, J {t('최소', 'min')} {c['min_jaccard']:.3f}, {t('평균', 'mean')} {c['mean_jaccard']:.3f}" if c["edges"] else ""
+        out += [f"### {i}. " + t("문서 {:,}건", "{:,} documents").format(c["size"]), "",
+                t("남김 {:,}, 완전 중복 {:,}, 유사 중복 {:,}", "kept {:,}, exact {:,}, near {:,}").format(c["kept"], c["exact"], c["near"]) + j + ". "
+                + t("도메인", "domains") + f": {_counts(c['domains'])}. " + t("출처", "sources") + f": {_counts(c['sources'])}.", ""]
+        if "text" not in c: continue
+        lines = [f"[{t('남김', 'kept')}] {c['text']}"]
+        for m in c["members"]:
+            j = "" if m["jaccard"] is None else f" J={m['jaccard']:.3f}"
+            same = all(kind != "change" for kind, _, _ in m["diff"])
+            lines += ["", f"[{_t(language, *REASONS[m['reason']])}{j}]" + (f" {t('낱말이 모두 같음', 'the same words')}" if same else "")] + ([] if same else _diff_lines(m["diff"], language))
+        out += [fence("\n".join(lines), "diff"), ""]
+    return "\n".join(out)
+
+# %% ../../nbs/01e_audit.ipynb #c046
+STRATA = 5  # equal parts of the range threshold..1
+
+def sample_pairs(
+    db, # of `audit_tables`
+    n: int = 10, threshold: float = 0.8
+) -> list[tuple[str, str, float]]: # (earlier in keeper order, later, jaccard), by similarity
+    "Near-duplicate pairs, drawn by hash, spread over similarities."
+    stratum = f"least(floor((jaccard - {threshold!r}) / {max(1e-9, (1 - threshold) / STRATA)!r}), {STRATA - 1})"
+    drawn = f"SELECT *, row_number() OVER (PARTITION BY stratum ORDER BY key, a, b) AS place FROM (SELECT x.id AS a, y.id AS b, jaccard, {stratum} AS stratum, md5(x.id || chr(9) || y.id) AS key FROM edge JOIN member x ON earlier = x.rank JOIN member y ON later = y.rank)"
+    return [tuple(r.values()) for r in _rows(db, f"SELECT a, b, jaccard FROM (SELECT * FROM ({drawn}) ORDER BY place, stratum LIMIT {int(n)}) ORDER BY jaccard, a, b")]
+
+PLAIN_CHARS = 4_000_000  # longer texts are compared by hashes of their shingles, because sets of a 50 MB text would not fit
+
+def true_jaccard(
+    x: str, y: str, # texts
+    shingle: str # kind of shingle
+) -> float:
+    "Similarity of two texts from plain Python sets."
+    if max(len(x), len(y)) > PLAIN_CHARS: return jaccard(shingle_set(x, shingle), shingle_set(y, shingle))
+    A, B = set(token_ngrams(x, shingle)), set(token_ngrams(y, shingle))
+    return len(A & B) / len(A | B) if A | B else 1.0
+
+# %% ../../nbs/01e_audit.ipynb #c047
+def document_numbers(
+    corpus: Corpus, ids # to look up
+) -> dict[str, int]: # id -> document number, of those that exist
+    "Look ids up, part by part."
+    wanted, found = pa.array(sorted(set(ids)), pa.string()), {}
+    for part, start in zip(corpus.parts, corpus.starts):
+        have = pq.read_table(corpus.store.fetch(f"minhash_lsh/index/{part['name']}.parquet"), columns=["id"])["id"]
+        at = pc.indices_nonzero(pc.is_in(have, value_set=wanted))
+        found |= dict(zip(have.take(at).to_pylist(), (at.to_numpy() + int(start)).tolist()))
+    return found
+
+def check_pairs(
+    corpus: Corpus, pairs: list[tuple[str, str, float]],
+    shingle: str, # kind of shingle
+    quotes: bool = True, # with the beginnings of both texts
+) -> list[dict]: # a, b, recorded and true similarity, text_a, text_b
+    "Recompute the similarity of some pairs in plain Python. Raises `RuntimeError` when one differs."
+    number, rows = document_numbers(corpus, {i for p in pairs for i in p[:2]}), []
+    for a, b, j in pairs:
+        text = _texts(corpus, [number[a], number[b]])
+        x, y = text[number[a]], text[number[b]]
+        true = true_jaccard(x, y, shingle)
+        if abs(true - j) > 1e-9: raise RuntimeError(f"pair {a}, {b}: recorded similarity {j}, true {true}")
+        rows.append({"a": a, "b": b, "jaccard": j, "true": true} | ({"text_a": x[:80], "text_b": y[:80]} if quotes else {}))
+    return rows
+
+# %% ../../nbs/01e_audit.ipynb #c049
 def pair_diffs(
     corpus: Corpus,
     checked: list[dict], # of `check_pairs`
@@ -427,7 +446,7 @@ def pair_diffs(
         out.append(diff_html(x, y, f"{i}. {j}", names, language=language) if form == "html" else f"**{i}. {j}** — {_cell(r['a'])} / {_cell(r['b'])}\n\n{diff_markdown(x, y, language=language)}")
     return out
 
-# %% ../../nbs/01e_audit.ipynb #c051
+# %% ../../nbs/01e_audit.ipynb #c052
 BINS = 100  # of similarity; a value of 1 has a bin of its own
 
 def edge_histogram(
@@ -460,7 +479,7 @@ def wilson(
     half = z * ((p * (1 - p) + z * z / (4 * n)) / n) ** 0.5
     return max(0.0, (p + z * z / (2 * n) - half) / d), min(1.0, (p + z * z / (2 * n) + half) / d)
 
-# %% ../../nbs/01e_audit.ipynb #c054
+# %% ../../nbs/01e_audit.ipynb #c055
 def band_alternatives(
     num_perm: int, threshold: float, bands: int, rows: int, # as chosen
     candidates: list[int] | None = None, # verified candidates by similarity, BINS + 1 counts
@@ -475,7 +494,7 @@ def band_alternatives(
              "false_area": round(float(candidate_probability(below, b, r).mean() * threshold), 4),
              "false_candidates": int(round((exist * candidate_probability(_middle(), b, r)).sum())) if candidates else None, "chosen": (b, r) == (bands, rows)} for b, r in options]
 
-# %% ../../nbs/01e_audit.ipynb #c057
+# %% ../../nbs/01e_audit.ipynb #c058
 def read_rows(store: Store, prefix: str, columns: list[str]) -> Iterator[tuple]: # rows of Parquet files below a prefix
     "Stream rows of Parquet files."
     for key in store.list(prefix):
@@ -508,7 +527,7 @@ def planted_recall(corpus: Corpus, threshold: float) -> dict[str, dict] | None: 
             t = out.setdefault(kind, {"planted": 0, "found": 0}); t["planted"] += 1; t["found"] += found
     return {k: v | {"recall": round(v["found"] / v["planted"], 4)} for k, v in sorted(out.items())}
 
-# %% ../../nbs/01e_audit.ipynb #c060
+# %% ../../nbs/01e_audit.ipynb #c061
 @_jit
 def _thin(later, earlier, mask, kept):
     "Pairs sorted by `later`: take the bits of `mask` from kept[later] where kept[earlier] has them."
@@ -553,7 +572,7 @@ def _grow(nodes, kept, weight, later, earlier, nbytes):
     sizes[np.searchsorted(new, later)] = nbytes
     return new, more, sizes
 
-# %% ../../nbs/01e_audit.ipynb #c063
+# %% ../../nbs/01e_audit.ipynb #c064
 STEPS = {"prepare": ("정제", "clean and order"), "contamination": ("평가 세트 대조", "contamination"), "exact": ("완전 중복", "exact copies"), "sign": ("서명", "sign"), "build": ("밴드와 후보", "bands and candidates"),
          "query": ("후보 검증", "verify"), "verify": ("후보 검증", "verify"), "decide": ("남길 문서 결정", "decide"), "semantic": ("의미 중복", "semantic"), "spans": ("반복 구간", "spans"), "write": ("쓰기", "write"), "keep": ("쓰기", "write"), "near": ("유사 중복 전체", "near, all steps")}
 
@@ -575,7 +594,7 @@ def step_rates(
         out.append({"step": step, "seconds": seconds, "cpu_seconds": cpu_seconds, **rate, "peak_mb": peak})
     return out
 
-# %% ../../nbs/01e_audit.ipynb #c066
+# %% ../../nbs/01e_audit.ipynb #c067
 def statistics(
     corpus: Corpus, s: DedupSettings,
     near: dict[str, Any], # what the stage dedup.near recorded
@@ -600,14 +619,19 @@ def statistics(
             "sampled_pairs": check_pairs(corpus, sample_pairs(db, s.audit.pairs, s.threshold), s.shingle, quotes),
             "cluster_sizes": cluster_sizes(db), "sources": [{"source": r["name"], **r} for r in removal_rates(db, "source")], "domains": removal_rates(db, "domain"),
             "matrix": removal_matrix(db), "source_matrix": removal_matrix(db, "source"), "sensitivity": sensitivity(db, s.threshold),
-            "planted": planted_recall(corpus, s.threshold), "planted_copies": planted}
+            "cut": _cut(near), "planted": planted_recall(corpus, s.threshold), "planted_copies": planted}
+
+def _cut(near: dict) -> dict | None: # documents, bytes and words
+    "What documents that stay lost to repeated paragraphs and sentences."
+    cut = [f["cut"] for f in (near.get("fates") or {}).values() if "cut" in f]
+    return {k: sum(c.get(k, 0) for c in cut) for k in _ZERO} if cut else None
 
 def _candidates(near: dict, docs: int) -> dict:
     "Candidates, and how many of them are pairs: what a tool without verification would have flagged wrongly."
     n, edges = near["candidates"], near["edges"]
     return {"candidates": n, "edges": edges, "candidates_per_document": round(2 * n / max(1, docs), 4), "candidate_precision": round(edges / n, 4) if n else None}
 
-# %% ../../nbs/01e_audit.ipynb #c069
+# %% ../../nbs/01e_audit.ipynb #c070
 def _colours() -> dict[str, tuple]: # fate -> colour
     c = korean_style()
     return {"exact": c[0], "near": c[1], "contaminated": c[2], "semantic": c[4], "emptied": c[7], "rest": c[3]}
@@ -620,12 +644,13 @@ def _stack(ax, names: list[str], parts: dict[str, np.ndarray], notes: list[str])
         ax.barh(range(len(names)), width, left=left, color=colours[fate], label=REASONS[fate][0]); left += width
     end = max(left.max(initial=0), 1e-9)
     for y, (x, note) in enumerate(zip(left, notes)): ax.text(x + end * 0.012, y, note, va="center", fontsize=9)
-    ax.set_yticks(range(len(names)), [n if len(n) <= 28 else n[:13] + "…" + n[-13:] for n in names]); ax.invert_yaxis(); ax.set_xlim(0, end * 1.22); ax.grid(False, axis="y")
+    ax.set_yticks(range(len(names)), [n if len(n) <= 36 else n[:27] + "…" + n[-8:] for n in names], fontsize=9.5 if max(map(len, names), default=0) <= 20 else 8.5); ax.invert_yaxis(); ax.set_xlim(0, end * 1.22); ax.grid(False, axis="y")
 
-def _legend_below(fig, ax) -> None:
-    if ax.get_legend_handles_labels()[1]: fig.legend(*ax.get_legend_handles_labels(), ncols=5, loc="outside lower center", fontsize=9.5)
+def _legend_below(fig, *axes) -> None:
+    handles, labels = (sum(x, []) for x in zip(*(ax.get_legend_handles_labels() for ax in axes)))
+    if labels: fig.legend(handles, labels, ncols=5 if len(labels) <= 5 and len(axes) == 1 else 3, loc="outside lower center", fontsize=9.5)
 
-# %% ../../nbs/01e_audit.ipynb #c070
+# %% ../../nbs/01e_audit.ipynb #c071
 def plot_rates(
     rows: list[dict] # of dedup_log.csv
 ): # matplotlib figure
@@ -641,7 +666,7 @@ def plot_rates(
     ax.set(xlabel="정제된 문서 가운데 제거된 비율 (%)", title="도메인별 중복률"); _legend_below(fig, ax)
     return fig
 
-# %% ../../nbs/01e_audit.ipynb #c072
+# %% ../../nbs/01e_audit.ipynb #c073
 def _megabytes(n: float) -> str:
     return next(f"{n / u:,.{0 if n >= 100 * u else 1}f} {name}" for u, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B")) if n >= u or u == 1)
 
@@ -654,14 +679,14 @@ def plot_sources(
     import matplotlib.pyplot as plt
     shown = [r for r in rates if r["bytes_removed"] and r["name"] != "(other)"][:top]
     unit, name = next(((u, n) for u, n in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if shown and shown[0]["bytes_removed"] >= u), (1e3, "kB"))
-    share = {f: np.array([r["bytes_removed"] / unit * r["fates"].get(f, 0) / max(1, r["removed"]) for r in shown], float) for f in FATES[1:]}
+    share = {f: np.array([r["fate_bytes"].get(f, 0) / unit for r in shown], float) for f in FATES[1:]}
     fig, ax = plt.subplots(figsize=(7.2, 0.34 * max(1, len(shown)) + 1.7), layout="constrained")
     _stack(ax, [r["name"] for r in shown], share, [f"{_megabytes(r['bytes_removed'])} · {100 * r['bytes_removed'] / max(1, r['bytes']):.1f} %" for r in shown])
     if not shown: ax.text(0.5, 0.5, "제거된 문서 없음", ha="center", transform=ax.transAxes); ax.set_yticks([])
     ax.set(xlabel=f"제거된 본문 ({name}; 뒤의 %는 그 출처 본문 가운데)", title="출처별로 줄어든 본문"); _legend_below(fig, ax)
     return fig
 
-# %% ../../nbs/01e_audit.ipynb #c074
+# %% ../../nbs/01e_audit.ipynb #c075
 def plot_matrix(
     matrix: dict # of `removal_matrix`
 ): # matplotlib figure
@@ -676,10 +701,10 @@ def plot_matrix(
     for y, x in zip(*np.nonzero(docs)): ax.text(x, y, f"{int(docs[y, x]):,}", ha="center", va="center", fontsize=9, color="white" if np.log(docs[y, x] / 0.5) > 0.62 * np.log(worst * 6) else "#222222")
     ax.set_xticks(range(n), names, rotation=35 if n > 3 else 0, ha="right" if n > 3 else "center"); ax.set_yticks(range(n), names); ax.grid(False)
     for at in np.arange(n + 1) - 0.5: ax.axhline(at, color="#dddddd", lw=0.8); ax.axvline(at, color="#dddddd", lw=0.8)
-    ax.set(xlabel="대신 남은 문서의 도메인", ylabel="제거된 문서의 도메인", title="무엇이 무엇 대신 남았나 (문서 수)")
+    ax.set(xlabel="대신 남은 문서의 도메인", ylabel="제거된 문서의 도메인", title="무엇 대신 무엇이 남았나 (문서 수)")
     return fig
 
-# %% ../../nbs/01e_audit.ipynb #c076
+# %% ../../nbs/01e_audit.ipynb #c077
 def plot_sizes(
     sizes: list[dict] # size, clusters
 ): # matplotlib figure
@@ -695,23 +720,25 @@ def plot_sizes(
     for at, values, colour, label in ((-0.2, clusters, colours[0], "군집"), (0.2, docs, colours[1], "그 안의 문서")):
         ax.bar(np.arange(last) + at, values, 0.38, color=colour, label=label)
         for x, y in enumerate(values): ax.text(x + at, y * 1.06 if y else 0.75, f"{y:,}", ha="center", va="bottom", fontsize=8.5)
-    ax.set_yscale("log"); ax.set_ylim(0.7, 3.2 * max([10, *docs]))
+    if sizes: ax.set_yscale("log")
+    else: ax.text(0.5, 0.5, "중복 군집 없음", ha="center", transform=ax.transAxes)
+    ax.set_ylim(0.7, 3.2 * max([10, *docs]))
     ax.set_xticks(range(last), names); ax.set(xlabel="군집의 문서 수", ylabel="개수 (로그 눈금)", title="중복 군집의 크기"); ax.grid(False, axis="x"); _legend_below(fig, ax)
     return fig
 
-# %% ../../nbs/01e_audit.ipynb #c078
-def _planted_points(ax, planted: dict | None, colours) -> None:
-    "Planted copies: share that became candidates, with Wilson intervals; share that ended in one cluster with the original."
+# %% ../../nbs/01e_audit.ipynb #c079
+def _planted_points(ax, planted: dict | None, threshold: float, colours) -> None:
+    "Planted copies: share that became candidates, with Wilson intervals; share that was found, from the threshold up."
     bins = [b for b in (planted or {}).get("bins", []) if b.get("pairs")]
     if not bins: return
     x = np.array([(b["low"] + min(1.0, b["high"])) / 2 for b in bins])
-    for key, marker, colour, label, shift in (("candidate", "o", colours[2], "심은 사본: 후보가 된 비율 (95 % 구간)", 0), ("found", "D", colours[3], "심은 사본: 원본과 묶인 비율", 0.008)):
-        some = [i for i, b in enumerate(bins) if b.get(key) is not None]
+    for key, marker, colour, label in (("candidate", "o", colours[2], "심은 사본: 후보가 된 비율 (95 % 구간)"), ("found", "D", colours[3], "심은 사본: 찾은 비율")):
+        some = [i for i, b in enumerate(bins) if b.get(key) is not None and (key == "candidate" or b[key] or b["low"] >= threshold - 1e-9)]
         share = np.array([bins[i][key] / bins[i]["pairs"] for i in some])
-        if key == "candidate":
+        if key == "candidate" and some:
             low, high = np.array([wilson(bins[i][key], bins[i]["pairs"]) for i in some]).reshape(-1, 2).T
-            ax.errorbar(x[some], share, yerr=[np.maximum(0, share - low), np.maximum(0, high - share)], fmt=marker, color=colour, ms=5.5, capsize=2.5, lw=1.2, label=label, zorder=4)
-        else: ax.plot(x[some] + shift, share, marker, color=colour, ms=5, mfc="white", mew=1.4, label=label, zorder=5)
+            ax.errorbar(x[some], share, yerr=[np.maximum(0, share - low), np.maximum(0, high - share)], fmt=marker, color=colour, ecolor=(*colour, 0.55), ms=5.5, capsize=2.5, lw=1.2, label=label, zorder=4)
+        elif some: ax.plot(x[some] + 0.008, share, marker, color=colour, ms=5, mfc="white", mew=1.4, label=label, zorder=5)
 
 def plot_recall(
     bands: int, rows: int, threshold: float,
@@ -724,19 +751,19 @@ def plot_recall(
     import matplotlib.pyplot as plt
     edges = np.array(jaccards if len(jaccards) == BINS + 1 else np.bincount(np.floor(np.asarray(jaccards, float) * BINS + 1e-6).astype(int), minlength=BINS + 1), float)
     below = np.where(_middle() < threshold, np.array(candidates if candidates else [0] * (BINS + 1), float), 0)
-    fig, (ax, low) = plt.subplots(2, 1, figsize=(7.2, 5.2), sharex=True, height_ratios=(3, 1.15), layout="constrained")
+    fig, (ax, low) = plt.subplots(2, 1, figsize=(7.2, 5.5), sharex=True, height_ratios=(3, 1.15), layout="constrained")
     j = np.linspace(0, 1, 400)
     ax.plot(j, candidate_probability(j, bands, rows), color=colours[0], lw=2.2, label=f"예상: $1-(1-J^{{{rows}}})^{{{bands}}}$")
-    _planted_points(ax, planted, colours)
+    _planted_points(ax, planted, threshold, colours)
     at = np.arange(BINS + 1) / BINS
     low.bar(at, below, 0.0092, align="edge", color="#a8a8a8", label="기준 미만인 후보"); low.bar(at, edges, 0.0092, align="edge", color=colours[1], label="유사 쌍")
     low.set_yscale("symlog", linthresh=1); low.set_ylim(0, 3 * max(3, edges.max(), below.max())); low.set_yticks([v for v in (0, 1, 10, 100, 1000, 10**4, 10**5, 10**6, 10**7) if v <= 3 * max(3, edges.max(), below.max())]); low.yaxis.set_major_formatter(lambda v, _: f"{v:,.0f}"); low.minorticks_off()
     for a in (ax, low): a.axvline(threshold, color="#333333", ls="--", lw=1.2, label=f"기준 J = {threshold:g}" if a is ax else None)
-    ax.set(ylabel="확률", title=f"후보 재현율: 예상과 측정 (밴드 {bands} × 행 {rows})", ylim=(-0.02, 1.06)); ax.legend(loc="upper left", fontsize=9, frameon=True, facecolor="white", edgecolor="white", framealpha=0.9)
-    low.set(xlabel="자카드 유사도 J", ylabel="쌍의 수", xlim=(0, 1.012)); _legend_below(fig, low)
+    ax.set(ylabel="확률", title=f"후보 재현율: 예상과 측정 (밴드 {bands} × 행 {rows})", ylim=(-0.02, 1.06))
+    low.set(xlabel="자카드 유사도 J", ylabel="쌍의 수", xlim=(0, 1.012)); _legend_below(fig, ax, low)
     return fig
 
-# %% ../../nbs/01e_audit.ipynb #c080
+# %% ../../nbs/01e_audit.ipynb #c081
 def plot_sensitivity(
     curve: list[dict], # of `sensitivity`
     documents: int, exact: int = 0, # of the cleaned corpus; removed as exact copies at every threshold
@@ -762,7 +789,7 @@ def plot_sensitivity(
     low.set(xlabel="자카드 기준", ylabel="쌍의 수", xlim=(left, 1.025)); low.yaxis.set_major_formatter(lambda v, _: f"{v:,.0f}"); _legend_below(fig, low)
     return fig
 
-# %% ../../nbs/01e_audit.ipynb #c082
+# %% ../../nbs/01e_audit.ipynb #c083
 def plot_speed(
     speed: list[dict] # of `step_rates`
 ): # matplotlib figure
@@ -780,7 +807,7 @@ def plot_speed(
     ax.invert_yaxis(); ax.set(xlabel="벽시계 시간 (초)", title="단계별 시간과 속도", xlim=(0, max([0.01, *seconds]) * 1.5)); ax.grid(False, axis="y")
     return fig
 
-# %% ../../nbs/01e_audit.ipynb #c085
+# %% ../../nbs/01e_audit.ipynb #c086
 def _image(key: str, text: str) -> list[str]: return [f"![{text}](../{key})", ""]
 
 def rates_markdown(
@@ -798,13 +825,14 @@ def rates_markdown(
 def _rates_section(stats: dict, t, language: str) -> list[str]:
     m, out = stats["matrix"], ["## " + t("1. 어디서 얼마나 제거했나", "1. What was removed, and where"), "", *_image("reports/figures/dedup_rates.png", t("도메인별 중복률", "Duplicate rate by domain"))]
     out += [rates_markdown(stats["domains"], t("도메인", "domain"), language=language), "", *_image("reports/figures/dedup_sources.png", t("출처별로 줄어든 본문", "Text saved by source")), rates_markdown(stats["sources"], t("출처", "source"), language=language), ""]
+    if stats.get("cut"): out += [t("반복되는 문단과 문장을 남은 문서 {docs:,}건에서 {bytes:,}바이트 잘라냈습니다. 위의 수에는 들어 있지 않습니다.", "From {docs:,} documents that stay, repeated paragraphs and sentences of {bytes:,} bytes were cut; the numbers above do not contain them.").format(**stats["cut"]), ""]
     total = sum(map(sum, m["docs"]))
     if total: out += [t("아래 표는 제거된 문서의 도메인(행)이 어느 도메인의 문서(열) 때문에 제거되었는지를 셉니다. 완전 중복과 유사 중복 {:,}건 가운데 {:,}건은 다른 도메인의 문서가 대신 남았습니다.",
                         "Rows: the domain of removed documents; columns: that of the documents kept for them. Of {:,} exact and near duplicates {:,} went in favour of another domain.").format(total, m["across"]), "",
                       markdown_table([t("제거 \\ 남음", "removed \\ kept"), *m["names"]], [[n, *row] for n, row in zip(m["names"], m["docs"])]), ""]
     return out
 
-# %% ../../nbs/01e_audit.ipynb #c086
+# %% ../../nbs/01e_audit.ipynb #c087
 def alternatives_markdown(
     options: list[dict], # of `band_alternatives`
     language: str = "ko"
@@ -838,7 +866,7 @@ def _recall_section(stats: dict, t, language: str) -> list[str]:
     if planted and planted_markdown(planted): out += [t("변형별 심은 사본:", "Planted copies by kind of change:"), "", planted_markdown(planted, language), ""]
     return out
 
-# %% ../../nbs/01e_audit.ipynb #c087
+# %% ../../nbs/01e_audit.ipynb #c088
 def speed_markdown(
     speed: list[dict], # of `step_rates`
     language: str = "ko"
@@ -859,7 +887,7 @@ def sensitivity_markdown(
     return markdown_table([t("기준 J", "threshold J"), t("유사 쌍", "pairs"), t("유사 중복으로 제거", "removed as near"), t("완전 중복 포함", "with exact copies"), t("유사 중복 바이트", "bytes of near")],
                           [[curve[i]["threshold"], curve[i]["pairs"], curve[i]["docs"], curve[i]["docs"] + exact, curve[i]["bytes"]] for i in some], {0: "{:.2f}"})
 
-# %% ../../nbs/01e_audit.ipynb #c088
+# %% ../../nbs/01e_audit.ipynb #c089
 def audit_page(
     stats: dict, # of `statistics`, with `steps` and `removed_exact`
     log: list[dict], # of `log_rows`
@@ -877,9 +905,9 @@ def audit_page(
            .format(first["docs_in"], _megabytes(first["bytes_in"]), last["docs_out"], _megabytes(last["bytes_out"]), stats["shingle"], stats["threshold"], stats["bands"], stats["rows"]), ""]
     out += _rates_section(stats, t, language)
     out += ["## " + t("2. 군집", "2. Clusters"), "", *_image("reports/figures/dedup_clusters.png", t("중복 군집의 크기", "Sizes of clusters"))]
-    if largest: out += [t("가장 큰 군집 {}개. 맨 앞은 남긴 문서, 다음은 그것과 가장 덜 닮은 구성원입니다.", "The {} largest clusters. First the document that is kept, then the member that is least like it.").format(len(largest)), "", largest_clusters_markdown(largest, language)]
+    if largest: out += [t("가장 큰 군집 {}개. 맨 앞은 남긴 문서, 다음은 그것과 가장 덜 닮은 구성원입니다. `-`는 남긴 문서, `+`는 그 구성원의 말입니다.", "The {} largest clusters. First the document that is kept, then the member that is least like it; `-`: words of the kept one, `+`: of the member.").format(len(largest)), "", largest_clusters_markdown(largest, language)]
     n = len(stats["sampled_pairs"])
-    out += ["## " + t("3. 표본 쌍", "3. Sampled pairs"), "", t("해시로 뽑은 유사 쌍 {}개의 유사도를 해시 없이 다시 계산했고, 모두 기록과 같습니다.", "The similarity of {} near-duplicate pairs, drawn by hash, was computed again without hashing; all agree with the record.").format(n) if n else t("유사 쌍이 없습니다.", "There are no near-duplicate pairs."), ""]
+    out += ["## " + t("3. 표본 쌍", "3. Sampled pairs"), "", t("유사 쌍 {}개를 기준부터 1까지 고르게 뽑아 유사도를 해시 없이 다시 계산했고, 모두 기록과 같습니다. `-`는 먼저 남기는 문서에만, `+`는 다른 문서에만 있는 말입니다.", "The similarity of {} near-duplicate pairs, spread from the threshold to 1, was computed again without hashing; all agree with the record. `-`: only in the document that is kept first, `+`: only in the other.").format(n) if n else t("유사 쌍이 없거나 뽑지 않았습니다.", "No near-duplicate pairs were found or drawn."), ""]
     for d in diffs: out += [d, ""]
     if n and not diffs: out += [markdown_table(["a", "b", "J"], [[r["a"], r["b"], r["true"]] for r in stats["sampled_pairs"]], {2: "{:.4f}"}), ""]
     out += _recall_section(stats, t, language)
@@ -889,7 +917,7 @@ def audit_page(
     out += ["## " + t("6. 시간과 속도", "6. Time and rate"), "", *_image("reports/figures/dedup_speed.png", t("단계별 시간", "Time of each step")), speed_markdown(stats["steps"], language), ""]
     return "\n".join(out)
 
-# %% ../../nbs/01e_audit.ipynb #c091
+# %% ../../nbs/01e_audit.ipynb #c092
 FIGURES = ("rates", "sources", "clusters", "recall", "sensitivity", "speed")
 AUDIT_OUTPUTS = ["dedup_log.csv", "dedup_ready/statistics.json", "dedup_ready/audit.md", *(f"reports/figures/dedup_{name}.png" for name in FIGURES)]  # always written; dedup_matrix.png where there is more than one domain
 
