@@ -59,7 +59,7 @@ READ_ROWS = 4096  # vectors in memory at once
 
 def _open_npy(file: VectorFile) -> np.ndarray: # memory map [documents, dimensions]
     try: x = np.load(open_store(file.uri).fetch(file.key), mmap_mode="r", allow_pickle=False)
-    except ValueError as e: raise _wrong(file.key, f"cannot be read without unpickling ({e})" if "object" in str(e).lower() else f"is no .npy array ({e})", "save it with numpy.save as float32 [documents, dimensions]") from None
+    except (ValueError, EOFError): raise _wrong(file.key, "is no array that numpy reads without unpickling", "save it with numpy.save as float32 [documents, dimensions]") from None
     if x.ndim != 2 or x.dtype.kind != "f": raise _wrong(file.key, f"holds {x.dtype}{list(x.shape)}", "save float32 [documents, dimensions]")
     return x
 
@@ -462,7 +462,9 @@ def _match(ctx, stage, base: dict, files: list[VectorFile]) -> tuple[list[dict],
     parts = resumable(ctx, stage, "ids", ids_part, [base | {"number": i} for i in range(base["parts"])])
     tasks = [base | {"number": i, "file": f} for i, f in enumerate(files)]
     read = resumable(ctx, stage, "vectors", ids_file, tasks, "embeddings: ids")
-    sizes = {r["dimensions"]: f.key for f, r in reversed(list(zip(files, read))) if r["rows"]}
+    sizes: dict[int, str] = {}
+    for f, r in zip(files, read):
+        if r["rows"]: sizes.setdefault(r["dimensions"], f.key)
     if len(sizes) > 1: raise _wrong(" and ".join(list(sizes.values())[:2]), f"{' and '.join(map(str, list(sizes)[:2]))} dimensions", "use one model for all")
     joined = resumable(ctx, stage, "match", match_partition, [base | {"number": p} for p in range(base["partitions"])])
     counts = {"vectors": sum(r["rows"] for r in read), "documents": sum(p["kept"] for p in parts), "dimensions": next(iter(sizes), 0)} | {k: sum(j[k] for j in joined) for k in ("matched", "unknown", "repeated", "removed_before")}
@@ -479,7 +481,7 @@ def _plan(s: DedupSettings, reduced: list[dict], size: int) -> dict: # what code
     bits, bands, recall = choose_codes(rows, s.semantic.threshold, spread, columns, projected, s.recall)
     shift, reach = (4 if projected else 1), _reach(columns, projected)
     far = 2 * (1 - s.semantic.threshold) * unit / 4**shift
-    rounding = columns * (1 + 2 * (far / columns)**0.5) + 4  # of 16-bit numbers
+    rounding = 2.25 * columns + 3 * (far * columns)**0.5 + 4  # each number is off by 1.5 at most
     return {"rows": rows, "columns": columns, "mean": mean, "spread": spread, "bits": bits, "bands": bands, "predicted_recall": recall, "shift": shift,
             "near": int(far * (1 + reach) + rounding), "sure": int(max(0.0, far * (1 - reach) - rounding)), "bounds": np.cumsum([0] + [r["rows"] for r in reduced]).tolist()}
 
