@@ -15,7 +15,7 @@ from .lsh import contaminated, keeper_order, partition_of, read_bucket, write_bu
 
 # %% auto #0
 __all__ = ['EXACT_ROWS', 'CLUSTERS', 'CLUSTER_ROWS', 'exact_part', 'equal_groups', 'ranks_of', 'exact_partition', 'find_exact',
-           'components', 'choose_keepers', 'Decision', 'decide', 'read_edges', 'read_copies', 'orphans',
+           'components', 'choose_keepers', 'Decision', 'decide', 'read_edges', 'read_copies', 'representatives',
            'write_clusters', 'publish_decision', 'fate_part', 'shorten', 'write_part', 'count_sources']
 
 # %% ../../nbs/01d_cluster.ipynb #c006
@@ -160,15 +160,9 @@ def read_copies(store: Store) -> np.ndarray: # int64 [n, 2]: copy, kept
     "What dedup.exact found."
     return np.concatenate([np.empty((0, 2), np.int64)] + [load_array(store, k) for k in store.list("minhash_lsh/exact/") if k.endswith(".npy")])
 
-def orphans(
-    d: Decision,
-    near: np.ndarray # int64 [m, 2], as `decide` got it
-) -> np.ndarray: # sorted document numbers
-    "Kept documents with an edge to one that went for another's sake: it may have spoken for them in a hot bucket."
-    at = ranks_of(d.docs, near)
-    gone, taken = d.gone[at], d.keeper[at]
-    lone = np.concatenate([at[~gone[:, i] & gone[:, 1 - i] & (taken[:, 1 - i] != at[:, i]), i] for i in (0, 1)])
-    return np.unique(d.docs[lone])
+def representatives(d: Decision) -> np.ndarray: # sorted document numbers
+    "Kept documents with near-duplicates. In a hot bucket not all of them were compared with each other."
+    return np.sort(d.docs[~d.gone & d.near])
 
 # %% ../../nbs/01d_cluster.ipynb #c020
 CLUSTERS = {"id": pa.string(), "cluster": pa.string(), "keep": pa.bool_(), "keeper": pa.string(), "reason": pa.string()}

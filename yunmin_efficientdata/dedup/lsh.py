@@ -12,7 +12,7 @@ from .minhash import N, _jit, jaccard_pairs, njit, shingle_sets, signatures
 from .prepare import Corpus, load_array, write_table
 
 # %% auto #0
-__all__ = ['PARTITION_ROWS', 'SIGN_DOCUMENTS', 'HOT', 'CHUNK', 'LEADERS', 'LINKS', 'NEAR', 'SURE', 'BLOCK_BYTES', 'PAIRS',
+__all__ = ['PARTITION_ROWS', 'SIGN_DOCUMENTS', 'HOT', 'CHUNK', 'LEADERS', 'FIRST', 'BEST', 'NEAR', 'SURE', 'BLOCK_BYTES', 'PAIRS',
            'candidate_probability', 'mean_recall', 'choose_bands', 'resolve_bands', 'partition_of', 'write_buckets',
            'read_bucket', 'partition_count', 'band_keys', 'number_bits', 'rows_of_part', 'left_out', 'contaminated',
            'sign_part', 'split_buckets', 'bucket_pairs', 'unpack', 'keeper_order', 'read_signatures', 'star_pairs',
@@ -215,33 +215,40 @@ def keeper_order(
     return docs[pc.sort_indices(pa.table(columns), sort_keys=keys).to_numpy()]
 
 # %% ../../nbs/01c_lsh.ipynb #c025
-LEADERS, LINKS = 256, 16  # leaders of a hot bucket at most; candidates of one member at most
-NEAR, SURE = 0.12, 0.1    # estimate - threshold from which a leader is worth an exact check, and from which it covers a member
+LEADERS = 256     # of a hot bucket at most
+FIRST, BEST = 2, 2  # candidates of a member: the first leaders, who will probably be kept, and the most similar ones
+NEAR, SURE = 0.12, 0.02  # estimate - threshold from which a leader is worth an exact check, and from which it covers a member
 
 @_jit
-def _follow(sign, leaders, count, need, cover, limit, out):
-    "Compare members in order with the leaders so far; out [members, LINKS] gets leaders' indices. Returns the new number of leaders."
-    slots = sign.shape[1]
+def _follow(sign, leaders, count, need, sure, limit, out):
+    "Compare members in order with the leaders so far; out [members, FIRST + BEST + 1] gets leaders to check, and the place of a new leader. Returns the number of leaders."
+    slots, last, score = sign.shape[1], out.shape[1] - 1, np.zeros(out.shape[1], np.int64)
     for i in range(len(sign)):
-        links, best = 0, 0
+        score[:], early = need - 1, 0
         for k in range(count):
             same = 0
             for c in range(slots): same += sign[i, c] == leaders[k, c]
-            if same >= need and links < out.shape[1]: out[i, links] = k; links += 1
-            best = max(best, same)
-        if best < cover and count < limit:
-            leaders[count] = sign[i]; out[i, out.shape[1] - 1] = -2 - count   # it leads from here on
+            if same >= sure and early < FIRST: out[i, early] = k; early += 1; continue
+            at = last
+            while at > FIRST and score[at - 1] < same: at -= 1
+            if at == last: continue
+            for m in range(last - 1, at, -1): score[m] = score[m - 1]; out[i, m] = out[i, m - 1]
+            score[at] = same; out[i, at] = k
+        if early == 0 and count < limit:
+            leaders[count] = sign[i]; out[i, last] = count   # it leads from here on
             count += 1
     return count
 
 # %% ../../nbs/01c_lsh.ipynb #c026
-def _follow_numpy(sign, leaders, count, need, cover, limit, out):
+def _follow_numpy(sign, leaders, count, need, sure, limit, out):
     "The same without numba."
     for i, row in enumerate(sign):
         same = (leaders[:count] == row).sum(axis=1)
-        near = np.flatnonzero(same >= need)[:out.shape[1]]
-        out[i, :len(near)] = near
-        if same.max(initial=0) < cover and count < limit: leaders[count] = row; out[i, -1] = -2 - count; count += 1
+        early = np.flatnonzero(same >= sure)[:FIRST]
+        same[early] = -1
+        best = [k for k in np.argsort(-same, kind="stable")[:BEST] if same[k] >= need]
+        out[i, :len(early)] = early; out[i, FIRST:FIRST + len(best)] = best
+        if not len(early) and count < limit: leaders[count] = row; out[i, -1] = count; count += 1
     return count
 
 # %% ../../nbs/01c_lsh.ipynb #c027
@@ -256,14 +263,14 @@ def star_pairs(
 ) -> np.ndarray: # uint64, sorted: a << 32 | b
     "Candidates of a hot bucket, linear in its members, with bounded memory."
     leaders, who, count, pairs = np.zeros((LEADERS, s.num_perm), np.uint32), np.zeros(LEADERS, np.int64), 0, []
-    need, cover = (int(np.ceil((s.threshold + d) * s.num_perm)) for d in (-NEAR, SURE))
+    need, sure = (min(s.num_perm, int(np.ceil((s.threshold + d) * s.num_perm))) for d in (-NEAR, SURE))
     for low in range(0, len(order), SIGN_DOCUMENTS):
         docs = order[low:low + SIGN_DOCUMENTS]
         by_number = np.argsort(docs)
         sign = np.empty((len(docs), s.num_perm), np.uint32); sign[by_number] = read_signatures(corpus, docs[by_number])
-        out = np.full((len(docs), LINKS + 1), -1, np.int64)
-        count = (_follow if njit else _follow_numpy)(sign, leaders, count, need, min(cover, s.num_perm), LEADERS, out)
-        new = np.flatnonzero(out[:, -1] <= -2); who[-2 - out[new, -1]] = docs[new]; out[:, -1] = -1
+        out = np.full((len(docs), FIRST + BEST + 1), -1, np.int64)
+        count = (_follow if njit else _follow_numpy)(sign, leaders, count, need, sure, LEADERS, out)
+        new = np.flatnonzero(out[:, -1] >= 0); who[out[new, -1]] = docs[new]; out[:, -1] = -1
         member, column = np.nonzero(out >= 0)
         a, b = docs[member], who[out[member, column]]
         pairs.append(np.minimum(a, b).astype(np.uint64) << np.uint64(32) | np.maximum(a, b).astype(np.uint64))
@@ -360,16 +367,18 @@ def verify_range(
 
 # %% ../../nbs/01c_lsh.ipynb #c038
 def rejoin_partition(
-    task: dict # workspace, settings, number (of the partition), orphans (key of sorted document numbers)
+    task: dict # workspace, settings, number (of the partition), documents (key of sorted document numbers), round
 ) -> dict: # keys of candidate files, their number
-    "Candidates among the orphans of each hot bucket of a partition."
+    "Candidates among some documents of each hot bucket of a partition."
     corpus, s, number = Corpus(task["workspace"]), DedupSettings(**task["settings"]), task["number"]
-    rows, orphans = load_array(corpus.store, f"minhash_lsh/spill/hot/{number:05d}.npy"), load_array(corpus.store, task["orphans"])
-    rows = rows[np.isin(rows[:, 1], orphans)]
-    first = np.flatnonzero(np.concatenate([[True], rows[1:, 0] != rows[:-1, 0]])) if len(rows) else []
-    members = [np.unique(g[:, 1]) for g in np.split(rows, first[1:])] if len(rows) else []
-    pairs = [star_pairs(corpus, keeper_order(corpus, m, s), s) for m in members if len(m) > 1]
-    pairs = np.unique(np.concatenate([np.empty(0, np.uint64), *pairs]))
+    rows, chosen = load_array(corpus.store, f"minhash_lsh/spill/hot/{number:05d}.npy"), load_array(corpus.store, task["documents"])
+    rows = rows[np.isin(rows[:, 1], chosen)]
+    first = np.flatnonzero(np.append(True, rows[1:, 0] != rows[:-1, 0])) if len(rows) else np.empty(0, np.int64)
+    size, pairs = np.diff(np.append(first, len(rows))), [np.empty(0, np.uint64)]
+    small = (size > 1) & (size <= HOT)
+    pairs += bucket_pairs(rows[:, 1].astype(np.uint64), first[small], size[small])
+    for a, n in zip(first[size > HOT], size[size > HOT]): pairs.append(star_pairs(corpus, keeper_order(corpus, np.unique(rows[a:a + n, 1]), s), s))
+    pairs = np.unique(np.concatenate(pairs))
     if not len(pairs): return {"keys": [], "candidates": 0}
     key = f"minhash_lsh/spill/candidates/{task['round']}-{number:05d}.npy"
     with corpus.store.writer(key) as f: np.save(f, pairs, allow_pickle=False)

@@ -9,7 +9,7 @@ import numpy as np, orjson
 from ..core.context import open_phase
 from ..core.settings import DedupSettings, UserError
 from ..core.store import Stat, Store
-from .cluster import decide, fate_part, find_exact, orphans, publish_decision, read_copies, read_edges, write_part
+from .cluster import decide, fate_part, find_exact, publish_decision, read_copies, read_edges, representatives, write_part
 from .lsh import join_partition, partition_count, rejoin_partition, resolve_bands, sign_part, verify_range
 from .prepare import FATES, Corpus, list_raw, load_array, load_fate, normal_source, prepare, resumable, sweep, write_fate
 
@@ -75,7 +75,7 @@ def _prepare(ctx, stage, files, ignored, sources: list[str]) -> dict: # counts
 
 # %% ../../nbs/01_dedup.ipynb #c010
 VERIFY_CANDIDATES = 50_000  # about so many candidates are verified in one task
-ROUNDS = 5                  # looks at hot buckets, at most
+ROUNDS = 8                  # looks at hot buckets, at most
 
 def _verify(ctx, stage, base: dict, joined: list[dict], round: int) -> list[dict]: # results of `verify_range`
     "Verify the candidates of one round."
@@ -85,19 +85,17 @@ def _verify(ctx, stage, base: dict, joined: list[dict], round: int) -> list[dict
     return resumable(ctx, stage, f"verify{round}", verify_range, ranges, "verify")
 
 def _decide(ctx, stage, base: dict, joined: list[dict], verified: list[dict]): # Decision, results of `verify_range` of all rounds
-    "Choose keepers; while members of hot buckets have lost their leaders, compare them among themselves and choose again."
+    "Choose keepers; compare those of hot buckets among themselves, and choose again, until nothing new is found."
     store, s, corpus, hot = ctx.store, DedupSettings(**base["settings"]), Corpus(ctx.store), [i for i, j in enumerate(joined) if j["hot"]]
     for round in range(1, ROUNDS + 1):
-        near = read_edges(store, [e["key"] for e in verified])
-        decision = decide(corpus, read_copies(store), near, s)
-        lone = orphans(decision, near) if hot and round < ROUNDS else ()
-        if len(lone) < 2: break
-        key = f"minhash_lsh/spill/orphans-{round}.npy"
-        with store.writer(key) as f: np.save(f, lone, allow_pickle=False)
-        again = resumable(ctx, stage, f"rejoin{round}", rejoin_partition, [base | {"number": i, "round": round, "orphans": key} for i in hot], "join again")
-        if not any(a["candidates"] for a in again): break
+        decision = decide(corpus, read_copies(store), read_edges(store, [e["key"] for e in verified]), s)
+        if not hot or round == ROUNDS: break
+        key = f"minhash_lsh/spill/representatives-{round}.npy"
+        with store.writer(key) as f: np.save(f, representatives(decision), allow_pickle=False)
+        again = resumable(ctx, stage, f"rejoin{round}", rejoin_partition, [base | {"number": i, "round": round, "documents": key} for i in hot], "join again")
         new = _verify(ctx, stage, base, again, round)
         verified = verified + new
+        ctx.log(f"near: {len(decision.docs) - int(decision.gone.sum()):,} representatives, {sum(e['edges'] for e in new):,} edges between them")
         if not any(e["edges"] for e in new): break
     return decision, verified
 
