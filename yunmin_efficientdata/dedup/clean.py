@@ -7,32 +7,40 @@ from __future__ import annotations
 import html, re, unicodedata
 from collections import Counter
 from datetime import date
-from functools import lru_cache
+from functools import lru_cache, partial
+from html.entities import html5
 from typing import Callable, NamedTuple
 import numpy as np
 from ..core.settings import CleanSettings, UserError
+try: from numba import njit
+except ImportError: njit = None
 
 # %% auto #0
-__all__ = ['RULES', 'FILTERS', 'html_entities', 'control_characters', 'zero_width', 'unicode_form', 'white_space', 'repeats',
-           'is_resident_number', 'mask_resident', 'luhn', 'mask_card', 'mask_phone', 'mask_account', 'mask_email',
-           'boilerplate', 'emoji', 'Rule', 'character_shares', 'duplicate_line_share', 'Cleaner']
+__all__ = ['RULES', 'PUBLISHED', 'FILTERS', 'ROUNDS', 'html_entities', 'control_characters', 'zero_width', 'unicode_form',
+           'white_space', 'repeats', 'is_resident_number', 'mask_resident', 'luhn', 'mask_card', 'mask_phone',
+           'mask_account', 'mask_email', 'boilerplate', 'emoji', 'Counts', 'count_plain', 'count', 'repetition_plain',
+           'repetition', 'Rule', 'failed', 'Cleaner']
 
 # %% ../../nbs/01a_clean.ipynb #c006
-_ENTITY = re.compile(r"&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,30});")
+_ENTITY = re.compile(r"&((?:(?:amp|AMP|#0{0,4}38|#[xX]0{0,4}26);)*)(#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,30});")
 
-def html_entities(text: str) -> str: # entities replaced, also those escaped twice or three times
+def _entity(match: re.Match) -> str: # what it stands for; itself when it stands for nothing
+    escaped, name = match.groups()
+    if name[0] == "#": return html.unescape(f"&{name};")
+    return html5.get(name + ";") or (f"&{name};" if escaped else match[0])
+
+def html_entities(text: str) -> str: # entities replaced, however often they were escaped
     "`&lt;` and friends as the characters they stand for."
-    for _ in range(3):
-        if "&" not in text: break
-        before, text = text, _ENTITY.sub(lambda m: html.unescape(m[0]), text)
-        if text == before: break
+    for _ in range(3):  # an entity may be built out of others, as in &&#108;t;
+        before, text = text, _ENTITY.sub(_entity, text)
+        if text == before or "&" not in text: break
     return text
 
-# %% ../../nbs/01a_clean.ipynb #c008
-_CONTROL = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ufdd0-\ufdef\ufff9-\ufffb\ufffe\uffff]")
+# %% ../../nbs/01a_clean.ipynb #c009
+_CONTROL = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ud800-\udfff\ufdd0-\ufdef\ufff9-\ufffb\ufffe\uffff" + "".join(chr(p << 16 | n) for p in range(1, 17) for n in (0xfffe, 0xffff)) + "]")
 _ZERO_WIDTH = re.compile("[\u00ad\u180e\u200b\u200c\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f\ufeff]|(?<![\u2600-\u27bf\ufe0f\U0001f000-\U0001faff])\u200d|\u200d(?![\u2600-\u27bf\U0001f000-\U0001faff])")
 
-def control_characters(text: str) -> str: # without control characters and non-characters
+def control_characters(text: str) -> str: # without control characters, non-characters and halves of surrogate pairs
     "Characters that no reader sees and no tokenizer should; tabs and line ends are left to `white_space`."
     return _CONTROL.sub("", text)
 
@@ -40,7 +48,7 @@ def zero_width(text: str) -> str: # without invisible characters; emoji sequence
     "Zero-width characters, soft hyphens, direction marks and byte order marks."
     return _ZERO_WIDTH.sub("", text)
 
-# %% ../../nbs/01a_clean.ipynb #c011
+# %% ../../nbs/01a_clean.ipynb #c012
 _NOT_JAMO = re.compile("[^\u3131-\u318e]+")
 
 def unicode_form(
@@ -50,209 +58,580 @@ def unicode_form(
     "Unicode normal form, with compatibility jamo (ㅋ, ㅠ) left as they are."
     if unicodedata.is_normalized(form, text): return text
     if form == "NFC": return unicodedata.normalize("NFC", text)
-    return _NOT_JAMO.sub(lambda m: unicodedata.normalize(form, m[0]), text)
+    return unicodedata.normalize("NFC", _NOT_JAMO.sub(lambda m: unicodedata.normalize(form, m[0]), text))
 
-# %% ../../nbs/01a_clean.ipynb #c014
+# %% ../../nbs/01a_clean.ipynb #c015
 _LINE_END = re.compile("\r\n?|[\x0b\x0c\x85\u2028\u2029]")
 _ODD_SPACE = re.compile("[\x1c-\x1f\xa0\u115f\u1160\u1680\u2000-\u200a\u202f\u205f\u2800\u3000\u3164\uffa0]")
-_RUN, _TAIL, _ONE_INDENT, _EMPTY_LINES = re.compile(r"(?<=[^\s])(?: [ \t]+|\t[ \t]*)(?=\S)"), re.compile(r"[ \t]+(?=\n)"), re.compile(r"(?<=\n) (?=\S)"), re.compile(r"\n{3,}")
+_EMPTY_LINES = re.compile(r"\n{3,}")
 
 def white_space(text: str) -> str: # tidy lines
-    "Line ends, odd spaces, runs of spaces, trailing spaces and empty lines made regular; newlines and indentation kept."
-    if not text.isascii(): text = _ODD_SPACE.sub(" ", text)
-    text = _LINE_END.sub("\n", text)
-    if "  " in text or "\t" in text: text = _RUN.sub(" ", text)
-    text = text.strip()
-    if "\n" in text: text = _EMPTY_LINES.sub("\n\n", _ONE_INDENT.sub("", _TAIL.sub("", text)))
-    return text
+    "Line ends, odd spaces, runs of spaces, trailing spaces and empty lines made regular; indentation and code blocks kept."
+    lines, out, fenced = _LINE_END.sub("\n", _ODD_SPACE.sub(" ", text)).split("\n"), [], False
+    for i, line in enumerate(lines):
+        body = line.strip()
+        if not body:
+            if out and out[-1]: out.append("")
+            continue
+        indent, fence = line[:line.index(body[0])], body.startswith(("```", "~~~"))
+        if not fenced and not fence:
+            if "  " in body or "\t" in body: body = " ".join(body.split())
+            if indent == " ": indent = ""
+        if not out and indent and not (i + 1 < len(lines) and lines[i + 1].strip() and lines[i + 1].startswith(("  ", "\t"))): indent = ""
+        fenced ^= fence
+        out.append(indent + body)
+    if out and not out[-1]: out.pop()
+    return "\n".join(out)
 
-# %% ../../nbs/01a_clean.ipynb #c017
-_JAMO_RUN = re.compile("([\u3131-\u3163])\\1{2,}")  # without ㆍ (U+318D), which statutes use as a dot
-_SIGN_RUN = re.compile(r"([!?~^])\1{2,}|\.{4,}")
+# %% ../../nbs/01a_clean.ipynb #c018
+_JAMO_RUN = re.compile("([\u1100-\u1112\u3131-\u3163])\\1\\1+")  # without ㆍ (U+318D), which statutes use as a dot
+_SIGN_RUN = re.compile(r"[!?~^…](?:(?<=!)!!+|(?<=\?)\?\?+|(?<=~)~~+|(?<=\^)\^\^+|(?<=…)……+)|\.\.\.\.+")
 
 def _shorten(match: re.Match) -> str:
     "Two of a sign, three dots; untouched where a line begins with markup."
     run, text, start = match[0], match.string, match.start()
     if run[0] == ".": return "..."
     begins = not text[text.rfind("\n", 0, start) + 1:start].strip()
-    if begins and (run[0] in "~^" or len(run) == 3 and text[match.end():match.end() + 1] == " "): return run
+    if begins and (run[0] in "~^" or len(run) == 3 and run[0] == "!" and text[match.end():match.end() + 1] == " "): return run
     return run[0] * 2
 
 def repeats(text: str) -> str: # with shortened runs
     "ㅋㅋㅋㅋ, ㅠㅠㅠ, !!!! and ...... shortened; the syllable before them is never touched."
     return _SIGN_RUN.sub(_shorten, _JAMO_RUN.sub(r"\1\1", text))
 
-# %% ../../nbs/01a_clean.ipynb #c020
-_RESIDENT = re.compile(r"(?<![0-9A-Za-z])(?<![0-9]-)([0-9]{6})( ?- ?|)([1-8][0-9]{6})(?![0-9A-Za-z])(?!-[0-9])")
+# %% ../../nbs/01a_clean.ipynb #c021
+_FOLD = dict(zip("０１２３４５６７８９‐‑‒–—−－．（）＋＠", "0123456789-------.()+@"))
+_FOLDABLE = re.compile("[０-９‐-—−－．（）＋＠]")
+
+def _masked(
+    text: str,
+    pattern: re.Pattern, # of a number, in ASCII
+    mask: str, # stands in its place
+    sure: Callable[[re.Match], bool] # is it really one
+) -> str: # with each hit masked by itself
+    flat = text if text.isascii() else _FOLDABLE.sub(lambda m: _FOLD[m[0]], text)
+    out, at = [], 0
+    for m in pattern.finditer(flat):
+        if sure(m): out += text[at:m.start()], mask; at = m.end()
+    return "".join(out) + text[at:] if out else text
+
+def _before(m: re.Match, width: int) -> str: return m.string[max(0, m.start() - width):m.start()]  # what stands before a hit
+def _in_address(m: re.Match) -> bool: return _before(m, 1) in ("/", "=", "_", "&", "#", "?")  # digits of a URL or a name
+
+# %% ../../nbs/01a_clean.ipynb #c023
+_RESIDENT = re.compile(r"[0-9](?<![0-9A-Za-z_].)(?<![0-9][-.].)[0-9]{5}(?: ?- ?| )?[1-8][0-9]{6}(?![0-9A-Za-z_])(?![-.][0-9])")
 
 def is_resident_number(
     front: str, # YYMMDD
     back: str, # 7 digits, the first gives sex and century
     dashed: bool = True # was it written with a dash
 ) -> bool:
-    "Does the number have a real date and the right check digit."
+    "Does the number have a real date, up to 2039, and the right check digit."
     century = 1900 if back[0] in "1256" else 2000
     try: born = date(century + int(front[:2]), int(front[2:4]), int(front[4:]))
     except ValueError: return False
+    if born.year > 2039: return False
     if dashed and born >= date(2020, 10, 1): return True
     total = sum(int(d) * w for d, w in zip(front + back, (2, 3, 4, 5, 6, 7, 8, 9, 2, 3, 4, 5)))
     check = (11 - total % 11) % 10
     return int(back[6]) in ({check, (check + 2) % 10} if back[0] in "5678" else {check})
 
+def _sure_resident(m: re.Match) -> bool:
+    if not is_resident_number(m[0][:6], m[0][-7:], "-" in m[0]): return False
+    return "법인" not in _before(m, 12) and not (m[0].isdigit() and _in_address(m))
+
 def mask_resident(text: str) -> str: # resident registration numbers masked
     "Resident registration numbers, by date and check digit."
-    return _RESIDENT.sub(lambda m: "[주민등록번호]" if is_resident_number(m[1], m[3], "-" in m[2]) else m[0], text)
+    return _masked(text, _RESIDENT, "[주민등록번호]", _sure_resident)
 
-# %% ../../nbs/01a_clean.ipynb #c023
-_CARD = re.compile(r"(?<![0-9A-Za-z])(?<![0-9][-.])(?:[3-69][0-9]{3}([- ]?)[0-9]{4}\1[0-9]{4}\1[0-9]{4}|3[47][0-9]{2}([- ]?)[0-9]{6}\2[0-9]{5})(?![0-9A-Za-z])(?![-.][0-9])")
+# %% ../../nbs/01a_clean.ipynb #c026
+_CARD = re.compile(r"""[2-69](?<![0-9A-Za-z_].)(?<![0-9][-.].)(?<![0-9]{4}[ ].)(?:
+    [0-9]{3}([ ]-[ ]|[-. ])?[0-9]{4}(?(1)\1)[0-9]{4}(?(1)\1)[0-9]{4}      # 4-4-4-4
+  | (?<=3)[47][0-9]{2}([-. ])?[0-9]{6}(?(2)\2)[0-9]{5}                    # American Express: 4-6-5
+  | (?<=3)[068][0-9]{2}([-. ])[0-9]{6}\3[0-9]{4}                          # Diners Club: 4-6-4
+    )(?![0-9A-Za-z_])(?![-.][0-9])(?![ ][0-9]{4}(?![0-9/]))""", re.X)
 
 def luhn(
     number: str # separators allowed
 ) -> bool: # does the check digit fit
     "Luhn's formula (ISO/IEC 7812)."
-    digits = [int(d) for d in number if d.isdigit()][::-1]
+    digits = [int(d) for d in number if d in "0123456789"][::-1]
     return sum(digits[::2] + [d * 2 - 9 * (d > 4) for d in digits[1::2]]) % 10 == 0
+
+def _sure_card(m: re.Match) -> bool:
+    issued = m[0][0] != "2" or 2221 <= int(m[0][:4]) <= 2720  # Mastercard's second range; other numbers with a 2 are years
+    return issued and luhn(m[0]) and not (m[0].isdigit() and _in_address(m))
 
 def mask_card(text: str) -> str: # card numbers masked
     "Payment card numbers, by grouping and check digit."
-    return _CARD.sub(lambda m: "[카드번호]" if luhn(m[0]) else m[0], text)
+    return _masked(text, _CARD, "[카드번호]", _sure_card)
 
-# %% ../../nbs/01a_clean.ipynb #c025
-_PHONE = re.compile(r"""(?<![0-9A-Za-z])(?<![0-9][-.])(?:
-      (?:\+82[-. ]?|0)10[-. ]?[0-9]{4}[-. ]?[0-9]{4}                          # mobile: 010-1234-5678, +82 10 1234 5678
-    | (?:\+82[-. ]?|0)1[16789][-. ]?[0-9]{3,4}[-. ]?[0-9]{4}                  # older mobile: 011, 016-019
-    | (?:\+82[-. ]?|0)(?:2|3[1-3]|4[1-4]|5[1-5]|6[1-4]|70|50[2-8]?)[-.)][ ]?[0-9]{3,4}[-.][0-9]{4}  # landline, 070, 050x
-    | \((?:0(?:2|3[1-3]|4[1-4]|5[1-5]|6[1-4]|70))\)[ ]?[0-9]{3,4}[-.][0-9]{4}  # (02) 123-4567
-    )(?![0-9])(?![-.][0-9])""", re.X)
+# %% ../../nbs/01a_clean.ipynb #c029
+_PHONE = re.compile(r"""[+0(](?<![0-9A-Za-z_+].)(?<![0-9][-.].)(?:(?P<country>(?<=\+)82[-. ]{0,2}(?:\(0\)|0)?)|(?P<open>(?<=\()0)|(?<=0))
+    (?:(?P<mobile>10|1[16-9])|2|3[1-3]|4[1-4]|5[1-5]|6[1-4]|70|50[2-8]?)
+    (?(open)\)|\)?)(?P<first>[ ]?[-.][ ]?|[ ]|)[0-9]{3,4}(?P<second>[ ]?[-.][ ]?|[ ]|)[0-9]{4}
+    (?![0-9])(?![-.][0-9])""", re.X)
+_CALL = re.compile(r"(?:전화|폰|연락|문의|번호|[Tt][Ee][Ll]|TEL|[Ff][Aa][Xx]|팩스|☎|☏|📞|📱|HP|H\.P)[^0-9\n]{0,10}\Z")
+
+def _sure_phone(m: re.Match) -> bool:
+    if _before(m, 1) == "제": return False
+    if m["country"] or (m["first"].strip() or ")" in m[0]) and m["second"].strip(): return True  # written as a phone number
+    if m["mobile"] == "10" and sum(map(str.isdigit, m[0])) == 11:
+        after = m.string[m.end():m.end() + 1]
+        return not (m[0].isdigit() and (_in_address(m) or after == "_" or after.isascii() and after.isalpha()))
+    return bool(_CALL.search(_before(m, 20)))
 
 def mask_phone(text: str) -> str: # phone numbers masked
     "Korean mobile and landline numbers."
-    return _PHONE.sub("[전화번호]", text)
+    return _masked(text, _PHONE, "[전화번호]", _sure_phone)
 
-# %% ../../nbs/01a_clean.ipynb #c028
-_ACCOUNT = re.compile(r"((?:계좌|은행|뱅크|농협|수협|신협|금고|우체국|입금)[^0-9\n]{0,12})(?<![0-9A-Za-z-])([0-9]{2,6}(?:-[0-9]{2,6}){2,3}|[0-9]{10,14})(?![0-9A-Za-z]|-[0-9])")
-_EMAIL = re.compile(r"(?<![A-Za-z0-9._%+@/-])(?!git@)[A-Za-z0-9._%+-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}(?![A-Za-z0-9@])")
+# %% ../../nbs/01a_clean.ipynb #c032
+_ACCOUNT = re.compile(r"[0-9](?<![0-9A-Za-z_].)(?<![-.,/=].)(?:[0-9]{1,5}(?:-[0-9]{2,8}){2,3}|[0-9]{9,13})(?![0-9A-Za-z_])(?![-.,/][0-9])")
+_BANK = re.compile(r"(?:계좌(?:번호)?|입금|예금주|송금|(?:은행|뱅크|농협|수협|신협|금고|우체국)(?!나무|잎|열매|알))([^0-9\n]{0,12})\Z")
+_NO_ACCOUNT = re.compile(r"사업자|등록|전화|팩스|고객|대표|우편|주문|ISBN|[Tt]el|TEL|[Ff]ax|FAX")
+_UNIT = re.compile(r" ?(?:원|달러|엔|위안|유로|명|개|건|주|억|만|천|년|월|일|호|번째|%)")
+_BANK_AFTER = re.compile(r"[ (,/:]{0,3}(?:[가-힣A-Z]{2,6}(?:은행|뱅크)|농협|수협|신협|우체국|새마을금고)")
+
+def _sure_account(m: re.Match) -> bool:
+    digits, bank = m[0].replace("-", ""), _BANK.search(_before(m, 24))
+    if not 10 <= len(digits) <= 14 or len(digits) == 13 and digits.startswith(("978", "979")): return False
+    if bank and not _NO_ACCOUNT.search(bank[1]): return "-" in m[0] or not _UNIT.match(m.string, m.end())
+    return "-" in m[0] and bool(_BANK_AFTER.match(m.string, m.end()))
 
 def mask_account(text: str) -> str: # account numbers masked
-    "Bank account numbers of 10 to 14 digits that follow a word such as 계좌 or 은행."
-    def mask(m): return m[1] + "[계좌번호]" if 10 <= sum(map(str.isdigit, m[2])) <= 14 else m[0]
-    return _ACCOUNT.sub(mask, text)
+    "Bank account numbers of 10 to 14 digits beside a word such as 계좌 or 은행."
+    return _masked(text, _ACCOUNT, "[계좌번호]", _sure_account)
+
+# %% ../../nbs/01a_clean.ipynb #c035
+_EMAIL = re.compile(r"@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}(?![A-Za-z0-9@])")
+_LOCAL = re.compile(r"(?<![A-Za-z0-9._%+@/-])[A-Za-z0-9._%+-]{1,64}\Z")
 
 def mask_email(text: str) -> str: # e-mail addresses masked
     "E-mail addresses."
-    return _EMAIL.sub("[이메일]", text)
+    flat = text if text.isascii() else _FOLDABLE.sub(lambda m: _FOLD[m[0]], text)
+    out, at = [], 0
+    for m in _EMAIL.finditer(flat):
+        low = max(at, m.start() - 66)
+        local = _LOCAL.search(flat, low, m.start())
+        if not local or local[0] == "git" or re.search(r"://\S*\Z", flat[low:local.start()]): continue
+        out += text[at:local.start()], "[이메일]"; at = m.end()
+    return "".join(out) + text[at:] if out else text
 
-# %% ../../nbs/01a_clean.ipynb #c031
-_BOILERPLATE = re.compile(r"""^[ \t]*(?:
+# %% ../../nbs/01a_clean.ipynb #c038
+_BOILERPLATE = re.compile(r"""[ \t]*(?:
       .{0,80}무단\s?(?:전재|복제|배포|도용).{0,60}                               # 무단 전재 및 재배포 금지
-    | [\[(<]?\s*(?:저작권자|Copyright)?\s*\(?[ⓒ].{0,80}                           # ⓒ 어느신문, 저작권자 ⓒ …
-    | [\[(]?(?:[가-힣]{2,8}\s?[=·]\s?)?(?:[가-힣A-Za-z]{2,10}\s)?[가-힣]{2,4}\s?(?:인턴|수습|선임|전문|객원)?\s?기자[\])]?(?:\s?[=|/]?\s?[\[(]?(?:\[이메일\]|[\w.+-]+@[\w.-]+)[\])]?)?  # a byline
+    | [\[(<]?\s*(?:저작권자|Copyright)?\s*\(?[ⓒ©].{0,80}                          # ⓒ 어느신문, 저작권자 ⓒ …
+    | [\[(]?(?:[가-힣]{2,8}\s?[=·]\s?)?(?:[가-힣A-Za-z]{2,10}\s)?[가-힣]{2,4}(?:\ (?:인턴|수습|선임|전문|객원)?\s?기자[\])]?(?:\s?[=|/]?\s?[\[(]?(?:\[이메일\]|[\w.+-]+@[\w.-]+)[\])]?)?|(?:인턴|수습)?기자[\])]?\s?[=|/]?\s?[\[(]?(?:\[이메일\]|[\w.+-]+@[\w.-]+)[\])]?)  # a byline
     | .{0,40}제보.{0,40}(?:받습니다|기다립니다|바랍니다|카카오톡|\[이메일\]|\[전화번호\]).{0,60}           # a call for tips
-    )[ \t]*$\n?""", re.X | re.M)
-_DATELINE = re.compile(r"^[\[(][가-힣]{2,8}=[가-힣A-Za-z0-9]{2,12}[\])]\s?[가-힣]{2,4}\s?(?:인턴|수습|선임|전문|객원)?\s?기자\s?=\s?", re.M)
-_BOILERPLATE_HINTS = ("무단", "ⓒ", "기자", "제보")
+    )[ \t]*""", re.X)
+_DATELINE = re.compile(r"^(?:[\[(][가-힣]{2,8}=[가-힣A-Za-z0-9]{2,12}[\])] ?[가-힣]{2,4} ?(?:인턴|수습|선임|전문|객원)? ?기자 ?= ?)+", re.M)
+_HINT = re.compile("무단|[ⓒ©]|기자|제보")
 
 def boilerplate(text: str) -> str: # without such lines
-    "Copyright notices, bylines and calls for tips, as whole lines; the dateline before a first sentence."
-    return _BOILERPLATE.sub("", _DATELINE.sub("", text)).strip()
+    "Copyright notices, bylines and calls for tips, as whole lines among others; the dateline before a first sentence."
+    lines = _DATELINE.sub("", text).split("\n")
+    if len(lines) == 1: return lines[0]
+    kept = [line for line in lines if len(line) > 200 or not _HINT.search(line) or not _BOILERPLATE.fullmatch(line)]
+    return "\n".join(lines) if len(kept) == len(lines) else _EMPTY_LINES.sub("\n\n", "\n".join(kept)).strip()
 
-# %% ../../nbs/01a_clean.ipynb #c033
+# %% ../../nbs/01a_clean.ipynb #c040
 _EMOJI = re.compile("[\U0001f000-\U0001faff\u2600-\u27bf][\ufe0f\u200d\U0001f3fb-\U0001f3ff]*|[\ufe0f\u200d]")
 
 def emoji(text: str) -> str: # without emoji
     "Pictographs with their modifiers. Off by default: in chat they carry meaning."
     return _EMOJI.sub("", text)
 
-# %% ../../nbs/01a_clean.ipynb #c036
+# %% ../../nbs/01a_clean.ipynb #c043
+_CLASS = {"control_characters": 8, "zero_width": 16, "white_space": 32, "unicode_form": 64}  # bits of the class table and of the triggers
+_TRIGGER = _CLASS | {"html_entities": 1 << 8, "repeats": 1 << 9, "mask_email": 1 << 10, "boilerplate": 1 << 11, "emoji": 1 << 12, "beyond_ascii": 1 << 13,
+                     "mask_resident": 1 << 14, "mask_card": 1 << 15, "mask_phone": 1 << 16, "mask_account": 1 << 17}
+_BULLETS = "-*•‣·●○■□▪▫◦◆◇▶▷※"
+
+@lru_cache(1)
+def _classes() -> np.ndarray: # uint8 for each of 65,536 code points: bits 0-1: 0 space, 1 symbol, 2 letter or digit, 3 Hangul; 4: a letter; 128: a bullet; and _CLASS
+    "Character classes of the basic plane."
+    chars = [chr(i) for i in range(0x10000)]
+    table = np.fromiter((0 if c.isspace() else 2 if c.isalnum() or unicodedata.category(c)[0] == "M" else 1 for c in chars), np.uint8, 0x10000)
+    for low, high in ((0x1100, 0x1200), (0x3131, 0x318F), (0xA960, 0xA980), (0xAC00, 0xD7FC)): table[low:high] = 3
+    table[[i for i, c in enumerate(chars) if c.isalpha()]] |= 4
+    table[[ord(c) for c in _BULLETS]] |= 128
+    text = "".join(chars)
+    for pattern, name in ((_CONTROL, "control_characters"), (_ZERO_WIDTH, "zero_width"), (_ODD_SPACE, "white_space"), (_LINE_END, "white_space")):
+        table[[m.start() for m in pattern.finditer(text)]] |= _CLASS[name]
+    table[_unstable(chars)] |= _CLASS["unicode_form"]
+    return table
+
+def _unstable(chars: list[str]) -> list[int]: # code points of the basic plane
+    "Characters that NFC may change, alone or beside another: those with a combining class, with another normal form, or that are the second half of a composed one."
+    halves = {int(d[1], 16) for c in chars if len(d := unicodedata.decomposition(c).split()) == 2 and d[0][0] != "<"} | set(range(0x1161, 0x1176)) | set(range(0x11A8, 0x11C3))
+    return [i for i, c in enumerate(chars) if i in halves or unicodedata.combining(c) or not unicodedata.is_normalized("NFC", c)]
+
+# %% ../../nbs/01a_clean.ipynb #c045
+def _jit(fn): return njit(nogil=True, cache=True)(fn) if njit else fn
+
+@_jit
+def _beyond(cp): # class of a code point above the basic plane: emoji and musical signs are symbols, the rest letters
+    if cp & 0xFFFE == 0xFFFE: return 1 | 8
+    if 0x1F000 <= cp < 0x20000: return 1
+    if 0x20000 <= cp < 0x2F800: return 6
+    if 0x1D000 <= cp < 0x1D400 or cp >= 0xE0000: return 1 | 64
+    return 6 | 64
+
+@_jit
+def _decode(data, i): # code point at byte i, bytes it takes
+    b = np.int64(data[i])
+    if b < 0x80: return b, 1
+    if b < 0xE0: return (b & 0x1F) << 6 | np.int64(data[i + 1]) & 0x3F, 2
+    if b < 0xF0: return (b & 0xF) << 12 | (np.int64(data[i + 1]) & 0x3F) << 6 | np.int64(data[i + 2]) & 0x3F, 3
+    return (b & 7) << 18 | (np.int64(data[i + 1]) & 0x3F) << 12 | (np.int64(data[i + 2]) & 0x3F) << 6 | np.int64(data[i + 3]) & 0x3F, 4
+
+# %% ../../nbs/01a_clean.ipynb #c046
+@_jit
+def _pairs(cp, prev, run): # triggers that a character raises together with the one before; run: how often it stands in a row
+    if cp < 0x80:
+        if run == 3 and (cp == 33 or cp == 63 or cp == 126 or cp == 94) or run == 4 and cp == 46: return 1 << 9
+        return 32 if prev == 10 and run == 3 else 0
+    seen = 1 << 13
+    if 0x2600 <= cp < 0x27C0 or 0x1F000 <= cp < 0x1FB00 or cp == 0x200D or cp == 0xFE0F: seen |= 1 << 12
+    if run == 3 and (0x3131 <= cp < 0x3164 or 0x1100 <= cp < 0x1113 or cp == 0x2026): seen |= 1 << 9
+    if cp == 0x24D2 or cp == 0xA9: seen |= 1 << 11                                             # ⓒ ©
+    if prev == 0xBB34 and cp == 0xB2E8 or prev == 0xAE30 and cp == 0xC790 or prev == 0xC81C and cp == 0xBCF4: seen |= 1 << 11  # 무단 기자 제보
+    if cp >= 0xAC00 and _banks(cp, prev): seen |= 1 << 19
+    return seen
+
+@_jit
+def _banks(cp, prev): # the end of 계좌 은행 뱅크 금고 농협 수협 신협 우체국 입금 송금 예금주
+    if cp == 0xC88C: return prev == 0xACC4
+    if cp == 0xD589: return prev == 0xC740
+    if cp == 0xD06C: return prev == 0xBC45
+    if cp == 0xACE0 or cp == 0xC8FC: return prev == 0xAE08
+    if cp == 0xD611: return prev == 0xB18D or prev == 0xC218 or prev == 0xC2E0
+    if cp == 0xAD6D: return prev == 0xCCB4
+    return cp == 0xAE08 and (prev == 0xC785 or prev == 0xC1A1)
+
+@_jit
+def _numbers(n, a, b, c, total, zero, dashes): # triggers at the end of a run of n digits; a, b, c: lengths of the runs before; total: digits of all; zero: did a run begin with 0 or +
+    seen = 0
+    if n == 13 or n == 7 and a == 6: seen |= 1 << 14
+    if n >= 15 or n == 4 and (a == 4 and b == 4 and c == 4 or a == 6 and b == 4) or n == 5 and a == 6 and b == 4: seen |= 1 << 15
+    if zero and total >= 9 and (n >= 7 or n == 4 and a >= 3): seen |= 1 << 16
+    if n >= 10 or dashes >= 2 and total >= 10: seen |= 1 << 18
+    return seen
+
+@_jit
+def _separates(cp): # may it stand between the digits of one number
+    return cp == 32 or cp == 45 or cp == 46 or cp == 40 or cp == 41 or 0x2010 <= cp <= 0x2014 or cp == 0x2212 or cp == 0xFF0D or cp == 0xFF0E or cp == 0xFF08 or cp == 0xFF09
+
+@_jit
+def _alnum(cp): return 97 <= cp <= 122 or 48 <= cp <= 57 or 65 <= cp <= 90
+
+@_jit
+def _wordlike(cp): # may it stand beside the @ of an e-mail address, full-width forms included
+    return _alnum(cp) or cp == 95 or cp == 43 or cp == 37 or cp != 32 and _separates(cp) or 0xFF0B <= cp <= 0xFF19
+
+# %% ../../nbs/01a_clean.ipynb #c047
+@_jit
+def _look(data, table, short_line):
+    "One pass over a text in UTF-8: bits of `_TRIGGER` and the counts of `Counts`."
+    mask = chars = spaces = symbols = hangul = words = alphabetic = lines = short = bullets = dotted = finished = 0
+    i = kind = run = length = size = start = word = entity = digits = bullet = streak = 0
+    prev, last, gap, fenced, fence, at_sign = -1, -1, 99, False, False, False
+    n = a = b = c = zero = dashes = 0
+    while i <= len(data):
+        cp, width = _decode(data, i) if i < len(data) else (10, 1)  # a last line end, which is not counted
+        if i == len(data) and chars and kind & 3 == 0: mask |= 32
+        kind = np.int64(table[cp]) if cp < 0x10000 else _beyond(cp)
+        run = run + 1 if cp == prev else 1
+        if kind & 3 == 0:
+            if word: words += 1; alphabetic += word >> 1; word = 0
+            if cp == 10:
+                if length:
+                    lines += 1; short += length < short_line; bullets += bullet
+                    dotted += last == 0x2026 or last == 46 and streak >= 3; finished += _finishes(last)
+                if i == len(data): break
+                if prev == 32 or prev == 9 or prev < 0: mask |= 32
+                if fence: fenced = not fenced
+                length, size, fence = 0, -1, False
+            elif length and not (fenced or fence) and (cp == 9 or prev == 32 or prev == 9): mask |= 32
+            spaces += 1
+        else:
+            symbols += kind & 3 == 1; hangul += kind & 3 == 3
+            word |= 1 | (kind & 4) >> 1
+            if not length:
+                start, bullet = size, kind >> 7
+                fence = (cp == 96 or cp == 126) and i + 2 < len(data) and data[i + 1] == cp and data[i + 2] == cp
+                if start and (lines == 0 or start == 1 and prev == 32 and not (fenced or fence)): mask |= 32
+            length, last, streak = size + 1 - start, cp, run
+        if entity:
+            if _alnum(cp) or cp == 35: entity += 1
+            else:
+                if cp == 59 and entity > 1: mask |= 256
+                entity = 0
+        if cp == 38: entity = 1
+        if at_sign and _wordlike(cp): mask |= 1024
+        at_sign = (cp == 64 or cp == 0xFF20) and _wordlike(prev)
+        if 48 <= cp <= 57 or 0xFF10 <= cp <= 0xFF19:
+            if gap > 4: digits = n = a = b = c = dashes = 0; zero = prev == 43 or prev == 0xFF0B
+            elif gap > 0: a, b, c, n = n, a, b, 0
+            if n == 0 and (cp == 48 or cp == 0xFF10): zero = 1
+            n += 1; digits += 1; gap = 0
+        else:
+            if gap == 0 and digits > 8: mask |= _numbers(n, a, b, c, digits, zero, dashes)
+            gap = gap + 1 if _separates(cp) else 99
+            dashes += cp == 45 or cp > 0x2000
+        mask |= kind & 0x78 | _pairs(cp, prev, run)
+        chars += 1; size += 1; prev = cp; i += width
+    if gap == 0 and digits > 8: mask |= _numbers(n, a, b, c, digits, zero, dashes)
+    mask |= (mask >> 18 & mask >> 19 & 1) << 17  # an account number needs a bank
+    return mask, chars, spaces, symbols, hangul, words, alphabetic, lines, short, bullets, dotted, finished, len(data)
+
+@_jit
+def _finishes(cp): return cp == 46 or cp == 33 or cp == 63 or cp == 0x2026 or cp == 34 or cp == 39 or cp == 0x201D or cp == 0x2019 or cp == 41 or cp == 0x3002
+
+# %% ../../nbs/01a_clean.ipynb #c049
+class Counts(NamedTuple):
+    "What a document is made of. Lines are those that are not empty, without white space at their ends."
+    mask: int # which rules may apply: bits of `_TRIGGER`
+    chars: int
+    spaces: int # white space of any kind
+    symbols: int # neither space nor letter nor digit
+    hangul: int # syllables and jamo
+    words: int # as `text.split()` gives them
+    alphabetic: int # words with a letter
+    lines: int
+    short: int # lines with fewer characters than `short_line`
+    bullets: int # lines that begin with a bullet
+    dotted: int # lines that end with an ellipsis
+    finished: int # lines that end with a mark of punctuation
+    bytes: int # in UTF-8
+
+def _class(c: str) -> int: return int(_classes()[ord(c)]) if c <= "\uffff" else (getattr(_beyond, "py_func", _beyond))(ord(c))
+
+def count_plain(
+    text: str,
+    short_line: int = 15 # characters
+) -> Counts: # with all triggers set
+    "Counts of a text in plain Python."
+    kinds, words = Counter(_class(c) & 3 for c in text), text.split()
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    return Counts(-1, len(text), kinds[0], kinds[1], kinds[3], len(words), sum(any(_class(c) & 4 for c in w) for w in words), len(lines), sum(len(x) < short_line for x in lines),
+                  sum(x[0] in _BULLETS for x in lines), sum(x.endswith(("...", "…")) for x in lines), sum(x[-1] in ".!?…\"'”’)。" for x in lines), len(text.encode("utf-8", "surrogatepass")))
+
+def count(
+    text: str,
+    short_line: int = 15 # characters
+) -> Counts:
+    "Counts of a text, and which rules may apply."
+    if njit is None: return count_plain(text, short_line)
+    return Counts(*_look(np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8), _classes(), short_line))
+
+# %% ../../nbs/01a_clean.ipynb #c052
+@_jit
+def _scramble(h):
+    h ^= h >> np.uint64(33); h *= np.uint64(0xFF51AFD7ED558CCD)
+    return (h ^ (h >> np.uint64(33))) | np.uint64(1)  # 0 marks an empty slot
+
+@_jit
+def _slot(keys, key): # where a key is or belongs
+    at = np.int64(key >> np.uint64(20)) & (len(keys) - 1)
+    while keys[at] != np.uint64(0) and keys[at] != key: at = (at + 1) & (len(keys) - 1)
+    return at
+
+@_jit
+def _top_share(grams, ends, n, keys, counts): # characters of the n-gram that covers most, if it occurs twice
+    keys[:] = np.uint64(0); best = 0
+    for i in range(len(grams)):
+        at = _slot(keys, grams[i])
+        if keys[at] == np.uint64(0): keys[at] = grams[i]; counts[at] = 1
+        else:
+            counts[at] += 1
+            best = max(best, counts[at] * (ends[i + n] - ends[i]))
+    return best
+
+@_jit
+def _again_share(grams, ends, n, keys): # characters of n-grams that occurred before
+    keys[:] = np.uint64(0); total = i = 0
+    while i < len(grams):
+        at = _slot(keys, grams[i])
+        if keys[at] == grams[i]: total += ends[i + n] - ends[i]; i += n
+        else: keys[at] = grams[i]; i += 1
+    return total
+
+# %% ../../nbs/01a_clean.ipynb #c053
+@_jit
+def _units(data, table, word_hash, word_end, line_hash, line_end, part_hash, part_end):
+    "Hashes of words, lines and paragraphs, and the running sums of their characters; returns how many of each."
+    words = lines = parts = i = held = chars = inside = seen = 0
+    word = line = kept = part = np.uint64(0)
+    while i <= len(data):
+        cp, width = _decode(data, i) if i < len(data) else (10, 1)
+        kind = np.int64(table[cp]) if cp < 0x10000 else _beyond(cp)
+        if kind & 3:
+            word = (word ^ np.uint64(cp)) * np.uint64(0x9E3779B97F4A7C15); inside += 1
+            line = (line ^ np.uint64(cp)) * np.uint64(0x9E3779B97F4A7C15); chars += 1
+            held, kept = chars, line  # up to the last character that is no space
+        else:
+            if inside: word_hash[words] = _scramble(word); word_end[words + 1] = word_end[words] + inside; words += 1; word = np.uint64(0); inside = 0
+            if cp == 10:
+                if held:
+                    line_hash[lines] = _scramble(kept); line_end[lines + 1] = line_end[lines] + held; lines += 1
+                    part = (part ^ kept) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(1); seen += held
+                if seen and (not held or i == len(data)): part_hash[parts] = _scramble(part); part_end[parts + 1] = part_end[parts] + seen; parts += 1; part = np.uint64(0); seen = 0
+                line = np.uint64(0); chars = held = 0
+            elif chars: line = (line ^ np.uint64(cp)) * np.uint64(0x9E3779B97F4A7C15); chars += 1
+        i += width
+    return words, lines, parts
+
+@_jit
+def _repeated(data, table, words, lines):
+    "Repeated characters: in lines, in paragraphs, in the top n-gram (2, 3, 4), in n-grams that occurred before (5 to 10), then all characters of lines and of words."
+    word_hash, word_end = np.empty(words + 1, np.uint64), np.zeros(words + 2, np.int64)
+    line_hash, line_end, part_hash, part_end = np.empty(lines + 1, np.uint64), np.zeros(lines + 2, np.int64), np.empty(lines + 1, np.uint64), np.zeros(lines + 2, np.int64)
+    words, lines, parts = _units(data, table, word_hash, word_end, line_hash, line_end, part_hash, part_end)
+    size = 16
+    while size < 2 * max(words, lines): size *= 2
+    keys, counts, out = np.empty(size, np.uint64), np.empty(size, np.int32), np.zeros(13, np.int64)
+    out[11], out[12] = line_end[lines], word_end[words]
+    if lines > 1: out[0] = _again_share(line_hash[:lines], line_end, 1, keys)
+    if parts > 1: out[1] = _again_share(part_hash[:parts], part_end, 1, keys)
+    grams = word_hash[:words].copy()
+    for n in range(2, min(10, words) + 1):
+        for i in range(words - n + 1): grams[i] = _scramble(grams[i] * np.uint64(0xC4CEB9FE1A85EC53) + word_hash[i + n - 1])
+        found = _top_share(grams[:words - n + 1], word_end, n, keys, counts) if n < 5 else _again_share(grams[:words - n + 1], word_end, n, keys)
+        out[n] = found
+        if not found: break
+    return out
+
+# %% ../../nbs/01a_clean.ipynb #c055
+def _again(units: list, sizes: list[int], n: int = 1) -> int: # characters of n-grams that occurred before
+    seen, total, i = set(), 0, 0
+    while i <= len(units) - n:
+        gram = tuple(units[i:i + n])
+        if gram in seen: total += sum(sizes[i:i + n]); i += n
+        else: seen.add(gram); i += 1
+    return total
+
+def repetition_plain(text: str) -> list[float]: # 11 shares, as `repetition`
+    "Shares of repeated characters in plain Python."
+    words, lines = text.split(), [line.strip() for line in text.split("\n")]
+    parts = [p for p in "\n".join(lines).split("\n\n") if p.strip("\n")]
+    parts = [p.strip("\n") for p in parts]
+    own, kept = [len(w) for w in words], [x for x in lines if x]
+    repeats_ = [_again(kept, [len(x) for x in kept]), _again(parts, [len(p.replace("\n", "")) for p in parts])]
+    for n in (2, 3, 4):
+        grams = Counter(tuple(words[i:i + n]) for i in range(len(words) - n + 1))
+        repeats_.append(max((k * sum(map(len, g)) for g, k in grams.items() if k > 1), default=0))
+    repeats_ += [_again(words, own, n) for n in range(5, 11)]
+    total = [sum(map(len, kept))] * 2 + [sum(own)] * 9
+    return [min(1.0, r / max(1, t)) for r, t in zip(repeats_, total)]
+
+def repetition(
+    text: str,
+    counts: tuple | None = None # of the text, as `Counts`, if they are known
+) -> list[float]: # lines, paragraphs, top n-gram of 2, 3, 4 words, repeated n-grams of 5, 6, 7, 8, 9, 10 words
+    "Shares of a text's characters that are repetition (Rae et al. 2021, table A1)."
+    if njit is None: return repetition_plain(text)
+    words, lines = (counts[5], counts[7]) if counts else (len(text.split()), text.count("\n") + 1)
+    found = _repeated(np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8), _classes(), words, lines).tolist()
+    return [min(1.0, r / max(1, found[11 if i < 2 else 12])) for i, r in enumerate(found[:11])]
+
+# %% ../../nbs/01a_clean.ipynb #c058
 class Rule(NamedTuple):
     "A named step of cleaning."
     name: str
     apply: Callable[[str], str]
-    hint: Callable[[str], object] # false: the rule cannot apply
+    trigger: int # bits of `_TRIGGER`: none of them seen, the rule cannot apply
     on: bool = True # by default
 
-_ODD = re.compile("[^\n -~\u00a1-\u00ac\u00ae-\u02ff\u1100-\u115e\u2010-\u2027\u2030-\u205e\u20a0-\u27ff\u2e80-\u2fff\u3001-\u3163\u3165-\uabff\uac00-\ud7a3\uf900-\ufaff\uff01-\uff9f\uffe0-\uffee]")
-_DIGITS, _SIGNS = re.compile("[0-9]{3}"), re.compile(r"!!!|\?\?\?|~~~|\^\^\^|\.\.\.\.")
+RULES = tuple(Rule(f.__name__, f, _TRIGGER[f.__name__], f is not emoji) for f in (
+    html_entities, control_characters, zero_width, unicode_form, white_space, repeats, mask_email, mask_resident, mask_card, mask_phone, mask_account, boilerplate, emoji))
 
-def _has_jamo_or_signs(text: str): return _SIGNS.search(text) or not text.isascii() and _JAMO_RUN.search(text)
+# %% ../../nbs/01a_clean.ipynb #c060
+PUBLISHED = dict(judge_lines=1, min_mean_word=3.0, max_mean_word=10.0, min_alphabetic_words=0.8, max_bullet_lines=0.9, max_ellipsis_lines=0.3, short_line=30, max_short_lines=0.67, min_finished_lines=0.12,
+                 max_duplicate_lines=0.2, max_duplicate_paragraphs=0.2, max_top_ngrams=[0.20, 0.18, 0.16], max_duplicate_ngrams=[0.15, 0.14, 0.13, 0.12, 0.11, 0.10])  # Gopher, and FineWeb where Gopher has none
 
-# %% ../../nbs/01a_clean.ipynb #c037
-RULES = (
-    Rule("html_entities", html_entities, lambda t: "&" in t and ";" in t),
-    Rule("control_characters", control_characters, _ODD.search),
-    Rule("zero_width", zero_width, _ODD.search),
-    Rule("unicode_form", unicode_form, lambda t: not t.isascii()),
-    Rule("white_space", white_space, lambda t: True),
-    Rule("repeats", repeats, _has_jamo_or_signs),
-    Rule("mask_email", mask_email, lambda t: "@" in t),
-    Rule("mask_resident", mask_resident, _DIGITS.search),
-    Rule("mask_card", mask_card, _DIGITS.search),
-    Rule("mask_phone", mask_phone, _DIGITS.search),
-    Rule("mask_account", mask_account, _DIGITS.search),
-    Rule("boilerplate", boilerplate, lambda t: any(h in t for h in _BOILERPLATE_HINTS)),
-    Rule("emoji", emoji, lambda t: not t.isascii(), on=False),
-)
+FILTERS = ("too_short", "symbol_ratio", "mean_word_length", "alphabetic_words", "bullet_lines", "ellipsis_lines", "short_lines", "unfinished_lines", "hangul_ratio",
+           "duplicate_lines", "duplicate_paragraphs", "top_ngrams", "duplicate_ngrams")
 
-# %% ../../nbs/01a_clean.ipynb #c039
-@lru_cache(1)
-def _classes() -> np.ndarray: # uint8 for each of 65,536 code points: 0 space, 1 symbol, 2 letter or digit, 3 Hangul
-    "Character classes of the basic plane."
-    table = np.fromiter((0 if c.isspace() else 1 + c.isalnum() for c in map(chr, range(0x10000))), np.uint8, 0x10000)
-    for low, high in ((0x1100, 0x1200), (0x3131, 0x318F), (0xA960, 0xA980), (0xAC00, 0xD7FC)): table[low:high] = 3
-    return table
+def failed(
+    c: Counts,
+    repeated: Callable[[], list[float]], # gives `repetition` of the text, when it is needed
+    s: CleanSettings
+) -> list[str]: # names of all filters that a text does not pass
+    "Judge a text by its counts."
+    out, visible = [], max(1, c.chars - c.spaces)
+    if c.chars < s.min_chars or not c.words: out.append("too_short")
+    if c.symbols > s.max_symbol_ratio * visible: out.append("symbol_ratio")
+    if c.hangul < s.min_hangul_ratio * (visible - c.symbols): out.append("hangul_ratio")
+    long, many = c.words >= s.judge_words, c.lines >= s.judge_lines
+    if long:
+        if not s.min_mean_word * c.words <= visible <= s.max_mean_word * c.words: out.append("mean_word_length")
+        if c.alphabetic < s.min_alphabetic_words * c.words: out.append("alphabetic_words")
+    if many:
+        for name, n, limit in (("bullet_lines", c.bullets, s.max_bullet_lines), ("ellipsis_lines", c.dotted, s.max_ellipsis_lines), ("short_lines", c.short, s.max_short_lines)):
+            if n > limit * c.lines: out.append(name)
+        if c.finished < s.min_finished_lines * c.lines: out.append("unfinished_lines")
+    if long or many:
+        r = repeated()
+        if many and r[0] > s.max_duplicate_lines: out.append("duplicate_lines")
+        if many and r[1] > s.max_duplicate_paragraphs: out.append("duplicate_paragraphs")
+        if long and any(x > limit for x, limit in zip(r[2:5], s.max_top_ngrams)): out.append("top_ngrams")
+        if long and any(x > limit for x, limit in zip(r[5:], s.max_duplicate_ngrams)): out.append("duplicate_ngrams")
+    return out
 
-def character_shares(
-    text: str # cleaned
-) -> tuple[float, float]: # share of symbols among visible characters, share of Hangul among letters and digits
-    "What a text is made of."
-    points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
-    kinds = np.bincount(_classes()[points[points < 0x10000]], minlength=4)
-    beyond = points[points >= 0x10000]
-    letters = int(((beyond >= 0x20000) & (beyond < 0x40000)).sum())  # rare Chinese characters; the rest are mostly emoji
-    symbols, words, hangul = int(kinds[1]) + len(beyond) - letters, int(kinds[2]) + letters, int(kinds[3])
-    return symbols / max(1, symbols + words + hangul), hangul / max(1, words + hangul)
-
-# %% ../../nbs/01a_clean.ipynb #c041
-def duplicate_line_share(
-    text: str # cleaned
-) -> float: # share of characters in lines that already occurred
-    "How much of a text of eight lines or more repeats its own lines (after Rae et al. 2021, Gopher, table A1)."
-    lines = [line for line in text.split("\n") if line]
-    if len(lines) < 8: return 0.0
-    return 1 - sum(map(len, set(lines))) / sum(map(len, lines))
-
-# %% ../../nbs/01a_clean.ipynb #c044
-FILTERS = ("too_short", "symbol_ratio", "duplicate_lines", "hangul_ratio")
+# %% ../../nbs/01a_clean.ipynb #c062
+ROUNDS = 16  # of cleaning, at most; real text settles in the second
 
 class Cleaner:
     "The rules and filters of a config. Raises `UserError` for an unknown rule."
-    def __init__(self, settings: CleanSettings | None = None):
+    def __init__(self, settings: CleanSettings | None = None,
+                 plain: bool = False): # every rule tried on every text, counts in plain Python: the specification, and slow
         self.settings = s = settings or CleanSettings()
         names = [r.name for r in RULES] + list(FILTERS)
         for name in s.rules:
             if name not in names: raise UserError(f"clean.rules: {name!r} is no rule; known: {', '.join(names)}")
         self.rules = [r for r in RULES if s.rules.get(r.name, r.on)]
-        if s.form != "NFC": self.rules = [r._replace(apply=lambda t: unicode_form(t, s.form)) if r.name == "unicode_form" else r for r in self.rules]
-        self.filters = [f for f in FILTERS if s.rules.get(f, True)]
+        if s.form != "NFC": self.rules = [r._replace(apply=partial(unicode_form, form=s.form), trigger=_TRIGGER["beyond_ascii"]) if r.name == "unicode_form" else r for r in self.rules]
+        self.off = {f for f in FILTERS if not s.rules.get(f, True)}
+        self.tidy = s.rules.get("white_space", True)
+        self.plain, self.triggers, self.table = plain or njit is None, sum({r.trigger for r in self.rules}), _classes()
+
+    def look(self, text: str) -> tuple: # as `Counts`
+        "What is in a text."
+        if self.plain: return count_plain(text, self.settings.short_line)
+        return _look(np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8), self.table, self.settings.short_line)
+
+    def settle(self, text: str) -> tuple[str, list[str], tuple]: # cleaned text, names of the rules that changed it, its counts
+        "Apply the rules in order until nothing changes."
+        bare, changed = text.rstrip() if self.tidy else text, {}
+        if len(bare) < len(text): text = bare; changed["white_space"] = 1  # most common of all, and needs no second look
+        counts = self.look(text)
+        for _ in range(ROUNDS):
+            before = text
+            if not counts[0] & self.triggers: break
+            for name, apply, trigger, _ in self.rules:
+                if counts[0] & trigger and (new := apply(text)) != text: text = new; changed[name] = 1; counts = self.look(text)
+            if text == before: break
+        return text, list(changed), counts
+
+    def judge(self, text: str, counts: tuple) -> str | None: # name of the filter that drops the cleaned text
+        "The first filter, in the order of `FILTERS`, that a text does not pass."
+        s = self.settings
+        _, chars, spaces, symbols, hangul, words, _, lines = counts[:8]
+        if words and words < s.judge_words and lines < s.judge_lines and chars >= s.min_chars:  # a comment: the three measures of characters
+            if symbols <= s.max_symbol_ratio * (chars - spaces) and hangul >= s.min_hangul_ratio * (chars - spaces - symbols): return None
+        names = failed(Counts(*counts), lambda: repetition_plain(text) if self.plain else repetition(text, counts), s)
+        return next((f for f in FILTERS if f in names and f not in self.off), None) if names else None
 
     def clean(self, text: str) -> tuple[str, list[str]]: # cleaned text, names of the rules that changed it
-        "Apply the rules in order."
-        changed = []
-        for name, apply, hint, _ in self.rules:
-            if hint(text) and (new := apply(text)) != text: text = new; changed.append(name)
-        if len(changed) > 1 and self.settings.rules.get("white_space", True): text = white_space(text)  # removals leave gaps
-        return text, changed
+        "Apply the rules."
+        return self.settle(text)[:2]
 
     def reject(self, text: str) -> str | None: # name of the filter that drops the cleaned text
         "The first filter that a text does not pass."
-        s = self.settings
-        if "too_short" in self.filters and (len(text) < s.min_chars or not text.strip()): return "too_short"
-        symbols, hangul = character_shares(text) if text else (0.0, 0.0)
-        if "symbol_ratio" in self.filters and symbols > s.max_symbol_ratio: return "symbol_ratio"
-        if "duplicate_lines" in self.filters and s.max_duplicate_lines < 1 and duplicate_line_share(text) > s.max_duplicate_lines: return "duplicate_lines"
-        return "hangul_ratio" if "hangul_ratio" in self.filters and hangul < s.min_hangul_ratio else None
+        return self.judge(text, self.look(text))
 
     def process(self, text: str) -> tuple[str, list[str], str | None, int, int]: # cleaned text, rules that changed it, filter that drops it, words, UTF-8 bytes
         "Clean, filter and measure in one call."
-        text, changed = self.clean(text)
-        return text, changed, self.reject(text), len(text.split()), len(text.encode("utf-8", "surrogatepass"))
+        text, changed, counts = self.settle(text)
+        return text, changed, self.judge(text, counts), counts[5], counts[12]
