@@ -541,7 +541,8 @@ def find_spans(ctx, stage) -> dict: # documents, characters, emptied; by level a
     "Repeated paragraphs and sentences of the kept documents, to minhash_lsh/spans/. Resumes by part."
     store, s, corpus = ctx.store, ctx.settings.dedup, Corpus(ctx.store)
     if not any(name.startswith("spans") for name in stage.parts): store.delete_prefix(SPILL)
-    n = 1 if s.spans.method == "bloom" else partition_count(sum(p["bytes"] for p in corpus.parts) // 100, s.partitions)  # a span every 100 bytes is a bold guess
+    if len(corpus.parts) >> 20: raise UserError(f"{len(corpus.parts):,} parts are more than spans can number (1,048,576): raise dedup.part_bytes")
+    n = 1 if s.spans.method == "bloom" else max(s.partitions, partition_count(sum(p["bytes"] for p in corpus.parts) // 100))  # a span every 100 bytes is a bold guess
     base = {"workspace": store.uri, "settings": s.model_dump(), "partitions": n, "least": least_left(ctx.settings)}
     parts = [base | {"number": i} for i in range(len(corpus.parts))]
     found, bloom = resumable(ctx, stage, "spans-find", span_part, parts, "spans"), None
