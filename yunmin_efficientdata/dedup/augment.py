@@ -8,11 +8,11 @@ import hashlib, heapq, re, tempfile, unicodedata
 from array import array
 from difflib import SequenceMatcher
 from random import Random
-from typing import Any, Callable, Iterable, Iterator, NamedTuple
+from typing import Callable, Iterable, Iterator, NamedTuple
 import numpy as np, orjson
 from pydantic import Field
 from ..core.figures import korean_style
-from ..core.settings import DOMAINS, CleanSettings, DedupSettings, Section, UserError
+from ..core.settings import CleanSettings, DedupSettings, Section, UserError
 from .clean import Cleaner
 from .lsh import band_keys, candidate_probability, resolve_bands
 from .minhash import canonical, jaccard, jaccard_pairs, shingle_hashes, shingle_set, shingle_sets, signatures
@@ -514,6 +514,7 @@ def collisions(
         found += [np.stack([order[x], order[same]], axis=1) for x in (same - 1, np.maximum.accumulate(first)[same])]
     return np.unique(np.sort(np.concatenate(found), axis=1), axis=0)
 
+# %% ../../nbs/01j_augment.ipynb #c065
 def flagged_pairs(
     texts: list[str], # cleaned; equal texts are looked at once
     shingle: str = "char5", s: DedupSettings = DedupSettings()
@@ -534,7 +535,7 @@ def _flag(texts: list[str], a: int, b: int, j: float) -> Flagged:
     x, y = (canonical(texts[i], "char5").decode("utf-8", "surrogatepass")[:2000] for i in (a, b))
     return Flagged(a, b, j, words, SequenceMatcher(None, x, y, autojunk=False).ratio())
 
-# %% ../../nbs/01j_augment.ipynb #c065
+# %% ../../nbs/01j_augment.ipynb #c066
 def flagged_quality(
     texts: list[str], # cleaned
     shingle: str = "char5", s: DedupSettings = DedupSettings()
@@ -546,7 +547,7 @@ def flagged_quality(
     return {"shingle": shingle, "texts": len(texts), "flagged": len(flagged), "few_words": len(few), "alike": len(few) - len(doubtful), "doubtful": len(doubtful),
             "upper": wilson(len(doubtful), len(flagged))[1] if doubtful else min(1.0, 3 / max(1, len(flagged))), "examples": [f._asdict() for f in doubtful[:10]]}
 
-# %% ../../nbs/01j_augment.ipynb #c069
+# %% ../../nbs/01j_augment.ipynb #c070
 class SyntheticSettings(Section):
     "Fields of the records, and thresholds of the checks."
     prompt: list[str] = Field(["system", "instruction", "input", "prompt", "question"], description="fields that make the prompt; those that exist are joined")
@@ -571,7 +572,7 @@ def fields_of(
     answer = next((v for f in s.answer if isinstance(v := record.get(f), str)), "")
     return str(record.get("id", "")), "\n".join(texts), answer
 
-# %% ../../nbs/01j_augment.ipynb #c072
+# %% ../../nbs/01j_augment.ipynb #c073
 def repeated_share(answer: str) -> float: # of word 5-grams that occurred before; 0 below 20 words
     "How much of a text repeats itself."
     if len(answer.split()) < 20: return 0.0
@@ -601,7 +602,7 @@ def copied(
     longest = int(np.diff(gaps).max()) - 1
     return float(known.mean()), longest + 4 if longest else 0
 
-# %% ../../nbs/01j_augment.ipynb #c075
+# %% ../../nbs/01j_augment.ipynb #c076
 _REFUSAL = re.compile(r"""(?:죄송|미안|유감)[^.\n]{0,60}(?:수\s?없|어렵|못\s?하|불가)
     | (?:AI|인공지능|언어\s?모델|챗봇)(?:로서|으로서|이기\s?때문|이므로|라서|이라서|입니다)
     | (?:답변|제공|도와)[^.\n]{0,20}(?:드릴|할)\s수\s없
@@ -628,7 +629,7 @@ def wrong_language(answer: str, prompt: str, s: SyntheticSettings) -> bool: # fa
     lang = s.lang or ("ko" if ph > pl else "en" if pl > 20 and pl > 20 * ph else None)
     return hangul < .2 * letters if lang == "ko" else hangul > .2 * letters if lang == "en" else False
 
-# %% ../../nbs/01j_augment.ipynb #c076
+# %% ../../nbs/01j_augment.ipynb #c077
 _CLOSERS = "\"'”’)]}」』》*_ \n\t^~ㅋㅎㅠㅜ♡♥"
 _OPEN = re.compile(r"(?:[,;(\[{「『“‘]|[가-힣](?:은|는|을|를|의|에서|에게|와|과|으로|하고|하며|지만|면서|위해|위한|대한|및))$")
 _FINAL = re.compile(r"(?:[.!?…。:|>`]|[다요죠까네음함임됨것기라자지군걸데뿐줘])$|[\u2600-\u27bf\U0001f000-\U0001faff]$")
@@ -646,7 +647,7 @@ def truncated(answer: str) -> bool: # false below 30 characters
     prose = len(_STOP.findall(text)) >= 2 and (_STOP.search(last) or len(last) > 60)
     return bool(prose) and not _FINAL.search(text) and not _ITEM.match(last)
 
-# %% ../../nbs/01j_augment.ipynb #c079
+# %% ../../nbs/01j_augment.ipynb #c080
 class Shelf:
     "Texts in a temporary file, with band keys to find the similar ones."
     def __init__(self, s: DedupSettings):
@@ -670,7 +671,7 @@ class Shelf:
         j = (jaccard(*(shingle_set(self.get(i)[1], self.s.shingle) for i in p)) for p in pairs.tolist())
         return pairs[np.fromiter((x >= self.s.threshold for x in j), bool, len(pairs))]
 
-# %% ../../nbs/01j_augment.ipynb #c081
+# %% ../../nbs/01j_augment.ipynb #c082
 def text_checks(s: SyntheticSettings) -> dict[str, tuple[Callable[[str, str], bool], str]]: # name -> (answer, prompt) -> is it at fault; the rule in words
     "The checks that look at one record."
     def long(answer): return len(answer.split()) >= s.min_words
@@ -687,7 +688,7 @@ def text_checks(s: SyntheticSettings) -> dict[str, tuple[Callable[[str, str], bo
             "language": (lambda a, p: wrong_language(a, p, s), f"another language than the prompt's, or {s.foreign:.0%} letters of a third script"),
             "truncated": (lambda a, p: truncated(a), "stops in mid-sentence")}
 
-# %% ../../nbs/01j_augment.ipynb #c082
+# %% ../../nbs/01j_augment.ipynb #c083
 class SyntheticReport(NamedTuple):
     "What `check_synthetic` found."
     records: int
@@ -711,7 +712,7 @@ def length_outliers(
     z = (x - middle) / max(0.2, 1.4826 * float(np.median(np.abs(x - middle))))
     return np.where(np.abs(z) > score, np.sign(z), 0).astype(np.int8)
 
-# %% ../../nbs/01j_augment.ipynb #c084
+# %% ../../nbs/01j_augment.ipynb #c085
 def _shelve_sources(sources: Iterable[str], shelf: Shelf, s: SyntheticSettings) -> np.ndarray: # uint64, sorted: hashes of their word 5-grams
     grams = []
     for text in sources:
@@ -732,7 +733,7 @@ def _later_checks(lengths: np.ndarray, shelf: Shelf, first: int, s: SyntheticSet
     return {"too_short": (np.flatnonzero((outlier < 0) & (lengths > 0)), far), "too_long": (np.flatnonzero(outlier > 0), far),
             "source_duplicate": (np.unique(pairs[source, 1]) - first, rule + "a source"), "duplicate": (np.unique(pairs[~source, 1]) - first, rule + "an earlier answer")}
 
-# %% ../../nbs/01j_augment.ipynb #c085
+# %% ../../nbs/01j_augment.ipynb #c086
 def check_synthetic(
     records: Iterable[dict], # read once
     sources: Iterable[str] = (), # texts that the generator was given or trained on
