@@ -4,7 +4,7 @@
 
 # %% ../../nbs/01f_prepare.ipynb #c004
 from __future__ import annotations
-import hashlib, io, os, re, unicodedata
+import gc, hashlib, io, os, re, unicodedata
 from collections import Counter, OrderedDict
 from contextlib import contextmanager
 from functools import lru_cache
@@ -20,14 +20,14 @@ try: from numba import njit
 except ImportError: njit = None
 
 # %% auto #0
-__all__ = ['CHUNK_BYTES', 'SPILL_BYTES', 'ROW_BYTES', 'SPILL', 'WINDOW_BYTES', 'INDEX', 'DOC_BYTES', 'CACHE_BYTES', 'READ_BYTES',
-           'GAP_LOCAL', 'GAP_S3', 'FATES', 'RawFile', 'normal_source', 'list_raw', 'cut_file', 'safe_domain',
-           'file_domain', 'squeeze', 'text_hash', 'base_id', 'id_hash', 'ties', 'order_rows', 'Row', 'spill_table',
-           'Spill', 'load_array', 'spill_slice', 'new_tally', 'add_tally', 'check_tally', 'Review', 'excerpts',
-           'first_difference', 'document', 'Intake', 'prepare_file', 'quarantine_key', 'write_quarantine',
-           'check_domains', 'join_quarantine', 'number_ids', 'Window', 'Gathered', 'number_rows', 'cut_part',
-           'write_parquet', 'write_table', 'prepare_range', 'Corpus', 'read_runs', 'load_fate', 'write_fate',
-           'resumable', 'sweep', 'file_tasks', 'prepare', 'review_markdown']
+__all__ = ['CHUNK_BYTES', 'SPILL_BYTES', 'ROW_BYTES', 'ROW', 'SPILL', 'BATCH_CHARS', 'WINDOW_BYTES', 'INDEX', 'DOC_BYTES',
+           'CACHE_BYTES', 'READ_BYTES', 'GAP_LOCAL', 'GAP_S3', 'FATES', 'RawFile', 'normal_source', 'list_raw',
+           'cut_file', 'safe_domain', 'file_domain', 'measure', 'squeeze', 'digests', 'text_hash', 'base_id', 'id_hash',
+           'ties', 'order_rows', 'spill_table', 'Spill', 'load_array', 'spill_slice', 'new_tally', 'add_tally',
+           'check_tally', 'Review', 'excerpts', 'first_difference', 'document', 'Intake', 'rare_collections',
+           'prepare_file', 'quarantine_key', 'write_quarantine', 'check_domains', 'join_quarantine', 'number_ids',
+           'Window', 'Gathered', 'number_rows', 'cut_part', 'write_parquet', 'write_table', 'prepare_range', 'Corpus',
+           'read_runs', 'load_fate', 'write_fate', 'resumable', 'sweep', 'file_tasks', 'prepare', 'review_markdown']
 
 # %% ../../nbs/01f_prepare.ipynb #c006
 class RawFile(NamedTuple):
@@ -110,50 +110,84 @@ def file_domain(
 # %% ../../nbs/01f_prepare.ipynb #c016
 def _jit(fn): return njit(nogil=True, cache=True)(fn) if njit else fn
 
+_LEAD = np.zeros(256, np.uint8)  # 1: white space; 2: may begin white space of two or three bytes; 0: any other byte
+_LEAD[[*range(0x09, 0x0E), *range(0x1C, 0x21)]] = 1
+_LEAD[[0xC2, 0xE1, 0xE2, 0xE3]] = 2
+
 @_jit
 def _space(data, i): # bytes of the white space at position i; 0: none
     c = data[i]
-    if c <= 0x20: return 1 if c == 0x20 or 0x09 <= c <= 0x0D or 0x1C <= c <= 0x1F else 0
-    if c < 0xC2 or c > 0xE3: return 0
+    if c <= 0x20: return 1 if _LEAD[c] else 0
     if c == 0xC2: return 2 if data[i + 1] == 0x85 or data[i + 1] == 0xA0 else 0
     if c == 0xE1: return 3 if data[i + 1] == 0x9A and data[i + 2] == 0x80 else 0
     if c == 0xE3: return 3 if data[i + 1] == 0x80 and data[i + 2] == 0x80 else 0
-    if c != 0xE2: return 0
     if data[i + 1] == 0x80: return 3 if data[i + 2] <= 0x8A or data[i + 2] == 0xA8 or data[i + 2] == 0xA9 or data[i + 2] == 0xAF else 0
     return 3 if data[i + 1] == 0x81 and data[i + 2] == 0x9F else 0
 
-@_jit
-def _squeeze(data, out): # bytes written to out, words
-    n = words = i = 0
-    gap = True
-    while i < len(data):
-        width = _space(data, i)
-        if width: gap = True; i += width; continue
-        if gap:
-            if words: out[n] = 0x20; n += 1
-            words += 1; gap = False
-        out[n] = data[i]; n += 1; i += 1
-    return n, words
-
 # %% ../../nbs/01f_prepare.ipynb #c017
+@_jit
+def _count(data): # words
+    words = i = last = 0
+    while i < len(data):
+        width = _space(data, i) if _LEAD[data[i]] else 0
+        if width:
+            if i > last: words += 1
+            i += width; last = i
+        else: i += 1
+    return words + (1 if i > last else 0)
+
+@_jit
+def _squeeze(data, out, ends): # texts without their gaps to `out`, where each ends to `ends`
+    n = i = k = first = 0
+    gap = False
+    while i < len(data):
+        c = data[i]
+        width = _space(data, i) if _LEAD[c] else 0
+        if width: gap = True; i += width
+        elif c == 0 and k < len(ends) - 1: ends[k] = first = n; k += 1; i += 1; gap = False
+        else:
+            if gap and n > first: out[n] = 0x20; n += 1
+            out[n] = c; n += 1; i += 1; gap = False
+    ends[k] = n
+
+# %% ../../nbs/01f_prepare.ipynb #c018
+def _encode(texts: list[str], between: bytes) -> bytes: # joined as bytes: a join of texts would make all as wide as the widest
+    try: return between.join(map(str.encode, texts))
+    except UnicodeEncodeError: return between.join(t.encode("utf-8", "surrogatepass") for t in texts)
+
+def measure(
+    texts: list[str] # any number
+) -> tuple[int, int]: # UTF-8 bytes and words of all of them
+    "Size of texts."
+    data = _encode(texts, b"\n")
+    words = sum(len(t.split()) for t in texts) if njit is None or not data else _count(np.frombuffer(data, np.uint8))
+    return len(data) - max(0, len(texts) - 1), words
+
 def squeeze(
-    text: str
-) -> tuple[int, int, Any]: # UTF-8 bytes of the text, its words, UTF-8 of the words with one space between them
-    "Measure a text, and close the gaps between its words."
-    data = text.encode("utf-8", "surrogatepass")
-    if njit is None or not data: words = text.split(); return len(data), len(words), " ".join(words).encode("utf-8", "surrogatepass")
-    out = np.empty(len(data), np.uint8)
-    n, words = _squeeze(np.frombuffer(data, np.uint8), out)
-    return len(data), words, out[:n]
+    texts: list[str] # without NUL
+) -> list[Any]: # UTF-8 bytes or a view of them for each text
+    "The words of each text with one space between them. (Texts with NUL take the slow way.)"
+    data = _encode(texts, b"\0")
+    if njit is None or not data or data.count(0) != len(texts) - 1: return [" ".join(t.split()).encode("utf-8", "surrogatepass") for t in texts]
+    out, ends = np.empty(len(data), np.uint8), np.empty(len(texts), np.int64)
+    _squeeze(np.frombuffer(data, np.uint8), out, ends)
+    view, ends = memoryview(out), ends.tolist()
+    return [view[i:j] for i, j in zip([0, *ends], ends)]
+
+def digests(
+    texts: list[str]
+) -> list[bytes]: # 16 bytes each
+    "Hashes of texts with white space collapsed: texts with the same words meet in them."
+    return [hashlib.blake2b(words, digest_size=16).digest() for words in squeeze(texts)]
 
 def text_hash(
     text: str # cleaned
-) -> tuple[int, int]: # 128 bits as two numbers
-    "Hash of a text with white space collapsed: texts with the same words meet in it."
-    d = hashlib.blake2b(squeeze(text)[2], digest_size=16).digest()
+) -> tuple[int, int]: # 128 bits as two numbers, `high` and `low` of the index
+    "Hash of one text."
+    d, = digests([text])
     return int.from_bytes(d[:8], "big"), int.from_bytes(d[8:], "big")
 
-# %% ../../nbs/01f_prepare.ipynb #c020
+# %% ../../nbs/01f_prepare.ipynb #c021
 SPILL_BYTES = 24 << 20  # records are written out when so many bytes have collected
 ROW_BYTES = 512  # a record in the buffer beside its line
 
@@ -169,7 +203,7 @@ def id_hash(
     "Place of a document in the order of the corpus."
     return int.from_bytes(hashlib.blake2b(base.encode(), digest_size=8).digest(), "big")
 
-# %% ../../nbs/01f_prepare.ipynb #c022
+# %% ../../nbs/01f_prepare.ipynb #c023
 def ties(
     places: np.ndarray # ascending
 ) -> list[tuple[int, int]]: # first, one after the last
@@ -187,54 +221,51 @@ def order_rows(
     for i, j in ties(places[order]): order[i:j] = sorted(order[i:j].tolist(), key=key)
     return order
 
-# %% ../../nbs/01f_prepare.ipynb #c024
-class Row(NamedTuple):
-    "What is known of a document beside its line."
-    place: int # hash of its base id
-    id: str
-    given: bool # was the id given
-    domain: str
-    words: int
-    bytes: int # of its text, UTF-8
-    source: str
-    date: str
-    digest: bytes # 16 bytes: hash of its words
-
-SPILL = {"place": pa.uint64(), "id": pa.string(), "given": pa.bool_(), "domain": pa.string(), "words": pa.int64(), "bytes": pa.int64(), "source": pa.string(), "date": pa.string(),
-         "high": pa.uint64(), "low": pa.uint64(), "offset": pa.int64(), "length": pa.int64()}
+# %% ../../nbs/01f_prepare.ipynb #c025
+ROW = {"place": pa.uint64(), "id": pa.string(), "given": pa.bool_(), "domain": pa.string(), "words": pa.int64(), "bytes": pa.int64(), "source": pa.string(), "date": pa.string()}  # what is known of a document beside its line
+SPILL = ROW | {"high": pa.uint64(), "low": pa.uint64(), "offset": pa.int64(), "length": pa.int64()}  # hash of its words, place of its line
 
 def spill_table(
-    rows: list[Row],
-    lengths: list[int] # of their lines
-) -> pa.Table: # a row for each, with the columns of SPILL
+    rows: list[tuple], # values of ROW
+    hashes: list[bytes], # 16 bytes each
+    lengths: list[int] # of the lines
+) -> pa.Table: # columns of SPILL
     "Rows as columns."
-    columns = dict(zip(Row._fields, zip(*rows)))
-    digests = np.frombuffer(b"".join(columns.pop("digest")), ">u8").astype(np.uint64).reshape(-1, 2)
-    length = np.array(lengths, np.int64)
-    columns |= {"high": digests[:, 0], "low": digests[:, 1], "offset": np.cumsum(length) - length, "length": length}
+    columns = dict(zip(ROW, zip(*rows)))
+    words, length = np.frombuffer(b"".join(hashes), ">u8").astype(np.uint64).reshape(-1, 2), np.array(lengths, np.int64)
+    columns |= {"high": words[:, 0], "low": words[:, 1], "offset": np.cumsum(length) - length, "length": length}
     return pa.table({c: pa.array(columns[c], t) for c, t in SPILL.items()})
 
-# %% ../../nbs/01f_prepare.ipynb #c025
+# %% ../../nbs/01f_prepare.ipynb #c026
+BATCH_CHARS = 1 << 20  # of text that are hashed in one call
+
 class Spill:
     "Collects documents and writes them out in sorted files."
     def __init__(self, store: Store, prefix: str):
-        self.store, self.prefix, self.keys, self.rows, self.lines, self.size, self.docs, self.total = store, prefix, [], [], [], 0, 0, 0
-    def add(self, row: Row, line: bytes):
-        self.rows.append(row); self.lines.append(line); self.size += len(line) + ROW_BYTES
+        self.store, self.prefix, self.keys, self.docs, self.total = store, prefix, [], 0, 0
+        self._clear()
+    def _clear(self): self.rows, self.lines, self.hashes, self.texts, self.chars, self.size = [], [], [], [], 0, 0
+    def add(self, row: tuple, text: str, line: bytes):
+        self.rows.append(row); self.lines.append(line); self.texts.append(text)
+        self.size += len(line) + ROW_BYTES; self.chars += len(text)
+        if self.chars >= BATCH_CHARS: self._hash()
         if self.size >= SPILL_BYTES: self.flush()
+    def _hash(self): self.hashes += digests(self.texts); self.texts, self.chars = [], 0
     def flush(self):
         if not self.rows: return
+        self._hash()
         rows, lines, key = self.rows, self.lines, f"{self.prefix}-{len(self.keys):05d}"
-        order = order_rows(np.array([r.place for r in rows], np.uint64), lambda i: rows[i].id, lines.__getitem__).tolist()
+        order = order_rows(np.array([r[0] for r in rows], np.uint64), lambda i: rows[i][1], lines.__getitem__).tolist()
         with self.store.writer(key + ".jsonl") as f: f.writelines(lines[i] for i in order)
-        table = spill_table([rows[i] for i in order], [len(lines[i]) for i in order])
+        table = spill_table([rows[i] for i in order], [self.hashes[i] for i in order], [len(lines[i]) for i in order])
         with pa.BufferOutputStream() as out:
             with pa.ipc.new_file(out, table.schema) as w: w.write_table(table)
             self.store.write(key + ".arrow", out.getvalue())
         self.docs += len(rows); self.total += sum(map(len, lines)); self.keys.append(key)
-        self.rows, self.lines, self.size = [], [], 0
+        self._clear()
+        if not gc.isenabled(): gc.collect()  # see `rare_collections`
 
-# %% ../../nbs/01f_prepare.ipynb #c026
+# %% ../../nbs/01f_prepare.ipynb #c027
 def load_array(
     store: Store,
     key: str # of an .npy file
@@ -252,7 +283,7 @@ def spill_slice(
     i, j = (len(places) if h >> 64 else int(np.searchsorted(places, np.uint64(h))) for h in (low, high))
     return table.slice(i, j - i)
 
-# %% ../../nbs/01f_prepare.ipynb #c029
+# %% ../../nbs/01f_prepare.ipynb #c030
 def new_tally() -> dict: # counts of one domain
     "Counts of prepare for one domain."
     return {"read": 0, "kept": 0, "filtered": Counter(), "quarantined": Counter(), "rules": Counter(),
@@ -273,7 +304,7 @@ def check_tally(name: str, t: dict) -> None:
     out = t["kept"] + sum(t["filtered"].values()) + sum(t["quarantined"].values())
     if t["read"] != out: raise RuntimeError(f"{name}: {t['read']} lines read, but {out} kept, filtered or quarantined")
 
-# %% ../../nbs/01f_prepare.ipynb #c032
+# %% ../../nbs/01f_prepare.ipynb #c033
 class Review:
     "The best `limit` before/after pairs of each domain."
     def __init__(self, limit: int): self.limit, self.best = limit, {}
@@ -304,8 +335,8 @@ def first_difference(x: str, y: str) -> int: # index of the first character that
     start = next((i for i in range(0, n, 4096) if x[i:i + 4096] != y[i:i + 4096]), n)
     return next((start + i for i, (a, b) in enumerate(zip(x[start:start + 4096], y[start:start + 4096])) if a != b), n)
 
-# %% ../../nbs/01f_prepare.ipynb #c035
-_KNOWN = frozenset(FIELDS)
+# %% ../../nbs/01f_prepare.ipynb #c036
+_FIELDS = dict.fromkeys(FIELDS, "")
 
 def _as_text(value: Any) -> str: # of a field
     if type(value) is str: return value
@@ -317,26 +348,27 @@ def document(
     domain: str # safe
 ) -> tuple[dict, bool]: # as it will be written, was its id given
     "Fields in the order of `Document.to_dict`."
-    get = record.get
-    out = {k: v if type(v := get(k)) is str else _as_text(v) for k in FIELDS}
+    out = _FIELDS | record
+    for k in FIELDS:
+        if type(out[k]) is not str: out[k] = _as_text(out[k])
     out["text"], out["domain"] = text, domain
     if not out["url"]: del out["url"]
     if not out["license"]: del out["license"]
-    for k, v in record.items():
-        if k not in _KNOWN: out[k] = v
     given = bool(out["id"].strip())
     if not given: out["id"] = make_id(domain, text)
     return out, given
 
-# %% ../../nbs/01f_prepare.ipynb #c037
+# %% ../../nbs/01f_prepare.ipynb #c038
 class Intake:
     "What becomes of each record of a task: validated, cleaned, filtered, counted, spilled."
     def __init__(self, store: Store, settings: CleanSettings, prefix: str, domain: str):
         self.cleaner, self.domain, self.limit, self.tallies = Cleaner(settings), domain, settings.max_domains, {}
         self.spill, self.review = Spill(store, prefix), Review(settings.review_samples)
+        self.raw, self.chars = {}, 0  # texts as they came, by domain, to be measured together
     def tally(self, domain: str) -> dict:
         if domain not in self.tallies:
-            self.tallies[domain] = new_tally(); check_domains(self.tallies, self.limit)
+            self.tallies[domain], self.raw[domain] = new_tally(), []
+            check_domains(self.tallies, self.limit)
         return self.tallies[domain]
     def add(self, record: dict) -> str | None: # reason when it is no document
         if reason := validate(record): return reason
@@ -344,20 +376,36 @@ class Intake:
         text, rules, dropped, words, size = self.cleaner.process(before)
         domain = safe_domain(_as_text(record.get("domain")) or self.domain)
         tally = self.tally(domain)
-        size_in, words_in = squeeze(before)[:2] if rules else (size, words)
-        tally["read"] += 1; tally["bytes_in"] += size_in; tally["words_in"] += words_in
+        self.raw[domain].append(before); self.chars += len(before)
+        if self.chars >= BATCH_CHARS: self.count()
         for r in rules: tally["rules"][r] += 1
         if dropped: tally["filtered"][dropped] += 1; return None
         tally["kept"] += 1; tally["bytes_out"] += size; tally["words_out"] += words
-        self.keep(*document(record, text, domain), words, size, before, rules)
-        return None
-    def keep(self, doc: dict, given: bool, words: int, size: int, before: str, rules: list[str]) -> None:
-        digest = hashlib.blake2b(squeeze(doc["text"])[2], digest_size=16).digest()
+        doc, given = document(record, text, domain)
         place = id_hash(base_id(doc["id"]))
-        self.review.add(doc["domain"], place, before, doc["text"], rules)
-        self.spill.add(Row(place, doc["id"], given, doc["domain"], words, size, doc["source"], doc["date"], digest), dump_line(doc))
+        self.review.add(domain, place, before, text, rules)
+        self.spill.add((place, doc["id"], given, domain, words, size, doc["source"], doc["date"]), text, dump_line(doc))
+        return None
+    def count(self) -> None:
+        for domain, texts in self.raw.items():
+            size, words = measure(texts)
+            add_tally(self.tallies[domain], {"read": len(texts), "bytes_in": size, "words_in": words})
+            self.raw[domain] = []
+        self.chars = 0
+    def finish(self) -> None: self.count(); self.spill.flush()
 
-# %% ../../nbs/01f_prepare.ipynb #c038
+# %% ../../nbs/01f_prepare.ipynb #c040
+@contextmanager
+def rare_collections():
+    "Within, the garbage collector runs when it is called, and only over new objects."
+    was = gc.isenabled()
+    gc.freeze(); gc.disable()
+    try: yield
+    finally:
+        if was: gc.enable()
+        gc.unfreeze()
+
+# %% ../../nbs/01f_prepare.ipynb #c041
 def prepare_file(
     task: dict # workspace, number, file (RawFile), file_number, cut (as `cut_file` gives it), domain, settings (of clean)
 ) -> dict: # spills, docs and bytes in them, tallies, review, key of bad lines, lines
@@ -372,11 +420,11 @@ def prepare_file(
             tally = intake.tally(task["domain"])
             tally["read"] += 1; tally["quarantined"][item.reason] += 1
             yield item
-    bad = write_quarantine(store, f"minhash_lsh/spill/{number:05d}-bad.jsonl" if span else quarantine_key(raw.name, task["file_number"]), raw.name, bad_lines())
-    intake.spill.flush()
+    with rare_collections(): bad = write_quarantine(store, f"minhash_lsh/spill/{number:05d}-bad.jsonl" if span else quarantine_key(raw.name, task["file_number"]), raw.name, bad_lines())
+    intake.finish()
     return {"spills": intake.spill.keys, "docs": intake.spill.docs, "bytes": intake.spill.total, "tallies": intake.tallies, "review": intake.review.best, "bad": bad, "lines": span.lines if span else None}
 
-# %% ../../nbs/01f_prepare.ipynb #c039
+# %% ../../nbs/01f_prepare.ipynb #c042
 def quarantine_key(name: str, number: int) -> str: # of a raw file and its number
     "Where the bad lines of a file go."
     return f"dedup_ready/quarantine/{number:05d}-{_UNSAFE.sub('_', name)[-80:]}".removesuffix(".gz").removesuffix(".zst")
@@ -396,7 +444,7 @@ def check_domains(domains: Iterable[str], limit: int) -> None:
     if len(names := sorted(domains)) > limit:
         raise UserError(f"{len(names)} domains are more than clean.max_domains={limit}: {', '.join(names[:60])}{' …' if len(names) > 60 else ''}; give records a `domain`, set clean.domain_pattern or rename the files")
 
-# %% ../../nbs/01f_prepare.ipynb #c041
+# %% ../../nbs/01f_prepare.ipynb #c044
 def join_quarantine(
     task: dict # workspace, key, chunks: [(key or None, lines)] in the order of the file
 ) -> str: # the key
@@ -408,7 +456,7 @@ def join_quarantine(
             before += lines
     return task["key"]
 
-# %% ../../nbs/01f_prepare.ipynb #c044
+# %% ../../nbs/01f_prepare.ipynb #c047
 def number_ids(
     ids: list[str], # of the documents at one place, in the order of the corpus
     given: list[bool] # was it given
@@ -424,7 +472,7 @@ def number_ids(
         used.add(new); out.append(new); repeated += was_given and new != own
     return out, repeated
 
-# %% ../../nbs/01f_prepare.ipynb #c047
+# %% ../../nbs/01f_prepare.ipynb #c050
 WINDOW_BYTES = 256 << 20  # lines of one range that are held at a time
 
 class Window:
@@ -440,7 +488,7 @@ class Window:
             i = at - self.start
         return self.data[i:i + n]
 
-# %% ../../nbs/01f_prepare.ipynb #c048
+# %% ../../nbs/01f_prepare.ipynb #c051
 class Gathered:
     "All documents of a range: columns from all spills, lines through windows."
     def __init__(self, store: Store, spills: list[str], low: int, high: int):
@@ -456,7 +504,7 @@ class Gathered:
         self.windows = [Window(store, key + ".jsonl", a, b, size) for (key, _), (a, b) in zip(slices, spans)]
     def line(self, row: int) -> memoryview: return self.windows[self.spill[row]].line(int(self.offset[row]), int(self.length[row]))
 
-# %% ../../nbs/01f_prepare.ipynb #c049
+# %% ../../nbs/01f_prepare.ipynb #c052
 def number_rows(
     gathered: Gathered
 ) -> tuple[np.ndarray, dict[int, str], int]: # rows in the order of the corpus, new ids of rows, repeated given ids
@@ -481,7 +529,7 @@ def cut_part(
     edges = [0, *(1 + np.flatnonzero(np.diff((ends - weights) // limit))), len(ends)]
     return [(int(i), int(j)) for i, j in zip(edges, edges[1:])]
 
-# %% ../../nbs/01f_prepare.ipynb #c051
+# %% ../../nbs/01f_prepare.ipynb #c054
 INDEX = {"id": pa.string(), "offset": pa.int64(), "length": pa.int64(), "words": pa.int64(), "bytes": pa.int64(),
          "source": pa.string(), "date": pa.string(), "high": pa.uint64(), "low": pa.uint64()}
 
@@ -497,7 +545,7 @@ def write_table(
     "Write columns as a Parquet file."
     write_parquet(store, key, pa.table({k: pa.array(columns[k], t) for k, t in schema.items()}))
 
-# %% ../../nbs/01f_prepare.ipynb #c052
+# %% ../../nbs/01f_prepare.ipynb #c055
 def _renumber(line: Any, id_: str) -> bytes: # the line with another id
     return dump_line(orjson.loads(line) | {"id": id_})
 
@@ -515,7 +563,7 @@ def _write_part(store: Store, domain: str, name: str, gathered: Gathered, rows: 
     write_parquet(store, f"minhash_lsh/index/{name}.parquet", pa.table(columns))
     return {"domain": domain, "name": name, "docs": len(rows), "bytes": int(lengths.sum())}
 
-# %% ../../nbs/01f_prepare.ipynb #c053
+# %% ../../nbs/01f_prepare.ipynb #c056
 DOC_BYTES = 256  # that a document counts for in the size of a part, beside its line
 
 def prepare_range(
@@ -536,7 +584,7 @@ def prepare_range(
             parts.append(_write_part(store, domain, name, gathered, rows[i:j], renamed))
     return {"parts": parts, "repeated_ids": repeated}
 
-# %% ../../nbs/01f_prepare.ipynb #c055
+# %% ../../nbs/01f_prepare.ipynb #c058
 CACHE_BYTES = 32 << 20  # of numeric columns that a Corpus keeps
 
 class Corpus:
@@ -552,7 +600,7 @@ class Corpus:
         cuts = np.searchsorted(docs, self.starts)
         for part in np.flatnonzero(np.diff(cuts)): yield int(part), docs[cuts[part]:cuts[part + 1]] - self.starts[part]
 
-# %% ../../nbs/01f_prepare.ipynb #c056
+# %% ../../nbs/01f_prepare.ipynb #c059
 @patch
 def columns(
     self: Corpus,
@@ -575,7 +623,7 @@ def _remember(self: Corpus, part: int, name: str, values: np.ndarray) -> np.ndar
     while self._cached > CACHE_BYTES and len(self._cache) > 1: self._cached -= self._cache.popitem(last=False)[1].nbytes
     return values
 
-# %% ../../nbs/01f_prepare.ipynb #c057
+# %% ../../nbs/01f_prepare.ipynb #c060
 @patch
 def table(self: Corpus, part: int, columns: list[str]) -> dict[str, Any]: # numpy for numbers, lists for text
     "Columns of one part."
@@ -601,7 +649,7 @@ def gather(self: Corpus, docs: np.ndarray, columns: list[str]) -> dict[str, list
     "The same as Python lists, for a few documents."
     return self.gather_table(docs, columns).to_pydict()
 
-# %% ../../nbs/01f_prepare.ipynb #c059
+# %% ../../nbs/01f_prepare.ipynb #c062
 READ_BYTES, GAP_LOCAL, GAP_S3 = 4 << 20, 8 << 10, 1 << 20  # of one read; unwanted bytes read over rather than starting another
 
 def read_runs(
@@ -628,7 +676,7 @@ def lines(
             start, data = int(offset[i]), memoryview(read(int(offset[i]), int(offset[j - 1] + length[j - 1] - offset[i])))
             for row, at, n in zip(rows[i:j].tolist(), (offset[i:j] - start).tolist(), length[i:j].tolist()): yield row, data[at:at + n]
 
-# %% ../../nbs/01f_prepare.ipynb #c060
+# %% ../../nbs/01f_prepare.ipynb #c063
 @contextmanager
 def _reader(store: Store, key: str, reads: int): # read(start, length) -> bytes
     "Reads of one file: of a few, on S3, each is a request; for many the file is fetched."
@@ -658,7 +706,7 @@ def texts(
     for part, rows in self.groups(np.asarray(docs, np.int64)):
         for _, text in self.part_texts(part, rows): yield text
 
-# %% ../../nbs/01f_prepare.ipynb #c063
+# %% ../../nbs/01f_prepare.ipynb #c066
 FATES = ("kept", "exact", "near", "contaminated", "semantic", "emptied")  # values 0 to 5 of minhash_lsh/fate/<part>.npy
 
 def load_fate(
@@ -684,7 +732,7 @@ def write_fate(
     with corpus.store.writer(key) as f: np.save(f, fate, allow_pickle=False)
     return key
 
-# %% ../../nbs/01f_prepare.ipynb #c065
+# %% ../../nbs/01f_prepare.ipynb #c068
 def resumable(
     ctx, stage, # of the driver
     name: str, fn, tasks: list[dict], # each with a `number`
@@ -705,7 +753,7 @@ def sweep(
     for key in store.list(prefix):
         if key not in keep: store.delete(key)
 
-# %% ../../nbs/01f_prepare.ipynb #c066
+# %% ../../nbs/01f_prepare.ipynb #c069
 def file_tasks(
     store: Store, files: list[RawFile],
     settings: CleanSettings,
@@ -726,7 +774,7 @@ def _quarantines(ctx, stage, tasks: list[dict], mapped: list[dict]) -> list[str]
     keys |= dict(zip([t["number"] for t in todo], resumable(ctx, stage, "quarantine", join_quarantine, todo)))
     return [keys[i] for i in sorted(keys)]
 
-# %% ../../nbs/01f_prepare.ipynb #c067
+# %% ../../nbs/01f_prepare.ipynb #c070
 def prepare(ctx, stage, files: list[RawFile], ignored: list[str], sources: list[str]) -> dict: # counts
     "Fill dedup_ready/ and minhash_lsh/index/. Raises `UserError` when nothing is left, `RuntimeError` when counts do not add up."
     store, s, log = ctx.store, ctx.settings, getattr(ctx, "log", lambda text: None)
@@ -748,7 +796,7 @@ def prepare(ctx, stage, files: list[RawFile], ignored: list[str], sources: list[
     store.delete_prefix("minhash_lsh/spill")
     return counts
 
-# %% ../../nbs/01f_prepare.ipynb #c068
+# %% ../../nbs/01f_prepare.ipynb #c071
 def _publish(store, domains, parts, ranged, mapped, quarantine, ignored, sources, files, settings) -> dict: # counts
     "Check the counts, write the manifest, parts.json and the review samples, remove leftovers."
     total = new_tally()
@@ -769,7 +817,7 @@ def _publish(store, domains, parts, ranged, mapped, quarantine, ignored, sources
     sweep(store, "minhash_lsh/index/", ["minhash_lsh/index/parts.json"] + [f"minhash_lsh/index/{n}.parquet" for n in names])
     return {k: total[k] for k in ("read", "kept")} | {"filtered": sum(total["filtered"].values()), "quarantined": sum(total["quarantined"].values()), "domains": domains, "total": total}
 
-# %% ../../nbs/01f_prepare.ipynb #c069
+# %% ../../nbs/01f_prepare.ipynb #c072
 def review_markdown(
     mapped: list[dict], # results of `prepare_file`
     limit: int # pairs a domain
