@@ -11,6 +11,7 @@ from ..core.settings import DedupSettings
 from ..core.store import Store, open_store
 from .minhash import _jit, njit
 from .prepare import FATES, Corpus, load_array, load_fate, resumable, sweep, write_fate, write_table
+from .spans import cut
 from .lsh import contaminated, keeper_order, partition_of, read_bucket, write_buckets, write_pairs
 
 # %% auto #0
@@ -216,7 +217,6 @@ def shorten(
     min_chars: int # below which nothing worth keeping is left
 ) -> bytes | None: # the line, None when the document goes
     "A line of JSON whose text loses some spans."
-    from yunmin_efficientdata.dedup.spans import cut
     record = orjson.loads(line)
     record["text"] = cut(record["text"], spans)
     return dump_line(record) if len(record["text"]) >= max(1, min_chars) else None

@@ -9,44 +9,20 @@ import numpy as np, orjson
 from ..core.context import open_phase
 from ..core.settings import DedupSettings, UserError
 from ..core.store import Stat, Store
+from .audit import AUDIT_OUTPUTS, write_audit
+from .augment import planted_recall
 from .cluster import decide, fate_part, find_exact, publish_decision, read_copies, read_edges, representatives, write_part
+from .contamination import find_contamination, set_stats
 from .lsh import join_partition, partition_count, rejoin_partition, resolve_bands, sign_part, verify_range
 from .prepare import FATES, Corpus, list_raw, load_array, load_fate, normal_source, prepare, resumable, sweep, write_fate
+from .semantic import embedding_stats, find_semantic
+from .spans import find_spans
 
 # %% auto #0
 __all__ = ['VERIFY_CANDIDATES', 'ROUNDS', 'NEAR_CODE', 'EXACT_KEYS', 'NEAR_KEYS', 'choose_sources', 'find_near', 'semantic_level',
            'option', 'write_survivors', 'run', 'prepare_stage', 'find_stages', 'audit']
 
-# %% ../../nbs/01_dedup.ipynb #c005
-# TEMP until all modules are there
-try: from yunmin_efficientdata.dedup.augment import planted_recall
-except ImportError: planted_recall = None
-try: from yunmin_efficientdata.dedup.contamination import find_contamination, set_stats
-except ImportError: find_contamination = None; set_stats = lambda sets: ()
-try: from yunmin_efficientdata.dedup.semantic import find_semantic
-except ImportError: find_semantic = None
-try: from yunmin_efficientdata.dedup.spans import find_spans
-except ImportError: find_spans = None
-try: from yunmin_efficientdata.dedup.audit import AUDIT_OUTPUTS, write_audit
-except ImportError:
-    AUDIT_OUTPUTS = ("dedup_log.csv", "dedup_ready/statistics.json")
-    def write_audit(ctx, corpus, s, prepared, near, planted):
-        from yunmin_efficientdata.dedup.audit import log_rows, plot_rates, plot_recall, plot_sizes, read_rows, statistics, write_log
-        from yunmin_efficientdata.core.figures import save_figure
-        store = ctx.store
-        seconds = {step: (ctx.ledger.read(f"dedup.{step}") or {}).get("seconds", 0.0) for step in ("prepare", "exact", "near")}
-        rows = log_rows(prepared["domains"], near["domains"], seconds)
-        stats = statistics(corpus, s, near)
-        write_log(store, rows)
-        store.write("dedup_ready/statistics.json", orjson.dumps(stats, option=orjson.OPT_INDENT_2))
-        edges = [j for j, in read_rows(store, "minhash_lsh/pairs/near-", ["jaccard"])]
-        save_figure(store, plot_rates(rows), "reports/figures/dedup_rates.png")
-        save_figure(store, plot_sizes(stats["cluster_sizes"]), "reports/figures/dedup_clusters.png")
-        save_figure(store, plot_recall(s.bands, s.rows, s.threshold, edges), "reports/figures/dedup_recall.png")
-        last = rows[-1]; first = next(r for r in rows if r["scope"] == "total")
-        return {"docs_in": first["docs_in"], "docs_out": last["docs_out"], "bytes_in": first["bytes_in"], "bytes_out": last["bytes_out"]}
-
-# %% ../../nbs/01_dedup.ipynb #c007
+# %% ../../nbs/01_dedup.ipynb #c006
 def choose_sources(
     store: Store, # the workspace
     raw: str | None, # as given by the user
@@ -61,7 +37,7 @@ def choose_sources(
     if append: return known + [source]
     raise UserError(f"this workspace was made from {', '.join(known)}; to add {source} use --append, to start anew use another workspace")
 
-# %% ../../nbs/01_dedup.ipynb #c008
+# %% ../../nbs/01_dedup.ipynb #c007
 def _prepare(ctx, stage, files, ignored, sources: list[str]) -> dict: # counts
     "Record the sources, then prepare. Sources of which nothing can be used are forgotten again, so that the next try may name others."
     key, store = "dedup_ready/sources.json", ctx.store
@@ -73,7 +49,7 @@ def _prepare(ctx, stage, files, ignored, sources: list[str]) -> dict: # counts
         else: store.write(key, before)
         raise
 
-# %% ../../nbs/01_dedup.ipynb #c010
+# %% ../../nbs/01_dedup.ipynb #c009
 VERIFY_CANDIDATES = 50_000  # about so many candidates are verified in one task
 ROUNDS = 8                  # looks at hot buckets, at most
 
@@ -99,7 +75,7 @@ def _decide(ctx, stage, base: dict, joined: list[dict], verified: list[dict]): #
         if not any(e["edges"] for e in new): break
     return decision, verified
 
-# %% ../../nbs/01_dedup.ipynb #c011
+# %% ../../nbs/01_dedup.ipynb #c010
 def find_near(ctx, stage) -> dict: # counts, seconds of each step
     "Signatures, candidates, verified edges, keepers. Resumes by part."
     store, s, corpus = ctx.store, resolve_bands(ctx.settings.dedup), Corpus(ctx.store)
@@ -126,7 +102,7 @@ class _Clock:
         now = time.perf_counter()
         self.laps[name] = None if self.resumed else round(now - self.at, 4); self.at = now
 
-# %% ../../nbs/01_dedup.ipynb #c013
+# %% ../../nbs/01_dedup.ipynb #c012
 def _mark(corpus: Corpus, fate: str, folder: str | None) -> None:
     "Set the fate of rows that a level found; without a folder, forget what an earlier run of it had set."
     for part, name in enumerate(p["name"] for p in corpus.parts):
@@ -153,7 +129,7 @@ def option(ctx, name: str, on, work, **asked) -> dict | None: # counts; None whe
         ctx.ledger.forget(f"dedup.{name}")
         for key in asked["outputs"]: (ctx.store.delete_prefix if key.endswith("/") else ctx.store.delete)(key)
 
-# %% ../../nbs/01_dedup.ipynb #c015
+# %% ../../nbs/01_dedup.ipynb #c014
 def write_survivors(ctx, stage) -> dict: # what happened by domain, source and fate
     "The stage dedup.write. Resumes by part."
     store, s, corpus = ctx.store, ctx.settings, Corpus(ctx.store)
@@ -176,7 +152,7 @@ def _count(written: list[dict]) -> dict: # sums over parts
         _add(fates.setdefault(w["domain"], {}), w["fates"]); _add(kept.setdefault(w["domain"], {}), w["kept"]); _add(sources, w["sources"])
     return {"domains": domains, "fates": fates, "kept": kept, "sources": sources}
 
-# %% ../../nbs/01_dedup.ipynb #c018
+# %% ../../nbs/01_dedup.ipynb #c017
 def run(
     workspace: str = "workspace", # folder or s3://bucket/prefix
     config: str = "configs/demo", # config folder
@@ -192,7 +168,7 @@ def run(
         contaminated, near, spans = find_stages(ctx, d)
         written = ctx.stage("dedup.write", lambda stage: write_survivors(ctx, stage), settings=[ctx.settings.clean.min_chars, bool(spans)],
             after=["dedup.near"] + ["dedup.semantic"] * bool(d.semantic.embeddings) + ["dedup.spans"] * bool(spans), outputs=["deduped/"], code=["dedup.cluster", "dedup.spans", "dedup.prepare", "dedup.phase"])
-        total = ctx.stage("dedup.audit", lambda stage: audit(ctx, prepared, near | written), settings=[d, ctx.settings.report.quotes], after=["dedup.prepare", "dedup.write"] + ["dedup.contamination"] * bool(contaminated),
+        total = ctx.stage("dedup.audit", lambda stage: audit(ctx, prepared, near | written), settings=[d, ctx.settings.report.quotes, ctx.settings.report.language], after=["dedup.prepare", "dedup.write"] + ["dedup.contamination"] * bool(contaminated),
             outputs=list(AUDIT_OUTPUTS), code=["dedup.audit", "dedup.augment", *NEAR_CODE])
         if contaminated: total |= {"contaminated": contaminated["documents"]}
         return {**total, **{k: prepared[k] for k in ("read", "kept", "filtered", "quarantined")}, **{k: near[k] for k in ("removed_exact", "removed_near", "clusters", "candidates", "edges")}}
@@ -207,7 +183,7 @@ def prepare_stage(ctx, raw: str | None, append: bool) -> dict: # counts
     return ctx.stage("dedup.prepare", lambda stage: _prepare(ctx, stage, files, ignored, sources), settings=[s.clean, s.dedup.part_bytes, sources], inputs=inputs,
         outputs=["dedup_ready/manifest.json", "dedup_ready/review_samples.md", "minhash_lsh/index/"], code=["dedup.clean", "dedup.prepare"])
 
-# %% ../../nbs/01_dedup.ipynb #c019
+# %% ../../nbs/01_dedup.ipynb #c018
 NEAR_CODE = ("dedup.minhash", "dedup.lsh", "dedup.cluster", "dedup.prepare", "dedup.phase")
 EXACT_KEYS = ("keep", "source_priority", "partitions")
 NEAR_KEYS = EXACT_KEYS + ("shingle", "num_perm", "bands", "rows", "threshold", "seed")
@@ -215,21 +191,21 @@ NEAR_KEYS = EXACT_KEYS + ("shingle", "num_perm", "bands", "rows", "threshold", "
 def find_stages(ctx, d: DedupSettings) -> tuple: # counts of contamination (None when off), near, spans (None when off)
     "Everything between prepare and write."
     remove = d.contamination.remove and bool(d.contamination.sets)
-    contaminated = option(ctx, "contamination", d.contamination.sets and find_contamination, lambda stage: find_contamination(ctx, stage), settings=d.contamination.model_dump(exclude={"remove"}), inputs=set_stats(d.contamination.sets),
+    contaminated = option(ctx, "contamination", d.contamination.sets, lambda stage: find_contamination(ctx, stage), settings=d.contamination.model_dump(exclude={"remove"}), inputs=set_stats(d.contamination.sets),
         after=["dedup.prepare"], outputs=["dedup_ready/contamination.json", "minhash_lsh/contaminated/"], code=["dedup.contamination", "dedup.prepare"])
     after = ["dedup.prepare"] + ["dedup.contamination"] * remove
     ctx.stage("dedup.exact", lambda stage: find_exact(ctx, stage), settings=d.model_dump(include=set(EXACT_KEYS)), after=after, outputs=["minhash_lsh/exact/"], code=list(NEAR_CODE))
     near = ctx.stage("dedup.near", lambda stage: find_near(ctx, stage), settings=d.model_dump(include=set(NEAR_KEYS)), after=["dedup.exact"],
         outputs=["minhash_lsh/signatures/", "minhash_lsh/pairs/", "minhash_lsh/clusters/", "minhash_lsh/fate/"], code=list(NEAR_CODE))
-    option(ctx, "semantic", d.semantic.embeddings, lambda stage: semantic_level(ctx, stage), settings=[d.semantic, d.keep, d.source_priority], after=["dedup.near"],
-        outputs=["minhash_lsh/semantic/"], code=["dedup.semantic", "dedup.cluster", "dedup.prepare", "dedup.phase"])
+    option(ctx, "semantic", d.semantic.embeddings, lambda stage: semantic_level(ctx, stage), settings=[d.semantic, d.keep, d.source_priority],
+        inputs=embedding_stats(d.semantic.embeddings) if d.semantic.embeddings else (), after=["dedup.near"], outputs=["minhash_lsh/semantic/"], code=["dedup.semantic", "dedup.cluster", "dedup.prepare", "dedup.phase"])
     spans = option(ctx, "spans", d.spans.levels, lambda stage: find_spans(ctx, stage), settings=[d.spans, d.source_priority], after=["dedup.near"] + ["dedup.semantic"] * bool(d.semantic.embeddings),
         outputs=["minhash_lsh/spans/"], code=["dedup.spans", "dedup.prepare"])
     return contaminated, near, spans
 
-# %% ../../nbs/01_dedup.ipynb #c020
+# %% ../../nbs/01_dedup.ipynb #c019
 def audit(ctx, prepared: dict, near: dict) -> dict: # the headline numbers
     "The stage dedup.audit: recall on planted copies, then everything that [the audit](01e_audit.ipynb) writes."
     corpus, s = Corpus(ctx.store), resolve_bands(ctx.settings.dedup)
-    planted = planted_recall(corpus, s) if s.audit.planted and planted_recall else None
+    planted = planted_recall(corpus, s) if s.audit.planted else None
     return write_audit(ctx, corpus, s, prepared, near, planted)
