@@ -217,3 +217,15 @@ def test_more_sources_than_are_named(tmp_path):
         db.execute("CREATE TABLE fate AS SELECT 'web' AS domain, 's' || (range % 300) AS source, (range % 3)::UTINYINT AS fate, 2 AS docs, 10 AS bytes FROM range(9000)")
         rows = audit.removal_rates(db, "source", top=20)
     assert len(rows) == 21 and rows[-1]["name"] == "(other)" and sum(r["docs"] for r in rows) == 18000 and sum(r["fate_bytes"].get("near", 0) for r in rows) == 30000
+
+def test_the_same_from_a_bucket(ws, stats, s3):
+    "On S3 files come a few at a time through scratch; the answers are those of the folder."
+    bucket = open_store(s3.uri)
+    for prefix in ("minhash_lsh/", "dedup_ready/"):
+        for k in ws[0].list(prefix):
+            if "/signatures/" not in k and "/quarantine/" not in k: bucket.write(k, ws[0].read(k))
+    corpus, s = Corpus(bucket), DedupSettings()
+    with audit.audit_tables(corpus, s) as db:
+        assert audit.removal_matrix(db) == stats["matrix"] and audit.removal_rates(db, "domain") == stats["domains"] and audit.sensitivity(db, s.threshold) == stats["sensitivity"]
+        assert [(p[0], p[1]) for p in audit.sample_pairs(db, 10, s.threshold)] == [(p["a"], p["b"]) for p in stats["sampled_pairs"]]
+        with audit.audit_tables(Corpus(ws[0]), s) as local: assert audit.largest_clusters(db, corpus, 3) == audit.largest_clusters(local, Corpus(ws[0]), 3)

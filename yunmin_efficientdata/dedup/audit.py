@@ -22,9 +22,9 @@ __all__ = ['LOG', 'FURTHER', 'MEMORY', 'TABLES', 'RANKS', 'REASONS', 'DIFF_CHARS
            'cluster_sizes', 'excerpt', 'largest_clusters', 'largest_clusters_markdown', 'sample_pairs', 'true_jaccard',
            'document_numbers', 'check_pairs', 'pair_diffs', 'edge_histogram', 'corpus_recall', 'wilson',
            'band_alternatives', 'read_rows', 'planted_recall', 'thresholds_from', 'sensitivity', 'step_rates',
-           'statistics', 'plot_rates', 'plot_sources', 'plot_matrix', 'plot_sizes', 'plot_recall', 'plot_sensitivity',
-           'plot_speed', 'rates_markdown', 'alternatives_markdown', 'planted_markdown', 'speed_markdown',
-           'sensitivity_markdown', 'audit_page', 'write_figures', 'write_audit']
+           'statistics', 'plot_rates', 'plot_sources', 'plot_matrix', 'plot_sizes', 'recall_notes', 'plot_recall',
+           'plot_sensitivity', 'plot_speed', 'rates_markdown', 'alternatives_markdown', 'planted_markdown',
+           'speed_markdown', 'sensitivity_markdown', 'audit_page', 'write_figures', 'write_audit']
 
 # %% ../../nbs/01e_audit.ipynb #c006
 LOG = ("scope", "step", "docs_in", "docs_out", "bytes_in", "bytes_out", "words_in", "words_out", "duplicate_rate", "seconds")
@@ -740,11 +740,23 @@ def _planted_points(ax, planted: dict | None, threshold: float, colours) -> None
             ax.errorbar(x[some], share, yerr=[np.maximum(0, share - low), np.maximum(0, high - share)], fmt=marker, color=colour, ecolor=(*colour, 0.55), ms=5.5, capsize=2.5, lw=1.2, label=label, zorder=4)
         elif some: ax.plot(x[some] + 0.008, share, marker, color=colour, ms=5, mfc="white", mew=1.4, label=label, zorder=5)
 
+def recall_notes(
+    stats: dict # of `statistics`
+) -> list[str]: # lines
+    "The numbers beside the curve, as far as they are known."
+    copies, precision = stats["planted_copies"] or {}, stats["candidate_precision"]
+    lines = [f"예상 재현율 (J ≥ {stats['threshold']:g} 평균): {stats['predicted_recall_above_threshold']:.4f}"]
+    if stats["predicted_recall_corpus"] is not None: lines.append(f"이 말뭉치의 쌍으로 가중: {stats['predicted_recall_corpus']:.4f}")
+    if copies.get("recall") is not None: lines.append(f"심은 사본에서 측정: {copies['recall']:.4f}" + (" ({:.3f}–{:.3f})".format(*copies["recall_interval"]) if copies.get("recall_interval") else ""))
+    if precision is not None: lines.append(f"검증 없는 정밀도: {precision:.3f}, 검증 뒤: 1")
+    return lines
+
 def plot_recall(
     bands: int, rows: int, threshold: float,
     jaccards=(), # of verified edges, or BINS + 1 counts of them as `edge_histogram` gives them
     planted: dict | None = None, # of `augment.planted_recall`
-    candidates: list[int] | None = None # verified candidates by similarity, BINS + 1 counts
+    candidates: list[int] | None = None, # verified candidates by similarity, BINS + 1 counts
+    notes: list[str] = () # lines in the upper left corner
 ): # matplotlib figure
     "The predicted chance of a pair to become a candidate, what was measured on planted copies, and where this corpus' pairs lie."
     colours = korean_style()
@@ -755,6 +767,7 @@ def plot_recall(
     j = np.linspace(0, 1, 400)
     ax.plot(j, candidate_probability(j, bands, rows), color=colours[0], lw=2.2, label=f"예상: $1-(1-J^{{{rows}}})^{{{bands}}}$")
     _planted_points(ax, planted, threshold, colours)
+    if notes: ax.text(0.012, 0.97, "\n".join(notes), transform=ax.transAxes, va="top", fontsize=9, linespacing=1.55, zorder=6, bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.9, "pad": 2})
     at = np.arange(BINS + 1) / BINS
     low.bar(at, below, 0.0092, align="edge", color="#a8a8a8", label="기준 미만인 후보"); low.bar(at, edges, 0.0092, align="edge", color=colours[1], label="유사 쌍")
     low.set_yscale("symlog", linthresh=1); low.set_ylim(0, 3 * max(3, edges.max(), below.max())); low.set_yticks([v for v in (0, 1, 10, 100, 1000, 10**4, 10**5, 10**6, 10**7) if v <= 3 * max(3, edges.max(), below.max())]); low.yaxis.set_major_formatter(lambda v, _: f"{v:,.0f}"); low.minorticks_off()
@@ -927,7 +940,7 @@ def write_figures(
 ) -> None:
     "reports/figures/dedup_*.png."
     figures = {"rates": plot_rates(log), "sources": plot_sources(stats["sources"]), "clusters": plot_sizes(stats["cluster_sizes"]), "speed": plot_speed(stats["steps"]),
-               "recall": plot_recall(stats["bands"], stats["rows"], stats["threshold"], stats["edge_histogram"], stats["planted_copies"], stats["candidate_histogram"]),
+               "recall": plot_recall(stats["bands"], stats["rows"], stats["threshold"], stats["edge_histogram"], stats["planted_copies"], stats["candidate_histogram"], recall_notes(stats)),
                "sensitivity": plot_sensitivity(stats["sensitivity"], documents, exact, stats["candidate_histogram"])}
     if len(stats["matrix"]["names"]) > 1: figures["matrix"] = plot_matrix(stats["matrix"])
     else: store.delete("reports/figures/dedup_matrix.png")
