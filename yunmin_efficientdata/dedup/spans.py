@@ -23,6 +23,7 @@ __all__ = ['SPACE', 'LINE', 'DOT', 'MARK', 'STOP', 'CLOSE', 'DIGIT', 'LOWER', 'U
            'plot_spans']
 
 # %% ../../nbs/01g_spans.ipynb #c006
+_POUND, _BAR, _TICK, _BACKSLASH, _PERIOD, _PAREN, _JE, _UI = (ord(c) for c in "#|`\\.)제의")
 SPACE, LINE, DOT, MARK, STOP, CLOSE, DIGIT, LOWER, UPPER, HANGUL, WORD = (1 << i for i in range(11))
 
 @lru_cache(1)
@@ -72,7 +73,7 @@ def _number_goes_on(text, kind, i, after):
     if kind[text[i - 1]] & DIGIT: return kind[text[after]] & UPPER == 0
     t = i
     while t > 0 and kind[text[t - 1]] & (HANGUL | DIGIT): t -= 1
-    return text[t] == 0xC81C and kind[text[t + 1]] & DIGIT != 0  # 제
+    return text[t] == _JE and kind[text[t + 1]] & DIGIT != 0
 
 # %% ../../nbs/01g_spans.ipynb #c011
 @_jit
@@ -110,12 +111,12 @@ def _new_item(text, kind, i):
     if not kind[text[i]] & WORD: return True
     j = i + 1
     if kind[text[i]] & DIGIT:
-        while j < len(text) and (kind[text[j]] & DIGIT or text[j] == 0xC758): j += 1  # 55의2
-    if j < len(text) and text[j] == 92: j += 1  # Markdown writes 1\\.
-    return j < len(text) and (text[j] == 46 or text[j] == 41)  # . )
+        while j < len(text) and (kind[text[j]] & DIGIT or text[j] == _UI): j += 1  # 55의2
+    if j < len(text) and text[j] == _BACKSLASH: j += 1  # Markdown writes 1\.
+    return j < len(text) and (text[j] == _PERIOD or text[j] == _PAREN)
 
 @_jit
-def _is_fence(text, i): return i + 2 < len(text) and text[i] == 96 and text[i + 1] == 96 and text[i + 2] == 96  # ```
+def _is_fence(text, i): return i + 2 < len(text) and text[i] == _TICK and text[i + 1] == _TICK and text[i + 2] == _TICK
 
 @_jit
 def _fence_end(text, kind, i):
@@ -144,7 +145,7 @@ def _line_break(text, kind, i, after, lines, line):
     "What white space from i to `after` means inside an open sentence, on a line that begins at `line`: 0 it goes on, 1 it ends, 2 the paragraph ends too."
     if lines == 0 and after < len(text): return 0
     if lines != 1 or after == len(text) or _fence_end(text, kind, after): return 2
-    return 1 if text[line] == 35 or i - line < _SHORT_LINE or _new_item(text, kind, after) else 0  # 35: a heading's #
+    return 1 if text[line] == _POUND or i - line < _SHORT_LINE or _new_item(text, kind, after) else 0
 
 @_jit
 def _one_sentence(text, kind, start, line):
@@ -173,7 +174,7 @@ def _ends_well(text, kind, start, end):
     "Does text[start:end] end like a sentence and not begin like a table's row."
     i = end - 1
     while i > start and kind[text[i]] & CLOSE: i -= 1
-    return text[start] != 124 and (kind[text[i]] & (DOT | MARK | STOP) != 0 or _among(text[i], _FINAL))  # 124: |
+    return text[start] != _BAR and (kind[text[i]] & (DOT | MARK | STOP) != 0 or _among(text[i], _FINAL))
 
 @_jit
 def _sentences(text, kind, out):
@@ -216,7 +217,7 @@ def paragraphs(
     rows = sentence_rows(text)
     return _pieces(text, rows[np.diff(rows[:, 2], prepend=-1) != 0, 0].tolist())
 
-# %% ../../nbs/01g_spans.ipynb #c020
+# %% ../../nbs/01g_spans.ipynb #c021
 @_jit
 def _mix64(h):
     "Finaliser of MurmurHash3: every bit of the input moves every bit of the output."
@@ -239,7 +240,7 @@ def _hash_characters(text, kind, start, end):
         gap = False
     return _mix64(a), _mix64(b), length
 
-# %% ../../nbs/01g_spans.ipynb #c021
+# %% ../../nbs/01g_spans.ipynb #c022
 LEVELS = ("paragraph", "sentence")
 
 @_jit
@@ -267,7 +268,7 @@ def _batch_spans(text, bounds, kind, minimum, rows, hashes, where, at):
     "Spans of many texts, text[bounds[d]:bounds[d+1]]; at[d+1] = end of those of text d."
     for d in range(len(bounds) - 1): at[d + 1] = _text_spans(text[bounds[d]:bounds[d + 1]], kind, minimum, rows, hashes, where, at[d])
 
-# %% ../../nbs/01g_spans.ipynb #c022
+# %% ../../nbs/01g_spans.ipynb #c023
 _NEVER = 1 << 30  # characters: no span is so long
 
 def minimum_chars(s) -> np.ndarray: # int64 [2]
@@ -287,7 +288,7 @@ def find_all(
     n = int(at[-1])
     return hashes[:n], np.column_stack([np.repeat(np.arange(len(texts), dtype=np.int32), np.diff(at)), where[:n]])
 
-# %% ../../nbs/01g_spans.ipynb #c025
+# %% ../../nbs/01g_spans.ipynb #c026
 SPILL = "minhash_lsh/spill/spans"
 BATCH_CHARS = 1 << 21  # characters in memory as code points at once
 
@@ -314,7 +315,7 @@ def _read_spans(corpus: Corpus, part: int, minimum: np.ndarray) -> tuple[np.ndar
     if texts: flush()
     return np.concatenate([h for h, _ in found]), np.concatenate([w for _, w in found]), {"documents": len(alive), "characters": characters}
 
-# %% ../../nbs/01g_spans.ipynb #c026
+# %% ../../nbs/01g_spans.ipynb #c027
 def group_spans(
     hashes: np.ndarray, # uint64 [n, 2]
     rank: np.ndarray, # [n] priority of each span's document
@@ -333,7 +334,7 @@ def group_spans(
     group[order], goes[order] = number, repeated
     return leaders, group, goes
 
-# %% ../../nbs/01g_spans.ipynb #c028
+# %% ../../nbs/01g_spans.ipynb #c029
 def span_part(
     task: dict # workspace, number (of the part), settings (of dedup), partitions
 ) -> dict: # what was read, spans by level, distinct ones, priorities among them
@@ -350,7 +351,7 @@ def span_part(
         write_buckets(corpus.store, f"{SPILL}/hashes/{part:05d}.bin", rows, partition_of(rows[:, 0], task["partitions"]), task["partitions"])
     return {"seen": seen, "spans": np.bincount(where[:, 4], minlength=2).tolist(), "distinct": len(leaders), "ranks": np.unique(rank[leaders]).tolist()}
 
-# %% ../../nbs/01g_spans.ipynb #c030
+# %% ../../nbs/01g_spans.ipynb #c031
 _PLACE = np.uint64((1 << 52) - 1)  # part and group, without priority
 
 def losers(
@@ -383,7 +384,7 @@ def join_spans(
     _save_lost(corpus.store, task["number"], lost)
     return {"lost": len(lost)}
 
-# %% ../../nbs/01g_spans.ipynb #c033
+# %% ../../nbs/01g_spans.ipynb #c034
 @_jit
 def _bloom(words, bits, count, high, low, insert, known):
     "Look up hashes in the filter, and insert them too if asked."
@@ -401,7 +402,7 @@ def _bloom(words, bits, count, high, low, insert, known):
             if y >= size: y -= size
         known[r] = seen
 
-# %% ../../nbs/01g_spans.ipynb #c034
+# %% ../../nbs/01g_spans.ipynb #c035
 class Bloom:
     "A Bloom filter for 128-bit hashes, sized for so many of them and a false-positive rate. Raises `UserError` when memory is too small for it."
     def __init__(self, expected: int, rate: float):
@@ -419,7 +420,7 @@ class Bloom:
         n = self.inserted if inserted is None else inserted
         return (1 - np.exp(-self.count * n / self.bits))**self.count
 
-# %% ../../nbs/01g_spans.ipynb #c037
+# %% ../../nbs/01g_spans.ipynb #c038
 PROBES = 1 << 20  # random hashes looked up in the full filter
 SAMPLE = 1 << 19  # hashes that are compared exactly beside the filter
 
@@ -449,7 +450,7 @@ def _bloom_report(bloom: Bloom, sample: np.ndarray, lost: np.ndarray) -> dict:
     return {"bytes": bloom.bits >> 3, "hashes": bloom.count, "inserted": bloom.inserted, "predicted": mean, "measured": false / max(new, 1), "new": new, "false": false,
             "predicted_full": float(bloom.rate()), "measured_full": float(probes.mean()), "probes": PROBES}
 
-# %% ../../nbs/01g_spans.ipynb #c039
+# %% ../../nbs/01g_spans.ipynb #c040
 def _seam(sides: list[str]) -> str: # one break in place of white space on several sides
     lines = max(s.count("\n") for s in sides)
     if not lines: return " "
@@ -471,7 +472,7 @@ def cut(
         out.append(body); sides = [piece[at + len(body):]]
     return "".join(out)
 
-# %% ../../nbs/01g_spans.ipynb #c042
+# %% ../../nbs/01g_spans.ipynb #c043
 def _lost_groups(corpus: Corpus, task: dict) -> np.ndarray: # groups of a part that lost the join
     part, s = task["number"], DedupSettings(**task["settings"]).spans
     if s.scope == "within": return np.empty(0, np.int64)
@@ -501,7 +502,7 @@ def merge_neighbours(
     first[1:] = (spans[1:, 0] != spans[:-1, 0]) | (spans[1:, 1] != spans[:-1, 3])
     return np.column_stack([spans[first, :2], spans[np.roll(first, -1), 2]])
 
-# %% ../../nbs/01g_spans.ipynb #c045
+# %% ../../nbs/01g_spans.ipynb #c046
 def least_left(
     s: Settings # all settings
 ) -> int: # characters
@@ -518,7 +519,7 @@ def count_emptied(
     texts = (text for _, text in corpus.part_texts(part, rows)) if len(rows) else ()
     return sum(len(cut(text, s[:, 1:])) < least for text, s in zip(texts, np.split(spans, first[1:])))
 
-# %% ../../nbs/01g_spans.ipynb #c046
+# %% ../../nbs/01g_spans.ipynb #c047
 def decide_spans(
     task: dict # workspace, number (of the part), settings, partitions, least (as `least_left` gives it)
 ) -> dict: # removed, characters and documents by level and in all; emptied documents
@@ -536,7 +537,7 @@ def decide_spans(
     def count(x): return {"removed": len(x), "characters": int((x[:, 2] - x[:, 1]).sum()), "documents": len(np.unique(x[:, 0]))}
     return {**dict(zip(LEVELS, map(count, levels))), "all": count(spans), "emptied": count_emptied(corpus, part, spans, task["least"])}
 
-# %% ../../nbs/01g_spans.ipynb #c048
+# %% ../../nbs/01g_spans.ipynb #c049
 def find_spans(ctx, stage) -> dict: # documents, characters, emptied; by level and by domain; the Bloom filter's size and rates
     "Repeated paragraphs and sentences of the kept documents, to minhash_lsh/spans/. Resumes by part."
     store, s, corpus = ctx.store, ctx.settings.dedup, Corpus(ctx.store)
@@ -555,7 +556,7 @@ def find_spans(ctx, stage) -> dict: # documents, characters, emptied; by level a
     sweep(store, "minhash_lsh/spans/", [f"minhash_lsh/spans/{p['name']}.npy" for p in corpus.parts])
     return count_spans([p["domain"] for p in corpus.parts], found, decided) | ({"bloom": bloom} if bloom else {})
 
-# %% ../../nbs/01g_spans.ipynb #c049
+# %% ../../nbs/01g_spans.ipynb #c050
 def count_spans(domains: list[str], found: list[dict], decided: list[dict]) -> dict:
     "Sums over parts, in all and by domain."
     def add(parts):
@@ -567,7 +568,7 @@ def count_spans(domains: list[str], found: list[dict], decided: list[dict]) -> d
     pairs = list(zip(found, decided))
     return add(pairs) | {"domains": {d: add([x for x, own in zip(pairs, domains) if own == d]) for d in sorted(set(domains))}}
 
-# %% ../../nbs/01g_spans.ipynb #c056
+# %% ../../nbs/01g_spans.ipynb #c057
 def plot_spans(
     counts: dict # as `find_spans` gives it
 ): # matplotlib figure
