@@ -17,15 +17,17 @@ from ..core.sample import write_sample
 from ..core.settings import UserError
 from ..core.store import open_store
 from . import peers as peers_module
-from .harness import Contestant, goal, machine, peer, plot_rates, summarise, take_turns, write_report
+from .harness import Contestant, goal, machine, markdown, peer, plot_rates, run_once, summarise, take_turns, write_report
 from .peers import DEDUP, SIGN, components, peak_rss_mb, read_texts, timed
 from ..dedup.clean import FILTERS, RULES, Cleaner
-from ..dedup.minhash import INVERSE, N, _mix64, canonical, shingle_hash, shingle_hash64, signatures, token_ngrams
+from ..dedup import minhash
+from ..dedup.minhash import N, shingle_hash, signatures, token_ngrams
 
 # %% auto #0
-__all__ = ['SAME_JOB', 'PEERS', 'NOTES', 'SHOWN', 'ShingleSets', 'shingle_sets', 'exact_pairs', 'read_corpus', 'altered_copy',
-           'write_input', 'hash_only', 'dedup_ours', 'result_ours', 'run_ours', 'main', 'Truth', 'find_truth',
-           'quality', 'contestants', 'bit_equal', 'goals', 'plot_quality', 'bench_dedup', 'judge', 'report']
+__all__ = ['SAME_JOB', 'PEERS', 'NOTES', 'QUALITIES', 'SHOWN', 'ShingleSets', 'shingle_sets', 'exact_pairs', 'read_corpus',
+           'altered_copy', 'write_input', 'hash_only', 'dedup_ours', 'result_ours', 'run_ours', 'main', 'Truth',
+           'find_truth', 'quality', 'contestants', 'bit_equal', 'goals', 'plot_quality', 'bench_dedup', 'judge',
+           'stage_table', 'report']
 
 # %% ../../nbs/06b_bench_dedup.ipynb #c006
 class ShingleSets(NamedTuple):
@@ -207,7 +209,8 @@ def write_input(
     rows = list(read_corpus(corpus, documents - copies))[:documents - copies]
     if len(rows) < 20: raise UserError(f"{corpus}: {len(rows)} documents of {N} words or more; a benchmark needs at least 20")
     vocabulary = [w for _, t in rows[:2000] for w in t.split()]
-    for i in rng.integers(len(rows), size=copies):
+    long = [i for i, (_, t) in enumerate(rows) if len(t.split()) >= 50] or range(len(rows))
+    for i in rng.choice(long, copies):
         text = altered_copy(rows[i][1].split(), rng.uniform(0.6, 1), vocabulary, rng)
         rows.append((text, text))
     rows = [rows[i] for i in rng.permutation(len(rows))]
@@ -218,45 +221,20 @@ def write_input(
     return [text for _, text in rows]
 
 # %% ../../nbs/06b_bench_dedup.ipynb #c023
-@njit(nogil=True, cache=True)
-def _hash_only(data, starts, n):
-    "XOR of the hashes of all word n-grams of each document: tokenise and hash, nothing else."
-    out = np.zeros(len(starts) - 1, np.uint64)
-    longest = 0
-    for d in range(len(out)): longest = max(longest, starts[d + 1] - starts[d])
-    begin, inverse, end = np.empty(longest + 2, np.uint64), np.empty(longest + 2, np.uint64), np.empty(longest + 2, np.uint64)
-    base, inverse_base = np.uint64(0x9E3779B97F4A7C15), np.uint64(INVERSE)
-    for d in range(len(out)):
-        p, power, inv, words = np.uint64(0), np.uint64(1), np.uint64(1), 0
-        begin[0] = p; inverse[0] = inv
-        for i in range(starts[d], starts[d + 1]):
-            if data[i] == 32: end[words] = p; words += 1
-            p += (np.uint64(data[i]) + np.uint64(1)) * power
-            power *= base; inv *= inverse_base
-            if data[i] == 32: begin[words] = p; inverse[words] = inv
-        end[words] = p; words += 1
-        last = min(n, words) - 1
-        for k in range(words - last): out[d] ^= _mix64((end[k + last] - begin[k]) * inverse[k])
-    return out
-
-def hash_only(texts: list[str]) -> np.ndarray: # uint64 [documents]
-    "Tokenise and hash in batches of about 4 MB, as `signatures` does."
-    out = []
-    for i in range(0, len(texts), 1000):
-        batch = [canonical(t) for t in texts[i:i + 1000]]
-        out.append(_hash_only(np.frombuffer(b"".join(batch), np.uint8), np.cumsum([0] + [len(b) for b in batch]), N))
-    return np.concatenate(out)
+def hash_only(texts: list[str]) -> int: # number of shingles
+    "Find and hash all shingles, batch by batch, as `signatures` does before the permutations."
+    return sum(int(minhash._hashes(texts[i:j], "word5")[2].sum()) for i, j in minhash._batches(texts))
 
 # %% ../../nbs/06b_bench_dedup.ipynb #c026
-SAME_JOB = ["dedup.contamination.sets=[]", "dedup.audit.planted=0", "dedup.audit.largest=0", "dedup.audit.pairs=0", "clean.review_samples=0"]
+SAME_JOB = [*(f"clean.rules.{name}=false" for name in [*(r.name for r in RULES), *FILTERS]), "clean.judge_words=1000000000", "clean.judge_lines=1000000000",
+            "clean.review_samples=0", "dedup.contamination.sets=[]", "dedup.audit.planted=0", "dedup.audit.largest=0", "dedup.audit.pairs=0"]
 
 def dedup_ours(job: dict) -> dict: # seconds and result, as `bench.peers` gives them
     "Phase 1 on a workspace of its own."
     from yunmin_efficientdata.dedup.phase import run
     whole = job["contestant"] != "ours"
-    rules = [] if whole else SAME_JOB + [f"clean.rules.{name}=false" for name in [*(r.name for r in RULES), *FILTERS]]
     source = job["raw"] if whole else job["input"]
-    def phase(raw, ws): return run(ws, raw=raw, overrides=rules, workers=job["threads"])
+    def phase(raw, ws): return run(ws, raw=raw, overrides=[] if whole else SAME_JOB, workers=job["threads"])
     out = Path(job["out"])
     (out/"warm").mkdir()
     with open(source, "rb") as f: (out/"warm/text.jsonl").write_bytes(b"".join(islice(f, 40)))
@@ -288,7 +266,7 @@ def run_ours(job: dict) -> dict:
     if job["task"] == "signatures":
         work = {"ours": signatures, "tokenise + hash only": hash_only}[job["contestant"]]
         work(texts[:50])
-        seconds, _ = timed(lambda: work(texts), 1.0)
+        seconds, _ = timed(lambda: work(texts), min(1.0, len(texts) / 3000))
         return seconds | {"rss_mb": peak_rss_mb(), "documents": len(texts)}
     seconds = dedup_ours(job)
     Path(job["out"], "result.json").write_bytes(orjson.dumps(result_ours(str(Path(job["out"])/"ws"), len(texts))))
@@ -331,7 +309,7 @@ def quality(
     for a, b in (pairs.T, pairs.T[::-1]): np.logical_or.at(beside, a, alive[b])
     strangers = int((~kept & ~alive[first] & ~beside[first]).sum())
     row = {"removed": int((~kept).sum()), "copies_left": int(kept.sum() - alive.sum()), "pair_recall": float("nan"), "pairs_resolved": float(resolved.mean()) if len(pairs) else float("nan"),
-           "pairs_reported": None, "precision": float("nan"), "strangers_removed": strangers}
+           "pairs_reported": float("nan"), "precision": float("nan"), "strangers_removed": strangers}
     if result["clusters"] is not None:
         edges = [(x, c[0]) for c in result["clusters"] for x in c[1:]] + list(enumerate(first.tolist()))
         label = np.arange(len(first))
@@ -339,8 +317,8 @@ def quality(
         row["pair_recall"] = float((label[pairs[:, 0]] == label[pairs[:, 1]]).mean()) if len(pairs) else float("nan")
     if result["pairs"] is not None:
         true = {tuple(p) for p in pairs.tolist()}
-        said = {tuple(sorted((first[a], first[b]))) if first[a] != first[b] else (a, a, b) for a, b in result["pairs"]}
-        row |= {"pairs_reported": len(said), "precision": sum(len(p) == 3 or p in true for p in said) / len(said) if said else float("nan")}
+        said = {(min(x, y), max(x, y)) for a, b in result["pairs"] for x, y in [(int(first[a]), int(first[b]))] if x != y}
+        row |= {"pairs_reported": len(said), "precision": len(said & true) / len(said) if said else float("nan")}
     return row
 
 # %% ../../nbs/06b_bench_dedup.ipynb #c033
@@ -397,19 +375,21 @@ def goals(sign, dedup, judged, equal: bool): # DataFrames of this run -> DataFra
         goal("strangers removed", 0, of(judged, "ours", "strangers_removed"), most=True)])
 
 # %% ../../nbs/06b_bench_dedup.ipynb #c037
+QUALITIES = {"pairs_resolved": ("참 중복쌍 가운데 해소한 비율", "{:.1%}"), "precision": ("보고한 쌍의 정밀도", "{:.1%}"), "strangers_removed": ("닮은 글 없이 지운 문서", "{:,.0f}")}
+
 def plot_quality(
-    dedup, judged # tables of this run
+    judged # table of `judge`
 ): # matplotlib figure
-    "How fast against how right: rate on one axis, pairs resolved and strangers removed on the others."
+    "Three panels of bars: pairs resolved, precision, strangers removed."
     import matplotlib.pyplot as plt
     colours = korean_style()
-    t = dedup.merge(judged, on="contestant").dropna(subset=["documents_per_cpu_s"])
-    fig, axes = plt.subplots(1, 2, figsize=(9.2, 3.6))
-    for ax, column, title in ((axes[0], "pairs_resolved", "참 중복쌍 가운데 해소한 비율"), (axes[1], "strangers_removed", "닮은 글 없이 지운 문서 수")):
-        for _, row in t.iterrows():
-            ax.scatter(row.documents_per_cpu_s, row[column], s=70, color=colours[1] if row.contestant == "ours" else colours[0], zorder=3)
-            ax.annotate(row.contestant, (row.documents_per_cpu_s, row[column]), textcoords="offset points", xytext=(0, 8), ha="center", fontsize=9)
-        ax.set_xscale("log"); ax.margins(0.25, 0.2); ax.set_xlabel("CPU 1초에 처리한 문서 수"); ax.set_title(title, loc="left")
+    t = judged.iloc[::-1]
+    fig, axes = plt.subplots(1, 3, figsize=(10, 0.9 + 0.42 * len(t)), sharey=True)
+    for ax, (column, (title, form)) in zip(axes, QUALITIES.items()):
+        most = 1.0 if form.endswith("%}") else max(1.0, t[column].max())
+        ax.barh(t.contestant, t[column].fillna(0), color=[colours[1] if c == "ours" else colours[0] for c in t.contestant], height=0.7)
+        for i, value in enumerate(t[column]): ax.text(0 if np.isnan(value) else value, i, "  알려 주지 않음" if np.isnan(value) else "  " + form.format(value), va="center", fontsize=9)
+        ax.set_xlim(0, most * 1.3); ax.set_title(title, loc="left", fontsize=11); ax.grid(axis="y", visible=False); ax.set_xticks([])
     fig.tight_layout()
     return fig
 
@@ -423,7 +403,7 @@ def bench_dedup(
     out: str | Path = "bench-dedup", # where tables and figures go
     repeats: int = 3, threads: int = 1, planted: float = 0.05,
     say: Callable[[str], None] = print
-) -> dict: # DataFrames: goals, signatures, dedup, quality
+) -> dict: # DataFrames: goals, signatures, dedup, stages, quality
     "Run both benchmarks and the judgement; write dedup.md, CSV files and two figures. Raises `UserError` for an unusable corpus or an unknown peer."
     if unknown := set(peers) - set(PEERS): raise UserError(f"--peers {', '.join(sorted(unknown))}: unknown; choose from {', '.join(PEERS)}")
     with tempfile.TemporaryDirectory() as scratch:
@@ -433,14 +413,14 @@ def bench_dedup(
         say(f"{len(texts):,} documents, {sum(len(t.encode()) for t in texts) / 1e6:.1f} MB")
         truth = find_truth(texts)
         say(f"truth: {len(truth.pairs):,} pairs at .8 or above, {int((truth.first != np.arange(len(texts))).sum()):,} exact copies")
-        fields, tables, judged = {task: contestants(task, folder, peers) for task in ("signatures", "dedup")}, {}, []
+        fields, tables, here = {task: contestants(task, folder, peers) for task in ("signatures", "dedup")}, {}, machine()
         for task, field in fields.items():
-            rows = take_turns(field, folder/task, repeats, threads, say=say)
+            rows = take_turns(field, folder/task, repeats, threads, say=lambda line: say(f"{task} {line}"))
             notes = {c.name: c.note for c in field}
             tables[task] = (t := summarise(rows, "ours")).assign(remark=[notes[n] for n in t.contestant])
         judged = judge(folder/"dedup", fields["dedup"], truth)
-        tables |= {"quality": judged, "goals": goals(tables["signatures"], tables["dedup"], judged, bit_equal(texts[:100]))}
-        report(tables, texts, truth, out, repeats, threads, corpus, planted)
+        tables |= {"stages": stage_table(rows), "quality": judged, "goals": goals(tables["signatures"], tables["dedup"], judged, bit_equal(texts[:100]))}
+        report(tables, texts, truth, out, repeats, threads, corpus, planted, here)
     return tables
 
 # %% ../../nbs/06b_bench_dedup.ipynb #c040
@@ -452,12 +432,17 @@ def judge(folder: Path, field: list[Contestant], truth: Truth) -> pd.DataFrame: 
         if path and c.name != "ours, all of phase 1": rows.append({"contestant": c.name, **quality(orjson.loads(path.read_bytes()), truth)})
     return pd.DataFrame(rows, columns=["contestant", "removed", "copies_left", "pair_recall", "pairs_resolved", "pairs_reported", "precision", "strangers_removed"])
 
-def report(tables: dict, texts: list[str], truth: Truth, out, repeats: int, threads: int, corpus, planted: float) -> None:
+def stage_table(rows: list[dict]) -> pd.DataFrame: # CPU seconds, a row a contestant of ours, a column a stage
+    "Medians over the repetitions."
+    frame = pd.DataFrame([{"contestant": r["contestant"], **{k.removeprefix("dedup."): v for k, v in r["stages"].items()}} for r in rows if r.get("stages")])
+    return frame.groupby("contestant", sort=False).median().reset_index() if len(frame) else pd.DataFrame(columns=["contestant"])
+
+def report(tables: dict, texts: list[str], truth: Truth, out, repeats: int, threads: int, corpus, planted: float, here: dict) -> None:
     "dedup.md with everything, figures beside it."
     lines = [f"{len(texts):,} documents ({sum(len(t.encode()) for t in texts) / 1e6:.1f} MB of cleaned text, 5 words or more) of {Path(corpus).name if corpus else 'the sample corpus'}, {planted:.0%} of them altered copies with a similarity of .6 to 1; "
              f"{len(truth.pairs):,} true pairs at J >= .8, {int((truth.first != np.arange(len(texts))).sum()):,} exact copies. {repeats} repetitions in turns, {threads} thread{'s' * (threads > 1)}; medians; ratios within a repetition, with their range.",
-             "Machine: " + ", ".join(f"{k} {v}" for k, v in machine().items()) + "."]
+             "Machine: " + ", ".join(f"{k} {v}" for k, v in here.items()) + "."]
     speed = {name: tables[task].rename(columns=SHOWN).drop(columns="runs") for task, name in (("signatures", "Signatures: cleaned text to 128 slots"), ("dedup", "End to end: JSONL to survivors"))}
     figures = {"dedup-speed.png": plot_rates({"서명: 정제된 글에서 128칸까지": (tables["signatures"], "ours"), "전체: JSONL에서 남는 문서까지": (tables["dedup"], "ours")})}
-    if len(tables["quality"]) and "documents_per_cpu_s" in tables["dedup"]: figures["dedup-quality.png"] = plot_quality(tables["dedup"], tables["quality"])
-    write_report(out, "dedup", "Deduplication benchmark", {"Goals": tables["goals"], **speed, "Quality against the exact truth": tables["quality"]}, lines, figures)
+    if len(tables["quality"]): figures["dedup-quality.png"] = plot_quality(tables["quality"])
+    write_report(out, "dedup", "Deduplication benchmark", {"Goals": tables["goals"], **speed, "Where phase 1 spends its CPU seconds": tables["stages"], "Quality against the exact truth": tables["quality"]}, lines, figures)

@@ -184,9 +184,9 @@ def plot_rates(
         rate = f"{amount}_per_cpu_s"
         t = table.sort_values(rate, ascending=True, na_position="first").reset_index(drop=True)
         low = t[rate].min() / 3 if t[rate].notna().any() else 1
-        ax.barh(t.contestant, t[rate].fillna(low) - low, left=low, color=[colours[1] if c == reference else colours[0] for c in t.contestant], height=0.7)
+        ax.barh(t.contestant, t[rate].fillna(low) - low, left=low, color=[colours[1] if c == reference or c.startswith(f"{reference}, ") else colours[0] for c in t.contestant], height=0.7)
         for i, row in t.iterrows():
-            text = "  실행하지 못함" if np.isnan(row[rate]) else f"  {row[rate]:,.0f}" + ("" if row.contestant == reference else f"   (시간 {row.ratio:.3g}배)")
+            text = "  실행하지 못함" if np.isnan(row[rate]) else f"  {row[rate]:,.0f}" + ("" if row.contestant == reference else f"   (CPU 시간 {row.ratio:.3g}배)")
             ax.text(low if np.isnan(row[rate]) else row[rate], i, text, va="center", fontsize=9)
         ax.set_xscale("log"); ax.set_xlim(low, t[rate].max() * 6 if t[rate].notna().any() else 10)
         ax.set_title(title, loc="left"); ax.set_xlabel(unit); ax.grid(axis="y", visible=False)

@@ -20,9 +20,12 @@ def cpu_seconds() -> float: # of this process and the children that it waited fo
     return sum(u.ru_utime + u.ru_stime for u in usage)
 
 def peak_rss_mb() -> float: # of the larger of this process and its largest child
-    "Highest resident memory so far."
+    "Highest resident memory so far. The kernel's own mark is read where there is one, since `ru_maxrss` begins with that of the process that started this one."
     scale = 2**20 if sys.platform == "darwin" else 1024
-    return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / scale
+    who = [resource.RUSAGE_CHILDREN]
+    try: own = next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    except (OSError, StopIteration): own = 0.0; who.append(resource.RUSAGE_SELF)
+    return max(own, *(resource.getrusage(w).ru_maxrss / scale for w in who))
 
 def timed(
     work: Callable[[], object], # the part that is compared
@@ -224,7 +227,7 @@ def run_job(job: dict) -> dict: # wall, cpu, passes, rss_mb, documents
         sign, options = SIGN[job["contestant"]]
         options = options | {"out": job["out"]}
         sign(texts[:50], options)
-        seconds, _ = timed(lambda: sign(texts, options), 1.0)
+        seconds, _ = timed(lambda: sign(texts, options), min(1.0, len(texts) / 3000))
         return seconds | {"rss_mb": peak_rss_mb(), "documents": len(texts)}
     work = DEDUP[job["contestant"]]
     warm_up(job["contestant"])
