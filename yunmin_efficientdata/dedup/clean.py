@@ -19,7 +19,7 @@ except ImportError: njit = None
 __all__ = ['RULES', 'PUBLISHED', 'FILTERS', 'ROUNDS', 'html_entities', 'control_characters', 'zero_width', 'unicode_form',
            'white_space', 'repeats', 'is_resident_number', 'mask_resident', 'luhn', 'mask_card', 'mask_phone',
            'mask_account', 'mask_email', 'boilerplate', 'emoji', 'Counts', 'count_plain', 'count', 'repetition_plain',
-           'repetition', 'Rule', 'failed', 'Cleaner']
+           'repetition', 'Rule', 'failed', 'chosen_rules', 'Cleaner']
 
 # %% ../../nbs/01a_clean.ipynb #c006
 _ENTITY = re.compile(r"&((?:(?:amp|AMP|#0{0,4}38|#[xX]0{0,4}26);)*)(#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,30});")
@@ -294,13 +294,11 @@ def _pairs(cp, prev, run): # triggers that a character raises together with the 
     seen = 1 << 13
     if 0x2600 <= cp < 0x27C0 or 0x1F000 <= cp < 0x1FB00 or cp == 0x200D or cp == 0xFE0F: seen |= 1 << 12
     if run == 3 and (0x3131 <= cp < 0x3164 or 0x1100 <= cp < 0x1113 or cp == 0x2026): seen |= 1 << 9
-    if cp == 0x24D2 or cp == 0xA9: seen |= 1 << 11                                             # ⓒ ©
-    if prev == 0xBB34 and cp == 0xB2E8 or prev == 0xAE30 and cp == 0xC790 or prev == 0xC81C and cp == 0xBCF4: seen |= 1 << 11  # 무단 기자 제보
-    if cp >= 0xAC00 and _banks(cp, prev): seen |= 1 << 19
+    if cp == 0x24D2 or cp == 0xA9: seen |= 1 << 11  # ⓒ ©
     return seen
 
 @_jit
-def _banks(cp, prev): # the end of 계좌 은행 뱅크 금고 농협 수협 신협 우체국 입금 송금 예금주
+def _banks(cp, prev):
     if cp == 0xC88C: return prev == 0xACC4
     if cp == 0xD589: return prev == 0xC740
     if cp == 0xD06C: return prev == 0xBC45
@@ -309,6 +307,14 @@ def _banks(cp, prev): # the end of 계좌 은행 뱅크 금고 농협 수협 신
     if cp == 0xAD6D: return prev == 0xCCB4
     return cp == 0xAE08 and (prev == 0xC785 or prev == 0xC1A1)
 
+@_jit
+def _syllables(cp, prev): # triggers of a Hangul syllable: 무단 기자 제보, and the ends of 계좌 은행 뱅크 금고 농협 수협 신협 우체국 입금 송금 예금주
+    if cp == 0xB2E8: return 1 << 11 if prev == 0xBB34 else 0
+    if cp == 0xC790: return 1 << 11 if prev == 0xAE30 else 0
+    if cp == 0xBCF4: return 1 << 11 if prev == 0xC81C else 0
+    return 1 << 19 if _banks(cp, prev) else 0
+
+# %% ../../nbs/01a_clean.ipynb #c047
 @_jit
 def _numbers(n, a, b, c, total, zero, dashes): # triggers at the end of a run of n digits; a, b, c: lengths of the runs before; total: digits of all; zero: did a run begin with 0 or +
     seen = 0
@@ -329,19 +335,56 @@ def _alnum(cp): return 97 <= cp <= 122 or 48 <= cp <= 57 or 65 <= cp <= 90
 def _wordlike(cp): # may it stand beside the @ of an e-mail address, full-width forms included
     return _alnum(cp) or cp == 95 or cp == 43 or cp == 37 or cp != 32 and _separates(cp) or 0xFF0B <= cp <= 0xFF19
 
-# %% ../../nbs/01a_clean.ipynb #c047
+# %% ../../nbs/01a_clean.ipynb #c048
+@_jit
+def _spot(data, table): # bits of `_TRIGGER`, without those of white space
+    "Triggers of rules that look for certain characters in certain company."
+    mask = i = run = entity = digits = n = a = b = c = zero = dashes = 0
+    prev, gap, at_sign = -1, 99, False
+    while i < len(data):
+        cp, width = _decode(data, i)
+        if 0xAC00 <= cp < 0xD7A4:  # most of a Korean text
+            if gap == 0 and digits > 8: mask |= _numbers(n, a, b, c, digits, zero, dashes)
+            mask |= 1 << 13 | _syllables(cp, prev)
+            entity, run, gap, at_sign, prev = 0, 0, 99, False, cp; i += 3
+            continue
+        run = run + 1 if cp == prev else 1
+        mask |= (np.int64(table[cp]) if cp < 0x10000 else _beyond(cp)) & 0x78 | _pairs(cp, prev, run)
+        if entity:
+            if _alnum(cp) or cp == 35: entity += 1
+            else:
+                if cp == 59 and entity > 1: mask |= 1 << 8
+                entity = 0
+        if cp == 38: entity = 1
+        if at_sign and _wordlike(cp): mask |= 1 << 10
+        at_sign = (cp == 64 or cp == 0xFF20) and _wordlike(prev)
+        if 48 <= cp <= 57 or 0xFF10 <= cp <= 0xFF19:
+            if gap > 4: digits = n = a = b = c = dashes = 0; zero = prev == 43 or prev == 0xFF0B
+            elif gap > 0: a, b, c, n = n, a, b, 0  # lengths of the last runs of digits
+            if n == 0 and (cp == 48 or cp == 0xFF10): zero = 1
+            n += 1; digits += 1; gap = 0
+        else:
+            if gap == 0 and digits > 8: mask |= _numbers(n, a, b, c, digits, zero, dashes)
+            gap = gap + 1 if _separates(cp) else 99
+            dashes += cp == 45 or cp > 0x2000
+        prev = cp; i += width
+    if gap == 0 and digits > 8: mask |= _numbers(n, a, b, c, digits, zero, dashes)
+    return mask | (mask >> 18 & mask >> 19 & 1) << 17  # an account number needs a bank
+
+# %% ../../nbs/01a_clean.ipynb #c049
+@_jit
+def _finishes(cp): return cp == 46 or cp == 33 or cp == 63 or cp == 0x2026 or cp == 34 or cp == 39 or cp == 0x201D or cp == 0x2019 or cp == 41 or cp == 0x3002
+
 @_jit
 def _look(data, table, short_line):
-    "One pass over a text in UTF-8: bits of `_TRIGGER` and the counts of `Counts`."
+    "What `Counts` holds, in its order, of a text in UTF-8."
     mask = chars = spaces = symbols = hangul = words = alphabetic = lines = short = bullets = dotted = finished = 0
-    i = kind = run = length = size = start = word = entity = digits = bullet = streak = 0
-    prev, last, gap, fenced, fence, at_sign = -1, -1, 99, False, False, False
-    n = a = b = c = zero = dashes = 0
+    i = kind = streak = length = size = start = word = bullet = 0
+    prev, last, fenced, fence = -1, -1, False, False
     while i <= len(data):
         cp, width = _decode(data, i) if i < len(data) else (10, 1)  # a last line end, which is not counted
         if i == len(data) and chars and kind & 3 == 0: mask |= 32
         kind = np.int64(table[cp]) if cp < 0x10000 else _beyond(cp)
-        run = run + 1 if cp == prev else 1
         if kind & 3 == 0:
             if word: words += 1; alphabetic += word >> 1; word = 0
             if cp == 10:
@@ -361,34 +404,12 @@ def _look(data, table, short_line):
                 start, bullet = size, kind >> 7
                 fence = (cp == 96 or cp == 126) and i + 2 < len(data) and data[i + 1] == cp and data[i + 2] == cp
                 if start and (lines == 0 or start == 1 and prev == 32 and not (fenced or fence)): mask |= 32
-            length, last, streak = size + 1 - start, cp, run
-        if entity:
-            if _alnum(cp) or cp == 35: entity += 1
-            else:
-                if cp == 59 and entity > 1: mask |= 256
-                entity = 0
-        if cp == 38: entity = 1
-        if at_sign and _wordlike(cp): mask |= 1024
-        at_sign = (cp == 64 or cp == 0xFF20) and _wordlike(prev)
-        if 48 <= cp <= 57 or 0xFF10 <= cp <= 0xFF19:
-            if gap > 4: digits = n = a = b = c = dashes = 0; zero = prev == 43 or prev == 0xFF0B
-            elif gap > 0: a, b, c, n = n, a, b, 0
-            if n == 0 and (cp == 48 or cp == 0xFF10): zero = 1
-            n += 1; digits += 1; gap = 0
-        else:
-            if gap == 0 and digits > 8: mask |= _numbers(n, a, b, c, digits, zero, dashes)
-            gap = gap + 1 if _separates(cp) else 99
-            dashes += cp == 45 or cp > 0x2000
-        mask |= kind & 0x78 | _pairs(cp, prev, run)
+            streak = streak + 1 if prev == cp else 1
+            length, last = size + 1 - start, cp
         chars += 1; size += 1; prev = cp; i += width
-    if gap == 0 and digits > 8: mask |= _numbers(n, a, b, c, digits, zero, dashes)
-    mask |= (mask >> 18 & mask >> 19 & 1) << 17  # an account number needs a bank
-    return mask, chars, spaces, symbols, hangul, words, alphabetic, lines, short, bullets, dotted, finished, len(data)
+    return mask | _spot(data, table), chars, spaces, symbols, hangul, words, alphabetic, lines, short, bullets, dotted, finished, len(data)
 
-@_jit
-def _finishes(cp): return cp == 46 or cp == 33 or cp == 63 or cp == 0x2026 or cp == 34 or cp == 39 or cp == 0x201D or cp == 0x2019 or cp == 41 or cp == 0x3002
-
-# %% ../../nbs/01a_clean.ipynb #c049
+# %% ../../nbs/01a_clean.ipynb #c051
 class Counts(NamedTuple):
     "What a document is made of. Lines are those that are not empty, without white space at their ends."
     mask: int # which rules may apply: bits of `_TRIGGER`
@@ -425,7 +446,7 @@ def count(
     if njit is None: return count_plain(text, short_line)
     return Counts(*_look(np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8), _classes(), short_line))
 
-# %% ../../nbs/01a_clean.ipynb #c052
+# %% ../../nbs/01a_clean.ipynb #c054
 @_jit
 def _scramble(h):
     h ^= h >> np.uint64(33); h *= np.uint64(0xFF51AFD7ED558CCD)
@@ -457,7 +478,7 @@ def _again_share(grams, ends, n, keys): # characters of n-grams that occurred be
         else: keys[at] = grams[i]; i += 1
     return total
 
-# %% ../../nbs/01a_clean.ipynb #c053
+# %% ../../nbs/01a_clean.ipynb #c055
 @_jit
 def _units(data, table, word_hash, word_end, line_hash, line_end, part_hash, part_end):
     "Hashes of words, lines and paragraphs, and the running sums of their characters; returns how many of each."
@@ -502,7 +523,7 @@ def _repeated(data, table, words, lines):
         if not found: break
     return out
 
-# %% ../../nbs/01a_clean.ipynb #c055
+# %% ../../nbs/01a_clean.ipynb #c057
 def _again(units: list, sizes: list[int], n: int = 1) -> int: # characters of n-grams that occurred before
     seen, total, i = set(), 0, 0
     while i <= len(units) - n:
@@ -535,7 +556,7 @@ def repetition(
     found = _repeated(np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8), _classes(), words, lines).tolist()
     return [min(1.0, r / max(1, found[11 if i < 2 else 12])) for i, r in enumerate(found[:11])]
 
-# %% ../../nbs/01a_clean.ipynb #c058
+# %% ../../nbs/01a_clean.ipynb #c060
 class Rule(NamedTuple):
     "A named step of cleaning."
     name: str
@@ -546,7 +567,7 @@ class Rule(NamedTuple):
 RULES = tuple(Rule(f.__name__, f, _TRIGGER[f.__name__], f is not emoji) for f in (
     html_entities, control_characters, zero_width, unicode_form, white_space, repeats, mask_email, mask_resident, mask_card, mask_phone, mask_account, boilerplate, emoji))
 
-# %% ../../nbs/01a_clean.ipynb #c060
+# %% ../../nbs/01a_clean.ipynb #c062
 PUBLISHED = dict(judge_lines=1, min_mean_word=3.0, max_mean_word=10.0, min_alphabetic_words=0.8, max_bullet_lines=0.9, max_ellipsis_lines=0.3, short_line=30, max_short_lines=0.67, min_finished_lines=0.12,
                  max_duplicate_lines=0.2, max_duplicate_paragraphs=0.2, max_top_ngrams=[0.20, 0.18, 0.16], max_duplicate_ngrams=[0.15, 0.14, 0.13, 0.12, 0.11, 0.10])  # Gopher, and FineWeb where Gopher has none
 
@@ -579,58 +600,59 @@ def failed(
         if long and any(x > limit for x, limit in zip(r[5:], s.max_duplicate_ngrams)): out.append("duplicate_ngrams")
     return out
 
-# %% ../../nbs/01a_clean.ipynb #c062
+# %% ../../nbs/01a_clean.ipynb #c064
 ROUNDS = 16  # of cleaning, at most; real text settles in the second
 
+def chosen_rules(
+    s: CleanSettings
+) -> list[Rule]: # in their order
+    "The rules that a config leaves switched on. Raises `UserError` for a name that is neither a rule nor a filter."
+    names = [r.name for r in RULES] + list(FILTERS)
+    for name in s.rules:
+        if name not in names: raise UserError(f"clean.rules: {name!r} is no rule; known: {', '.join(names)}")
+    rules = [r for r in RULES if s.rules.get(r.name, r.on)]
+    if s.form == "NFC": return rules
+    return [r._replace(apply=partial(unicode_form, form=s.form), trigger=_TRIGGER["beyond_ascii"]) if r.name == "unicode_form" else r for r in rules]
+
+# %% ../../nbs/01a_clean.ipynb #c065
 class Cleaner:
     "The rules and filters of a config. Raises `UserError` for an unknown rule."
     def __init__(self, settings: CleanSettings | None = None,
                  plain: bool = False): # every rule tried on every text, counts in plain Python: the specification, and slow
         self.settings = s = settings or CleanSettings()
-        names = [r.name for r in RULES] + list(FILTERS)
-        for name in s.rules:
-            if name not in names: raise UserError(f"clean.rules: {name!r} is no rule; known: {', '.join(names)}")
-        self.rules = [r for r in RULES if s.rules.get(r.name, r.on)]
-        if s.form != "NFC": self.rules = [r._replace(apply=partial(unicode_form, form=s.form), trigger=_TRIGGER["beyond_ascii"]) if r.name == "unicode_form" else r for r in self.rules]
-        self.off = {f for f in FILTERS if not s.rules.get(f, True)}
-        self.tidy = s.rules.get("white_space", True)
-        self.plain, self.triggers, self.table = plain or njit is None, sum({r.trigger for r in self.rules}), _classes()
+        self.rules, self.off = chosen_rules(s), {f for f in FILTERS if not s.rules.get(f, True)}
+        self.triggers, self.tidy, self.short_line = sum({r.trigger for r in self.rules}), s.rules.get("white_space", True), s.short_line
+        self.brief = s.min_chars, s.judge_words, s.judge_lines, s.max_symbol_ratio, s.min_hangul_ratio  # limits of a short document
+        self.plain, self.table = plain or njit is None, _classes()
 
     def look(self, text: str) -> tuple: # as `Counts`
         "What is in a text."
-        if self.plain: return count_plain(text, self.settings.short_line)
-        return _look(np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8), self.table, self.settings.short_line)
+        if self.plain: return count_plain(text, self.short_line)
+        return _look(np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8), self.table, self.short_line)
 
     def settle(self, text: str) -> tuple[str, list[str], tuple]: # cleaned text, names of the rules that changed it, its counts
         "Apply the rules in order until nothing changes."
-        bare, changed = text.rstrip() if self.tidy else text, {}
-        if len(bare) < len(text): text = bare; changed["white_space"] = 1  # most common of all, and needs no second look
-        counts = self.look(text)
+        bare = text.rstrip() if self.tidy else text
+        changed, text, counts = ["white_space"] if len(bare) < len(text) else [], bare, self.look(bare)
         for _ in range(ROUNDS):
-            before = text
             if not counts[0] & self.triggers: break
+            before = text
             for name, apply, trigger, _ in self.rules:
-                if counts[0] & trigger and (new := apply(text)) != text: text = new; changed[name] = 1; counts = self.look(text)
+                if counts[0] & trigger and (new := apply(text)) != text: text, counts = new, self.look(new); changed.append(name)
             if text == before: break
-        return text, list(changed), counts
+        return text, list(dict.fromkeys(changed)), counts
 
     def judge(self, text: str, counts: tuple) -> str | None: # name of the filter that drops the cleaned text
         "The first filter, in the order of `FILTERS`, that a text does not pass."
-        s = self.settings
-        _, chars, spaces, symbols, hangul, words, _, lines = counts[:8]
-        if words and words < s.judge_words and lines < s.judge_lines and chars >= s.min_chars:  # a comment: the three measures of characters
-            if symbols <= s.max_symbol_ratio * (chars - spaces) and hangul >= s.min_hangul_ratio * (chars - spaces - symbols): return None
-        names = failed(Counts(*counts), lambda: repetition_plain(text) if self.plain else repetition(text, counts), s)
+        _, chars, spaces, symbols, hangul, words, _, lines, *_ = counts
+        min_chars, judge_words, judge_lines, max_symbols, min_hangul = self.brief
+        if 0 < words < judge_words and lines < judge_lines and chars >= min_chars:  # a comment: nothing else applies
+            if symbols <= max_symbols * (chars - spaces) and hangul >= min_hangul * (chars - spaces - symbols): return None
+        names = failed(Counts(*counts), lambda: repetition_plain(text) if self.plain else repetition(text, counts), self.settings)
         return next((f for f in FILTERS if f in names and f not in self.off), None) if names else None
 
-    def clean(self, text: str) -> tuple[str, list[str]]: # cleaned text, names of the rules that changed it
-        "Apply the rules."
-        return self.settle(text)[:2]
-
-    def reject(self, text: str) -> str | None: # name of the filter that drops the cleaned text
-        "The first filter that a text does not pass."
-        return self.judge(text, self.look(text))
-
+    def clean(self, text: str) -> tuple[str, list[str]]: return self.settle(text)[:2]  # cleaned text, names of the rules that changed it
+    def reject(self, text: str) -> str | None: return self.judge(text, self.look(text))  # name of the filter that drops the cleaned text
     def process(self, text: str) -> tuple[str, list[str], str | None, int, int]: # cleaned text, rules that changed it, filter that drops it, words, UTF-8 bytes
         "Clean, filter and measure in one call."
         text, changed, counts = self.settle(text)
