@@ -6,6 +6,19 @@ import pytest
 KEY, SECRET = "ymkey", "ymsecret123"
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes minutes, on the whole development corpus: pytest -m slow")
+    config.addinivalue_line("markers", "gpu: needs an accelerator: pytest -m gpu")
+
+
+def pytest_collection_modifyitems(config, items):
+    "Tests marked slow or gpu run only when -m asks for them."
+    if config.option.markexpr: return
+    apart = [i for i in items if i.get_closest_marker("slow") or i.get_closest_marker("gpu")]
+    config.hook.pytest_deselected(items=apart)
+    items[:] = [i for i in items if i not in apart]
+
+
 def _free_ports(n):
     "Ports that nobody uses; SeaweedFS also takes port+10000 of each for gRPC, which must be free and below 65536."
     found = []

@@ -13,7 +13,7 @@ SPACES = [chr(c) for c in range(sys.maxunicode + 1) if chr(c).isspace()]
 
 def plain_shingles(text: str, kind: str) -> list[bytes]:
     "Shingles in a few lines that share nothing with the module."
-    units = text.split() if kind == "word5" else list("".join(unicodedata.normalize("NFKC", text).split()))
+    units = text.split() if kind == "word5" else list("".join(unicodedata.normalize("NFKC", "".join(text.split())).split()))
     glue = " " if kind == "word5" else ""
     return [glue.join(units[i:i + 5]).encode("utf-8", "surrogatepass") for i in range(max(1, len(units) - 4))] if units else []
 

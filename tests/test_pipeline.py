@@ -14,7 +14,7 @@ MICRO = ["dem.base.steps=12", "dem.lora.max_steps=4", "dem.merge.search_steps=2"
 SETS = [x for m in MICRO for x in ("--set", m)]
 DATA = ("dedup_ready/", "minhash_lsh/", "deduped/", "parquet_ready/", "tokenizer/", "models/", "checkpoints/", "diff_vectors/", "diff_stats/", "merged_model/")
 TABLES = ("results/metric_summary.csv", "results/perplexity.csv", "results/merge_weights.json", "results/eval_prompt_comparison.md")
-TIMED = ("dedup_ready/statistics.json",)  # holds speeds
+TIMED = ("dedup_ready/statistics.json", "dedup_ready/audit.md")  # hold speeds
 
 def yunmin(*args, cwd=None, env=None, timeout=900):
     return subprocess.run([*YUNMIN, *map(str, args)], capture_output=True, text=True, cwd=cwd, env={**os.environ, **(env or {})}, timeout=timeout)

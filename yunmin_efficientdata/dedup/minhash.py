@@ -93,7 +93,7 @@ def _readable(
     shingle: str # one of SHINGLES
 ) -> list[str]: # texts whose words (word5, morph5) or letters other than white space (char5) are the units
     "What the kernels read for each kind of shingle."
-    if shingle == "char5": return [t if t.isascii() else unicodedata.normalize("NFKC", t) for t in texts]
+    if shingle == "char5": return [t if t.isascii() else unicodedata.normalize("NFKC", "".join(t.split())) for t in texts]  # spaces first: NFKC joins jamo that no space parts
     return morphemes(texts) if shingle == "morph5" else texts
 
 def canonical(

@@ -81,7 +81,7 @@ def find_near(ctx, stage) -> dict: # counts, seconds of each step
     store, s, corpus = ctx.store, resolve_bands(ctx.settings.dedup), Corpus(ctx.store)
     if not stage.parts: store.delete_prefix("minhash_lsh/spill")
     base = {"workspace": store.uri, "settings": s.model_dump(), "parts": len(corpus.parts), "partitions": partition_count(len(corpus) * s.bands, s.partitions)}
-    parts, clock = [base | {"number": i} for i in range(len(corpus.parts))], _Clock(resumed=bool(stage.parts))
+    parts, clock = [base | {"number": i} for i in range(len(corpus.parts))], _Clock(ctx.executor.meter, bool(stage.parts))
     resumable(ctx, stage, "sign", sign_part, parts, "sign"); clock.lap("sign")
     joined = resumable(ctx, stage, "join", join_partition, [base | {"number": i} for i in range(base["partitions"])], "join"); clock.lap("build")
     verified = _verify(ctx, stage, base, joined, 0); clock.lap("query")
@@ -93,14 +93,17 @@ def find_near(ctx, stage) -> dict: # counts, seconds of each step
     sweep(store, "minhash_lsh/fate/", [f"minhash_lsh/fate/{p['name']}.npy" for p in corpus.parts])
     sweep(store, "minhash_lsh/pairs/near-", [e["pairs"] for e in verified])
     return counts | {k: sum(e[k] for e in verified) for k in ("candidates", "edges")} | {"hot_buckets": sum(j["hot"] for j in joined), "bands": s.bands, "rows": s.rows,
-        "jaccard_histogram": np.sum([e["histogram"] for e in verified], axis=0).tolist(), "seconds": clock.laps}
+        "jaccard_histogram": np.sum([e["histogram"] for e in verified], axis=0).tolist(), "seconds": clock.wall, "cpu": clock.cpu}
 
 class _Clock:
-    "Wall seconds between laps; None in a resumed run, whose laps would be too short."
-    def __init__(self, resumed: bool): self.at, self.resumed, self.laps = time.perf_counter(), resumed, {}
+    "Wall and CPU seconds between laps; None in a resumed run, whose laps would be too short."
+    def __init__(self, meter, resumed: bool): self.meter, self.resumed, self.wall, self.cpu, self.at = meter, resumed, {}, {}, self.now(meter)
+    @staticmethod
+    def now(meter): return time.perf_counter(), time.process_time() + (meter.extra_cpu if meter else 0)
     def lap(self, name):
-        now = time.perf_counter()
-        self.laps[name] = None if self.resumed else round(now - self.at, 4); self.at = now
+        now = self.now(self.meter)
+        for laps, a, b in ((self.wall, self.at[0], now[0]), (self.cpu, self.at[1], now[1])): laps[name] = None if self.resumed else round(b - a, 4)
+        self.at = now
 
 # %% ../../nbs/01_dedup.ipynb #c012
 def _mark(corpus: Corpus, fate: str, folder: str | None) -> None:

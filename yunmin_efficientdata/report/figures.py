@@ -15,7 +15,7 @@ __all__ = ['STEPS', 'PHASES', 'ORDER', 'PLOTS', 'plot_funnel', 'plot_time', 'plo
            'plot_perplexity', 'merge_weights', 'drawable', 'figure_key', 'draw']
 
 # %% ../../nbs/05d_figures.ipynb #c008
-STEPS = {"prepare": "정제·필터", "exact": "완전 중복", "near": "유사 중복"}
+STEPS = {"prepare": "정제·필터", "contamination": "평가 오염", "exact": "완전 중복", "near": "유사 중복", "semantic": "의미 중복", "spans": "반복 문단·문장"}
 
 def plot_funnel(facts: Facts): # figure, or None
     "For each domain: the share of bytes that each step of phase 1 removed, and what was kept."
@@ -30,7 +30,7 @@ def plot_funnel(facts: Facts): # figure, or None
     fig, ax = plt.subplots(figsize=(7.2, 0.45*len(share) + 1.6), layout="constrained")
     left = 100 - share.sum(axis=1)
     ax.barh(share.index, left, color="#0173b2", label="남은 본문")
-    for step, colour in zip(share.columns, ("#bbbbbb", "#de8f05", "#d55e00")):
+    for step, colour in ((s, c) for s, c in zip(STEPS, ("#bbbbbb", "#56b4e9", "#de8f05", "#d55e00", "#cc78bc", "#029e73")) if s in share):
         ax.barh(share.index, share[step], left=left, color=colour, label=STEPS[step]); left = left + share[step]
     for y, kept in enumerate(100 - share.sum(axis=1)): ax.text(max(kept, 12) - 1.5, y, f"{kept:.1f} %", va="center", ha="right", color="white", fontsize=9.5)
     ax.invert_yaxis(); ax.set(xlim=(0, 100), xlabel="원문 바이트에 대한 비율 (%)", title="도메인별로 남은 본문과 제거한 본문")

@@ -80,7 +80,11 @@ def figure(self: Page, key: str, ko: str, en: str) -> bool: # False when the run
 CAPTIONS: dict[str, tuple[str, str]] = {
     "dedup_rates": ("도메인별 중복률 (`dedup_log.csv`)", "Duplicate rate by domain (`dedup_log.csv`)"),
     "dedup_clusters": ("중복 클러스터의 크기 (`minhash_lsh/clusters/`)", "Sizes of duplicate clusters (`minhash_lsh/clusters/`)"),
-    "dedup_recall": ("밴드 설정의 예상 재현율 (`dedup_ready/statistics.json`)", "Predicted recall of the bands (`dedup_ready/statistics.json`)"),
+    "dedup_recall": ("후보 재현율: 예상과 측정 (`dedup_ready/statistics.json`)", "Recall of candidates, predicted and measured (`dedup_ready/statistics.json`)"),
+    "dedup_sources": ("출처별로 줄어든 본문", "Text saved by source"),
+    "dedup_matrix": ("제거된 문서와 대신 남은 문서의 도메인", "Domains of removed documents, and of those kept for them"),
+    "dedup_sensitivity": ("기준과 제거되는 문서", "Threshold and documents removed"),
+    "dedup_speed": ("1단계 시간과 속도", "Time and speed of phase 1"),
     "format_formats": ("형식별 크기와 읽기 시간", "Size and reading time by format"),
     "format_fertility": ("토크나이저별 fertility", "Fertility by tokenizer"),
     "format_lengths": ("문서 길이의 분포", "Distribution of document lengths"),
