@@ -5,7 +5,6 @@
 # %% ../../nbs/01g_spans.ipynb #c004
 from __future__ import annotations
 from functools import lru_cache
-from typing import Iterator
 import numpy as np
 from ..core.figures import korean_style
 from ..core.settings import DedupSettings, Settings, UserError
