@@ -354,7 +354,7 @@ def _gather(store: Store, kind: str, bounds: np.ndarray, slots: np.ndarray, colu
     return np.concatenate(out) if out else np.empty((0, columns))
 
 # %% ../../nbs/01i_semantic.ipynb #c030
-CHUNK = 1 << 17  # members of small buckets compared at once
+CHUNK = 1 << 17  # members compared at once
 
 def _bucket_runs(code: np.ndarray) -> tuple[np.ndarray, np.ndarray]: # start and size of each bucket of two or more
     "Runs of equal codes."
@@ -375,33 +375,38 @@ def search_band(
     packed = np.sort(np.concatenate(packed))
     slots = (packed & np.uint64((1 << 40) - 1)).astype(np.int64)
     start, size = _bucket_runs(packed >> np.uint64(40))
-    found, unreached = [np.empty((0, 2), np.int64), *_small_buckets(store, bounds, slots, start[size <= HOT], size[size <= HOT], task["near"])], 0
-    for i, n in zip(start[size > HOT].tolist(), size[size > HOT].tolist()):
-        pairs, missed = _hot_bucket(corpus, bounds, slots[i:i + n], s, task)
-        found.append(pairs); unreached += missed
+    found, unreached = [np.empty((0, 2), np.int64)], 0
+    for pairs, missed in _compare_buckets(corpus, s, slots, start, size, task): found.append(pairs); unreached += missed
     pairs = np.unique(np.concatenate(found), axis=0)
     with store.writer(_key("candidates", task["number"]) + ".npy") as f: np.save(f, pairs, allow_pickle=False)
     return {"candidates": len(pairs), "hot": int((size > HOT).sum()), "unreached": unreached}
 
 # %% ../../nbs/01i_semantic.ipynb #c031
-def _small_buckets(store, bounds, slots, start, size, near) -> Iterator[np.ndarray]: # int64 [n, 2] of slots
-    "Close pairs of the buckets that are compared whole, a chunk of members at a time."
-    for cut in np.split(np.arange(len(start)), np.flatnonzero(np.diff(np.cumsum(size) // CHUNK)) + 1):
-        if not len(cut): continue
-        member = np.concatenate([slots[i:i + n] for i, n in zip(start[cut], size[cut])])
-        own, inverse = np.unique(member, return_inverse=True)
-        small = _gather(store, "small", bounds, own)[inverse]
-        pairs, _ = _grow(_all_pairs, small, np.append(0, np.cumsum(size[cut])), near)
-        yield np.sort(member[pairs], axis=1)
+def _chunks(size: np.ndarray) -> Iterator[np.ndarray]: # numbers of consecutive buckets
+    "Buckets of about CHUNK members together."
+    yield from (c for c in np.split(np.arange(len(size)), np.flatnonzero(np.diff(np.cumsum(size) // CHUNK)) + 1) if len(c))
 
-def _hot_bucket(corpus, bounds, slots, s, task) -> tuple[np.ndarray, int]: # pairs of slots, members not reached
-    "Close pairs of one large bucket, led in keeper order."
-    docs = _gather(corpus.store, "of", bounds, slots)
-    by_doc = np.argsort(docs)
-    best = by_doc[np.searchsorted(docs[by_doc], keeper_order(corpus, docs[by_doc], s))]
-    small = _gather(corpus.store, "small", bounds, slots)[best]
-    pairs, (missed,) = _grow(_led_pairs, small, task["near"], task["sure"], COMPARISONS)
-    return np.sort(slots[best][pairs], axis=1), missed
+def _compare_buckets(corpus: Corpus, s: DedupSettings, slots, start, size, task) -> Iterator[tuple[np.ndarray, int]]: # pairs of slots, members not reached
+    "Close pairs of all buckets: the small ones whole, the hot ones led."
+    bounds = np.array(task["bounds"])
+    for hot in (False, True):
+        first, count = start[(size > HOT) == hot], size[(size > HOT) == hot]
+        for cut in _chunks(count):
+            member = np.concatenate([slots[i:i + n] for i, n in zip(first[cut], count[cut])])
+            own, at = np.unique(member, return_inverse=True)
+            small, starts = _gather(corpus.store, "small", bounds, own), np.append(0, np.cumsum(count[cut]))
+            if not hot: yield np.sort(member[_grow(_all_pairs, small[at], starts, task["near"])[0]], axis=1), 0
+            else: yield from _led(corpus, s, bounds, own, at, small, starts, task)
+
+def _led(corpus, s, bounds, own, at, small, starts, task) -> Iterator[tuple[np.ndarray, int]]:
+    "Close pairs of hot buckets: members own[at[starts[g]:starts[g+1]]], each bucket in keeper order, which is asked for once for all."
+    docs = _gather(corpus.store, "of", bounds, own)
+    order = keeper_order(corpus, np.sort(docs), s)
+    rank = ranks_of(order, docs)
+    for low, high in zip(starts[:-1], starts[1:]):
+        best = at[low:high][np.argsort(rank[at[low:high]])]
+        pairs, (missed,) = _grow(_led_pairs, small[best], task["near"], task["sure"], COMPARISONS)
+        yield np.sort(own[best][pairs], axis=1), missed
 
 # %% ../../nbs/01i_semantic.ipynb #c033
 BLOCK = 1 << 22  # numbers of each side in memory at once
@@ -487,7 +492,7 @@ def _plan(s: DedupSettings, reduced: list[dict], size: int) -> dict: # what code
 
 # %% ../../nbs/01i_semantic.ipynb #c038
 COMPARE_ROWS = 200_000  # about so many candidates in a task of the comparison
-SHARE_ROWS = 1 << 22    # codes of a band sorted at once
+SHARE_ROWS = 1 << 21    # codes of a band sorted at once
 
 def find_semantic(
     ctx, stage # of the phase driver
