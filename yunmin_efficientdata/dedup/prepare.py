@@ -4,7 +4,7 @@
 
 # %% ../../nbs/01f_prepare.ipynb #c004
 from __future__ import annotations
-import gc, hashlib, io, os, re, unicodedata
+import gc, hashlib, io, os, re, unicodedata, zlib
 from collections import Counter, OrderedDict
 from contextlib import contextmanager
 from functools import lru_cache
@@ -308,12 +308,12 @@ def check_tally(name: str, t: dict) -> None:
 class Review:
     "The best `limit` before/after pairs of each domain."
     def __init__(self, limit: int): self.limit, self.best = limit, {}
-    def add(self, domain: str, hash_: int, before: str, after: str, rules: list[str]):
-        rank = [not rules, -min(3, len(rules) - ("white_space" in rules)), hash_]
+    def add(self, domain: str, place: int, before: str, after: str, rules: list[str]):
+        rank = [not rules, -min(3, len(rules) - ("white_space" in rules)), place]
         best = self.best.setdefault(domain, [])
-        if len(best) >= self.limit and (not best or rank >= best[-1][0]): return
-        best.append([rank, *excerpts(before, after), rules])
-        self.best[domain] = sorted(best)[:self.limit]
+        if len(best) >= self.limit and (not best or rank > best[-1][0][:3]): return
+        entry = [[*rank, zlib.crc32(before.encode())], *excerpts(before, after), rules]
+        if entry not in best: self.best[domain] = sorted([*best, entry])[:self.limit]
 
 def excerpts(
     before: str, after: str, # a text and what became of it
