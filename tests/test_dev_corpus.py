@@ -21,7 +21,7 @@ def folder(tmp_path_factory): return tmp_path_factory.mktemp("dev")
 
 def dedup(ws: Path, raw: Path, *sets: str, workers: int = 1) -> dict[str, dict]: # ledger entries
     "Phase 1 in a process of its own, so that memory is that of the phase alone."
-    command = [sys.executable, "-m", "yunmin_efficientdata.cli", "dedup", str(ws), "--raw", str(raw), "--workers", str(workers)]
+    command = [sys.executable, "-c", "from yunmin_efficientdata.cli import main; main()", "dedup", str(ws), "--raw", str(raw), "--workers", str(workers)]
     subprocess.run(command + [x for s in sets for x in ("--set", s)], check=True, stdout=subprocess.DEVNULL)
     return {s: json.loads((ws/f"ledger/dedup.{s}.json").read_text()) for s in STAGES if (ws/f"ledger/dedup.{s}.json").exists()}
 

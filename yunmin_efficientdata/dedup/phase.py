@@ -16,7 +16,7 @@ from .contamination import find_contamination, set_stats
 from .lsh import join_partition, partition_count, rejoin_partition, resolve_bands, sign_part, verify_range
 from .prepare import FATES, Corpus, list_raw, load_array, load_fate, normal_source, prepare, resumable, sweep, write_fate
 from .semantic import embedding_stats, find_semantic
-from .spans import find_spans
+from .spans import find_spans, least_left
 
 # %% auto #0
 __all__ = ['VERIFY_CANDIDATES', 'ROUNDS', 'NEAR_CODE', 'EXACT_KEYS', 'NEAR_KEYS', 'choose_sources', 'find_near', 'semantic_level',
@@ -136,7 +136,7 @@ def option(ctx, name: str, on, work, **asked) -> dict | None: # counts; None whe
 def write_survivors(ctx, stage) -> dict: # what happened by domain, source and fate
     "The stage dedup.write. Resumes by part."
     store, s, corpus = ctx.store, ctx.settings, Corpus(ctx.store)
-    base = {"workspace": store.uri, "min_chars": s.clean.min_chars, "spans": bool(s.dedup.spans.levels)}
+    base = {"workspace": store.uri, "min_chars": least_left(s), "spans": bool(s.dedup.spans.levels)}
     written = resumable(ctx, stage, "write", write_part, [base | {"number": i} for i in range(len(corpus.parts))], "write")
     sweep(store, "deduped/", [w["key"] for w in written if w["key"]])
     return _count(written)
@@ -169,7 +169,7 @@ def run(
         d = resolve_bands(ctx.settings.dedup)
         prepared = prepare_stage(ctx, raw, append)
         contaminated, near, spans = find_stages(ctx, d)
-        written = ctx.stage("dedup.write", lambda stage: write_survivors(ctx, stage), settings=[ctx.settings.clean.min_chars, bool(spans)],
+        written = ctx.stage("dedup.write", lambda stage: write_survivors(ctx, stage), settings=[least_left(ctx.settings), bool(spans)],
             after=["dedup.near"] + ["dedup.semantic"] * bool(d.semantic.embeddings) + ["dedup.spans"] * bool(spans), outputs=["deduped/"], code=["dedup.cluster", "dedup.spans", "dedup.prepare", "dedup.phase"])
         total = ctx.stage("dedup.audit", lambda stage: audit(ctx, prepared, near | written), settings=[d, ctx.settings.report.quotes, ctx.settings.report.language], after=["dedup.prepare", "dedup.write"] + ["dedup.contamination"] * bool(contaminated),
             outputs=list(AUDIT_OUTPUTS), code=["dedup.audit", "dedup.augment", *NEAR_CODE])
@@ -203,7 +203,7 @@ def find_stages(ctx, d: DedupSettings) -> tuple: # counts of contamination (None
     option(ctx, "semantic", d.semantic.embeddings, lambda stage: semantic_level(ctx, stage), settings=[d.semantic, d.keep, d.source_priority],
         inputs=embedding_stats(d.semantic.embeddings) if d.semantic.embeddings else (), after=["dedup.near"], outputs=["minhash_lsh/semantic/"], code=["dedup.semantic", "dedup.cluster", "dedup.prepare", "dedup.phase"])
     spans = option(ctx, "spans", d.spans.levels, lambda stage: find_spans(ctx, stage), settings=[d.spans, d.source_priority], after=["dedup.near"] + ["dedup.semantic"] * bool(d.semantic.embeddings),
-        outputs=["minhash_lsh/spans/"], code=["dedup.spans", "dedup.prepare"])
+        outputs=["minhash_lsh/spans/"], code=["dedup.spans", "dedup.lsh", "dedup.prepare"])
     return contaminated, near, spans
 
 # %% ../../nbs/01_dedup.ipynb #c019
