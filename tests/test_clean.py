@@ -9,7 +9,7 @@ from yunmin_efficientdata.dedup.clean import (FILTERS, PUBLISHED, RULES, Cleaner
                                               mask_phone, mask_resident, repeats, repetition, repetition_plain, white_space)
 
 FAST, PLAIN = Cleaner(), Cleaner(plain=True)
-PIECES = [*" \n\t\r가나ㅋㅠ!?.~^…&;#amplt@a.b1-029()：０－\u200b\u200d👍\ufe0f\u0301\u1100\u1161\u11a8\xa0\u3000무단기자제보ⓒ`*•", "```", "~~~", "&amp;", "&nbsp;", "&#38;", "&#1;", "010-1234-5678", "900101-1234568",
+PIECES = [*" \n\t\r가나ㅋㅠ!?.~^…&;#amplt@a.b1-029()：０－\u200b\u200d👍\ufe0f\u0301\u1100\u1161\u11a8\xa0\u3000무단기자제보ⓒ`*•", "```", "\n```\n", "~~~", "\xad", "\u200c", "\u0628", "\x1b[1m", "&#96;", "&amp;", "&nbsp;", "&#38;", "&#1;", "010-1234-5678", "900101-1234568",
           "4539 1488 0343 6467", "은행", "계좌", "123456-01-123456", "a@b.kr", "&lt", "  ", "\n\n", "홍길동 기자", "(서울=한국) 홍길동 기자 = ", "\ud800", "\U0001d15e", "\U0001f600", "\u0958", "\u2126", "\x85", "\u2028", "\x1c"]
 odd_text = st.one_of(st.text(st.characters(), max_size=80), st.lists(st.sampled_from(PIECES), max_size=40).map("".join))  # st.characters() includes surrogates and unassigned code points
 
@@ -92,6 +92,15 @@ def test_characters():
     assert clean_("👩‍👩‍👧 ❤️ 🏴󠁧󠁢󠁥󠁮󠁧󠁿 가‍나")[0] == "👩‍👩‍👧 ❤️ 🏴󠁧󠁢󠁥󠁮󠁧󠁿 가나"
     assert clean_("ＡＢＣ　１２３！")[0] == "ＡＢＣ １２３！" and Cleaner(CleanSettings(form="NFKC")).clean("ＡＢＣ　１２３！ㅋㅋ")[0] == "ABC 123!ㅋㅋ"
     for same in ("?a=1&copy=2&lt=3", "AT&T; R&D", "https://a.kr/?q=%EA%B0%80&x=1#top", "제1조ㆍ제2조·제3조", "| a | b |\n|---|---|\n| 1 | 2 |", "x\n\n    if a:\n\t\treturn # 끝", "원문은 힌디어 हिन्दी 이다"): assert clean_(same) == (same, [])
+
+def test_soft_hyphens_between_numbers_show():
+    "Deleting them would join numbers: lot 1-1 of a judgment would become lot 11."
+    assert FAST.clean("산 1\xad1 외 3\xad4일, 항\xad\xad만, co\xadoperate, 끝\xad\xad")[0] == "산 1-1 외 3-4일, 항-만, cooperate, 끝"
+
+def test_code_is_left_alone():
+    code = "글\n\n```html\n&nbsp;&lt;b&gt;  !!!!  ....  ㅋㅋㅋㅋ\n```\n\n# 제목\n# ~~~~~~~\n  |   ^^^^^ expected\n!!! note"
+    assert white_space(code).count("  !!!!  ") == 1 and repeats(code) == code and html_entities(code) == code
+    assert FAST.process(code)[:2] == (code.replace("|   ^", "| ^"), ["white_space"])
 
 def test_white_space_keeps_code():
     code = "```python\ndef f( x ):\n    a   = 1\n\n \tb = 2\n```"
@@ -192,7 +201,7 @@ def test_repetition_of_lines_and_paragraphs(text): assert repetition(text) == re
 # ---- bounds
 
 @pytest.mark.parametrize("text", ["&amp;" * 60_000, "&" * 300_000, "&#38;" * 60_000, "ㅋ" * 300_000, "1" * 300_000, "1-" * 150_000, "010-" * 75_000, "0101234" * 40_000, "a@" * 150_000, "a.b@c." * 50_000, "@" * 300_000, " " * 300_000, " \n" * 150_000, "\t가" * 100_000,
-                                  "홍길동 기자\n" * 30_000, "(서울=한국) 홍길동 기자 = " * 12_000, "제보" * 100_000, "\u0301" * 100_000, "```\n" * 60_000, "!" * 300_000, "계좌 1" * 60_000, "+82" * 90_000, "900101-1234568 " * 20_000, "\ud800" * 100_000, "(" * 300_000, "가\n" * 100_000], ids=lambda t: ascii(t[:12]))
+                                  "홍길동 기자\n" * 30_000, "(서울=한국) 홍길동 기자 = " * 12_000, "제보" * 100_000, "\u0301" * 100_000, "```\n" * 60_000, "!" * 300_000, "!!!! " * 60_000, "~~~ㅋ" * 60_000, "1\xad" * 100_000, "계좌 1" * 60_000, "+82" * 90_000, "900101-1234568 " * 20_000, "\ud800" * 100_000, "(" * 300_000, "가\n" * 100_000], ids=lambda t: ascii(t[:12]))
 def test_odd_documents_in_linear_time(text):
     start = time.process_time(); once = FAST.process(text)[0]; seconds = time.process_time() - start
     assert seconds < 4 and FAST.clean(once)[0] == once
@@ -202,11 +211,14 @@ def test_odd_documents_in_linear_time(text):
 @pytest.mark.parametrize("domain", ["main_data", "textbook", "assembly", "web", "social"])
 def test_real_text(corpus, domain):
     with open(corpus/f"small/{domain}.jsonl", encoding="utf-8") as f: texts = [json.loads(line)["text"] for line in f]
-    size, results, start = sum(len(t.encode()) for t in texts) / 1e6, [], time.process_time()
-    for t in texts: results.append(FAST.process(t))
-    speed = size / (time.process_time() - start)
-    print(f"{domain}: {speed:.1f} MB/s")
-    dropped = [r[2] for r in results if r[2]]
-    assert sum(d not in ("too_short",) for d in dropped) <= 0.005 * len(texts) and speed > 5
+    def seconds(cleaner, chosen):
+        start = time.process_time()
+        for t in chosen: cleaner.process(t)
+        return time.process_time() - start
+    few, results = texts[::10], [FAST.process(t) for t in texts]
+    slow, fast = seconds(PLAIN, few), min(seconds(FAST, few) for _ in range(3))
+    print(f"{domain}: {sum(len(t.encode()) for t in few) / 1e6 / fast:.1f} MB/s, {slow / fast:.0f} times plain Python")
+    assert slow > 3 * fast
+    assert sum(r[2] not in (None, "too_short") for r in results) <= 0.005 * len(texts)
     for before, r in list(zip(texts, results))[::10]:
         assert FAST.process(r[0])[:2] == (r[0], []) and (r[0], r[1]) == PLAIN.clean(before)

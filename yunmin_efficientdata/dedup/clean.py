@@ -22,6 +22,14 @@ __all__ = ['RULES', 'PUBLISHED', 'FILTERS', 'ROUNDS', 'html_entities', 'control_
            'repetition', 'Rule', 'failed', 'chosen_rules', 'Cleaner']
 
 # %% ../../nbs/01a_clean.ipynb #c006
+_FENCE = re.compile(r"^([^\S\n]*```[^\n]*)$", re.M)
+
+def _outside_code(text: str, change: Callable[[str], str]) -> str: # changed, but for its fenced code blocks
+    if "```" not in text: return change(text)
+    parts = _FENCE.split(text)  # text, fence, code, fence, text, …
+    parts[::4] = map(change, parts[::4])
+    return "".join(parts)
+
 _ENTITY = re.compile(r"&((?:(?:amp|AMP|#0{0,4}38|#[xX]0{0,4}26);)*)(#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,30});")
 
 def _entity(match: re.Match) -> str: # what it stands for; itself when it stands for nothing
@@ -29,24 +37,28 @@ def _entity(match: re.Match) -> str: # what it stands for; itself when it stands
     if name[0] == "#": return html.unescape(f"&{name};")
     return html5.get(name + ";") or (f"&{name};" if escaped else match[0])
 
-def html_entities(text: str) -> str: # entities replaced, however often they were escaped
-    "`&lt;` and friends as the characters they stand for."
+def _unescape(text: str) -> str:
     for _ in range(3):  # an entity may be built out of others, as in &&#108;t;
         before, text = text, _ENTITY.sub(_entity, text)
         if text == before or "&" not in text: break
     return text
 
+def html_entities(text: str) -> str: # entities replaced, however often they were escaped
+    "`&lt;` and friends as the characters they stand for, outside of fenced code blocks."
+    return _outside_code(text, _unescape)
+
 # %% ../../nbs/01a_clean.ipynb #c009
-_CONTROL = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ud800-\udfff\ufdd0-\ufdef\ufff9-\ufffb\ufffe\uffff" + "".join(chr(p << 16 | n) for p in range(1, 17) for n in (0xfffe, 0xffff)) + "]")
-_ZERO_WIDTH = re.compile("[\u00ad\u180e\u200b\u200c\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f\ufeff]|(?<![\u2600-\u27bf\ufe0f\U0001f000-\U0001faff])\u200d|\u200d(?![\u2600-\u27bf\U0001f000-\U0001faff])")
+_CONTROL = re.compile("\x1b\\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ud800-\udfff\ufdd0-\ufdef\ufff9-\ufffb\ufffe\uffff" + "".join(chr(p << 16 | n) for p in range(1, 17) for n in (0xfffe, 0xffff)) + "]")
+_ZERO_WIDTH = re.compile("[\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f\ufeff]|(?<![\u0600-\u109f\u1780-\u17ff])(?:\u200c|(?<![\u2600-\u27bf\ufe0f\U0001f000-\U0001faff])\u200d|\u200d(?![\u2600-\u27bf\U0001f000-\U0001faff]))")
+_SOFT_HYPHEN = re.compile("(?<=[0-9가-힣])\u00ad+(?=[0-9A-Za-z가-힣])|(?<=[A-Za-z])\u00ad+(?=[0-9가-힣])")
 
 def control_characters(text: str) -> str: # without control characters, non-characters and halves of surrogate pairs
     "Characters that no reader sees and no tokenizer should; tabs and line ends are left to `white_space`."
     return _CONTROL.sub("", text)
 
 def zero_width(text: str) -> str: # without invisible characters; emoji sequences stay whole
-    "Zero-width characters, soft hyphens, direction marks and byte order marks."
-    return _ZERO_WIDTH.sub("", text)
+    "Zero-width characters, direction marks and byte order marks; soft hyphens, which become visible where they were meant so."
+    return _SOFT_HYPHEN.sub("-", _ZERO_WIDTH.sub("", text)).replace("\u00ad", "")
 
 # %% ../../nbs/01a_clean.ipynb #c012
 _NOT_JAMO = re.compile("[^\u3131-\u318e]+")
@@ -73,7 +85,7 @@ def white_space(text: str) -> str: # tidy lines
         if not body:
             if out and out[-1]: out.append("")
             continue
-        indent, fence = line[:line.index(body[0])], body.startswith(("```", "~~~"))
+        indent, fence = line[:line.index(body[0])], body.startswith("```")
         if not fenced and not fence:
             if "  " in body or "\t" in body: body = " ".join(body.split())
             if indent == " ": indent = ""
@@ -91,13 +103,13 @@ def _shorten(match: re.Match) -> str:
     "Two of a sign, three dots; untouched where a line begins with markup."
     run, text, start = match[0], match.string, match.start()
     if run[0] == ".": return "..."
-    begins = not text[text.rfind("\n", 0, start) + 1:start].strip()
+    begins = not any(map(str.isalnum, text[max(0, start - 200):start].rpartition("\n")[2]))
     if begins and (run[0] in "~^" or len(run) == 3 and run[0] == "!" and text[match.end():match.end() + 1] == " "): return run
     return run[0] * 2
 
 def repeats(text: str) -> str: # with shortened runs
     "ㅋㅋㅋㅋ, ㅠㅠㅠ, !!!! and ...... shortened; the syllable before them is never touched."
-    return _SIGN_RUN.sub(_shorten, _JAMO_RUN.sub(r"\1\1", text))
+    return _outside_code(text, lambda t: _SIGN_RUN.sub(_shorten, _JAMO_RUN.sub(r"\1\1", t)))
 
 # %% ../../nbs/01a_clean.ipynb #c021
 _FOLD = dict(zip("０１２３４５６７８９‐‑‒–—−－．（）＋＠", "0123456789-------.()+@"))
@@ -255,7 +267,7 @@ def _classes() -> np.ndarray: # uint8 for each of 65,536 code points: bits 0-1: 
     for low, high in ((0x1100, 0x1200), (0x3131, 0x318F), (0xA960, 0xA980), (0xAC00, 0xD7FC)): table[low:high] = 3
     table[[i for i, c in enumerate(chars) if c.isalpha()]] |= 4
     table[[ord(c) for c in _BULLETS]] |= 128
-    text = "".join(chars)
+    text = "".join(chars); table[0xAD] |= _CLASS["zero_width"]
     for pattern, name in ((_CONTROL, "control_characters"), (_ZERO_WIDTH, "zero_width"), (_ODD_SPACE, "white_space"), (_LINE_END, "white_space")):
         table[[m.start() for m in pattern.finditer(text)]] |= _CLASS[name]
     table[_unstable(chars)] |= _CLASS["unicode_form"]
@@ -402,7 +414,7 @@ def _look(data, table, short_line):
             word |= 1 | (kind & 4) >> 1
             if not length:
                 start, bullet = size, kind >> 7
-                fence = (cp == 96 or cp == 126) and i + 2 < len(data) and data[i + 1] == cp and data[i + 2] == cp
+                fence = cp == 96 and i + 2 < len(data) and data[i + 1] == cp and data[i + 2] == cp
                 if start and (lines == 0 or start == 1 and prev == 32 and not (fenced or fence)): mask |= 32
             streak = streak + 1 if prev == cp else 1
             length, last = size + 1 - start, cp
