@@ -173,7 +173,7 @@ def test_against_all_pairs(ws, dimensions):
     rows = np.concatenate([corpus.starts[i] + load_array(ws, f"minhash_lsh/semantic/{p['name']}.npy") for i, p in enumerate(corpus.parts)])
     assert {ids[r] for r in rows} == gone and sum(counts["by_domain"].values()) == len(gone) and not ws.list("minhash_lsh/spill/")
 
-def test_same_bytes_whatever_the_files_types_and_workers(ws):
+def test_same_bytes_whatever_the_files_types_and_workers(ws, monkeypatch):
     corpus = Corpus(ws); ids = ids_of(corpus)
     x = clustered(seed=1).astype(np.float16).astype(np.float32)
     shuffled = random.Random(2).sample(range(400), 400)
@@ -183,7 +183,9 @@ def test_same_bytes_whatever_the_files_types_and_workers(ws):
         seen.append((results(ws), counts)); ws.delete_prefix("e"); ws.delete_prefix("minhash_lsh/semantic")
     put_parquet(ws, "e/a.parquet", ids, x); go()
     put_parquet(ws, "e/a.parquet", ids[:150], x[:150], pa.large_list(pa.float64())); put_npy(ws, "e/sub/b", ids[150:], x[150:].astype(np.float64)); go(2)
-    put_npy(ws, "e/z", [ids[i] for i in shuffled[:200]], x[shuffled[:200]].astype(np.float16)); put_parquet(ws, "e/a.parquet", [ids[i] for i in shuffled[200:]], x[shuffled[200:]], pa.list_(pa.float32(), 96)); go()
+    put_npy(ws, "e/z", [ids[i] for i in shuffled[:200]], x[shuffled[:200]].astype(np.float16)); put_parquet(ws, "e/a.parquet", [ids[i] for i in shuffled[200:]], x[shuffled[200:]], pa.list_(pa.float32(), 96)); put_npy(ws, "e/empty", [], x[:0]); put_parquet(ws, "e/none.parquet", pa.array([], pa.string()), [])
+    monkeypatch.setattr(m, "READ_ROWS", 37); monkeypatch.setattr(m, "CHUNK", 50); monkeypatch.setattr(m, "COMPARE_ROWS", 20); monkeypatch.setattr(m, "SHARE_ROWS", 100); monkeypatch.setattr(m, "MATCH_ROWS", 30); monkeypatch.setattr(m, "BLOCK", 500)
+    go()
     assert seen[0] == seen[1] == seen[2] and seen[0][1]["removed"] > 50
 
 def test_counts(ws):

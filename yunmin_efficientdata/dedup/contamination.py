@@ -328,7 +328,7 @@ def _same(data, i, stop, kind, first, more, text, at, end):
             at += 1
     return at == end
 
-# %% ../../nbs/01h_contamination.ipynb #c035
+# %% ../../nbs/01h_contamination.ipynb #c036
 @jit
 def _find(h, n, hashes, size, directory, shift):
     "Number of the n-gram with this hash and length, or -1."
@@ -345,7 +345,7 @@ def _passes(h, bitmap, bits):
     a = np.int64(h & np.uint64((1 << bits) - 1))
     return bool(bitmap[a >> 3] >> (a & 7) & 1)
 
-# %% ../../nbs/01h_contamination.ipynb #c036
+# %% ../../nbs/01h_contamination.ipynb #c037
 @jit
 def _match(data, begin, stop, h, n, letters, look):
     "The n-gram of n words that data[begin:stop] is, or -1: by its hash, then by its text."
@@ -359,7 +359,7 @@ def _put(out, found, d, e):
     if found < len(out): out[found, 0] = d; out[found, 1] = e
     return found + 1
 
-# %% ../../nbs/01h_contamination.ipynb #c037
+# %% ../../nbs/01h_contamination.ipynb #c039
 @jit
 def _scan(data, offsets, letters, look, out):
     "Hits (document, n-gram) of the documents data[offsets[d]:offsets[d+1]] into out; returns their number (beyond len(out): not written). n-gram -1: needs Python."
@@ -401,7 +401,7 @@ def _scan(data, offsets, letters, look, out):
             i += width
     return found
 
-# %% ../../nbs/01h_contamination.ipynb #c039
+# %% ../../nbs/01h_contamination.ipynb #c041
 def _scan_numpy(text: str, table: Table) -> list[int]: # n-grams found
     "N-grams of one document, numpy only."
     points = _code_points(normal_form(text))
@@ -417,7 +417,7 @@ def _scan_numpy(text: str, table: Table) -> list[int]: # n-grams found
             if np.array_equal(points[start[k]:end[k + n - 1]], table.text[table.start[e]:table.end[e]]): found.append(int(e))
     return found
 
-# %% ../../nbs/01h_contamination.ipynb #c040
+# %% ../../nbs/01h_contamination.ipynb #c042
 def _scan_batch(batch: list[bytes], table: Table, kind: np.ndarray) -> np.ndarray: # int64 [hits, 2]
     "The kernel on a batch; its output grows until it fits."
     _, _, first, more = letter_tables()
@@ -445,7 +445,7 @@ def scan_texts(
             hits = np.concatenate([hits[~np.isin(hits[:, 0], again)], np.stack([again[more[:, 0]], more[:, 1]], axis=1)])
     return np.unique(hits, axis=0)
 
-# %% ../../nbs/01h_contamination.ipynb #c043
+# %% ../../nbs/01h_contamination.ipynb #c045
 SPILL = "minhash_lsh/spill/contamination"
 BATCH_BYTES = 4 << 20  # of text in the kernel at once
 
@@ -464,7 +464,7 @@ def load_table(store: Store, key: str) -> Table:
     "The table that `save_table` wrote; read once a process."
     return _load_table(store.uri, key, store.stat(key).version)
 
-# %% ../../nbs/01h_contamination.ipynb #c044
+# %% ../../nbs/01h_contamination.ipynb #c046
 def scan_part(
     task: dict # workspace, number (of the part), name, table (key)
 ) -> dict: # documents with a hit, hits
@@ -490,7 +490,7 @@ def _text_batches(corpus: Corpus, part: int) -> Iterator[tuple[int, list[str]]]:
         if size >= BATCH_BYTES: yield row + 1 - len(texts), texts; texts, size = [], 0
     if texts: yield row + 1 - len(texts), texts
 
-# %% ../../nbs/01h_contamination.ipynb #c045
+# %% ../../nbs/01h_contamination.ipynb #c047
 def add_votes(
     votes: np.ndarray, # uint64 [n, 2]: n-gram, text hash; sorted
     hits: np.ndarray # uint64 [hits, 3]: row, n-gram, text hash
@@ -504,7 +504,7 @@ def add_votes(
     rank = np.arange(len(both)) - np.repeat(first, np.diff(np.append(first, len(both))))
     return both[rank <= FREQUENT]
 
-# %% ../../nbs/01h_contamination.ipynb #c048
+# %% ../../nbs/01h_contamination.ipynb #c050
 SHOWN_DOCUMENTS, SHOWN_ITEMS = 20, 10  # examples in the report, items for each
 
 def judge_part(
@@ -525,7 +525,7 @@ def judge_part(
     return {"domain": corpus.parts[number]["domain"], "documents": len(rows), "sets": dict(zip(map(str, sets.tolist()), documents.tolist())),
             "examples": _examples(corpus.table(number, ["id"])["id"], rows, grams, pairs, count)}
 
-# %% ../../nbs/01h_contamination.ipynb #c049
+# %% ../../nbs/01h_contamination.ipynb #c051
 def owned(
     hits: np.ndarray, # int64 [hits, 2]: row, n-gram; sorted
     table: Table
@@ -552,7 +552,7 @@ def _examples(ids: list[str], rows, grams, pairs, count) -> list[dict]: # id, n-
         out.append({"document": ids[rows[i]], "ngrams": int(grams[i]), "items": np.column_stack([pairs[of, 1], count[of]])[best].tolist()})
     return out
 
-# %% ../../nbs/01h_contamination.ipynb #c052
+# %% ../../nbs/01h_contamination.ipynb #c054
 WHOLE = 0.8  # share of an item's n-grams in one document
 
 def _set_report(
@@ -578,7 +578,7 @@ def _set_report(
             "top": [{"item": int(found[t, 0] - low), "id": items[found[t, 0] - low].id, "documents": int(found[t, 1]), "ngrams": int(found[t, 2]), "of": int(of[t])} for t in top],
             "found": orjson.Fragment(orjson.dumps(np.column_stack([found[:, 0] - low, found[:, 1:], of]).tolist())), "frequent": orjson.Fragment(orjson.dumps((common - low).tolist()))}
 
-# %% ../../nbs/01h_contamination.ipynb #c053
+# %% ../../nbs/01h_contamination.ipynb #c056
 def _merge_items(store: Store, judged: list[dict]) -> np.ndarray: # int64 [items, 3]
     "Items of all parts, added up."
     total = np.empty((0, 3), np.int64)
@@ -604,7 +604,7 @@ def _write_report(store: Store, s: ContaminationSettings, sets: dict, judged: li
     few = ("items", "too_short", "items_found", "items_whole", "items_frequent", "share", "documents")
     return {"sets": {n: {k: r[k] for k in few} for n, r in sets.items()}, "documents": report["documents"], "by_domain": report["by_domain"]}
 
-# %% ../../nbs/01h_contamination.ipynb #c055
+# %% ../../nbs/01h_contamination.ipynb #c058
 def find_contamination(
     ctx, stage # of the phase driver
 ) -> dict: # counts: by set, documents, by domain
@@ -635,7 +635,7 @@ def _count_votes(store: Store, scanned: list[dict], grams: int) -> np.ndarray: #
         if r["hits"]: votes = add_votes(votes, load_array(store, _hits_key(number)))
     return np.bincount(votes[:, 0].astype(np.int64), minlength=grams)
 
-# %% ../../nbs/01h_contamination.ipynb #c057
+# %% ../../nbs/01h_contamination.ipynb #c060
 def contaminated_items(
     store: Store, # workspace
     frequent: bool = False # with the items of which only common property was found

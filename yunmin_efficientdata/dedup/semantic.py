@@ -54,7 +54,7 @@ def embedding_stats(
 
 def _ids_key(key: str) -> str: return key.removesuffix(".npy") + ".ids.txt"
 
-# %% ../../nbs/01i_semantic.ipynb #c007
+# %% ../../nbs/01i_semantic.ipynb #c008
 READ_ROWS = 4096  # vectors in memory at once
 
 def _open_npy(file: VectorFile) -> np.ndarray: # memory map [documents, dimensions]
@@ -73,7 +73,7 @@ def _open_parquet(file: VectorFile) -> pq.ParquetFile:
         raise _wrong(file.key, f"embedding is {vector}", "write a list of floats")
     return f
 
-# %% ../../nbs/01i_semantic.ipynb #c008
+# %% ../../nbs/01i_semantic.ipynb #c009
 def read_ids(
     file: VectorFile
 ) -> Iterator[list[str]]: # in batches, in the order of the rows
@@ -89,12 +89,12 @@ def read_ids(
     if ids: yield ids
     if count != len(x := _open_npy(file)): raise _wrong(_ids_key(file.key), f"{count:,} ids for {len(x):,} rows", "write one id a line, in the order of the rows")
 
-# %% ../../nbs/01i_semantic.ipynb #c009
+# %% ../../nbs/01i_semantic.ipynb #c010
 def _matrix(column: pa.Array, file: VectorFile, first: int) -> np.ndarray: # float [rows, dimensions]
     "A batch of lists as an array."
     if column.null_count: raise _wrong(file.key, f"row {first + int(np.argmax(column.is_null().to_numpy(zero_copy_only=False)))} has no embedding", "leave such rows out")
     lengths = np.diff(column.offsets.to_numpy()) if not pa.types.is_fixed_size_list(column.type) else np.full(len(column), column.type.list_size)
-    if len(lengths) and (lengths != lengths[0]).any(): raise _wrong(file.key, f"row {first + int(np.argmax(lengths != lengths[0]))} has {int(lengths[lengths != lengths[0]][0])} dimensions, those before {lengths[0]}", "use one model for all")
+    if (odd := np.flatnonzero(lengths != lengths[:1])).size: raise _wrong(file.key, f"row {first + int(odd[0])} has {lengths[odd[0]]} dimensions, those before {lengths[0]}", "use one model for all")
     return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
 
 def read_vectors(
@@ -102,7 +102,8 @@ def read_vectors(
 ) -> Iterator[np.ndarray]: # float [rows, dimensions], in batches
     "The vectors of a file. Raises `UserError` that names file and row for what is no vector."
     x = None if file.key.endswith(".parquet") else _open_npy(file)
-    batches = (x[i:i + READ_ROWS] for i in range(0, len(x), READ_ROWS)) if x is not None else (b["embedding"] for b in _open_parquet(file).iter_batches(READ_ROWS, columns=["embedding"], use_threads=False))
+    if x is not None: batches = (x[i:i + READ_ROWS] for i in range(0, len(x), READ_ROWS))
+    else: batches = (b["embedding"] for b in _open_parquet(file).iter_batches(READ_ROWS, columns=["embedding"], use_threads=False))
     first, size = 0, None
     for batch in batches:
         batch = np.asarray(batch, np.float64) if x is not None else _matrix(batch, file, first).astype(np.float64)
@@ -112,7 +113,7 @@ def read_vectors(
         first, size = first + len(batch), batch.shape[1]
         yield batch
 
-# %% ../../nbs/01i_semantic.ipynb #c012
+# %% ../../nbs/01i_semantic.ipynb #c013
 SPILL = "minhash_lsh/spill/semantic"
 MATCH_ROWS = 1 << 20  # documents and vectors of a partition, about
 
@@ -143,7 +144,7 @@ def ids_file(
     first = next(read_vectors(file), np.empty((0, 0)))
     return {"rows": len(hashes), "dimensions": first.shape[1]}
 
-# %% ../../nbs/01i_semantic.ipynb #c013
+# %% ../../nbs/01i_semantic.ipynb #c014
 def join_ids(
     docs: np.ndarray, # uint64 [n, 3]: hash, hash, 2 * document + kept
     vectors: np.ndarray # uint64 [m, 3]: hash, hash, place
@@ -172,7 +173,7 @@ def match_partition(
     with store.writer(f"{SPILL}/match/{p:05d}.npy") as f: np.save(f, rows, allow_pickle=False)
     return counts | {"matched": len(rows)}
 
-# %% ../../nbs/01i_semantic.ipynb #c016
+# %% ../../nbs/01i_semantic.ipynb #c017
 UNIT = 1 << 15  # the length of a vector, in integers
 
 def random_signs(
@@ -199,7 +200,7 @@ def project(
     whole = np.rint(unit * np.float32(UNIT))
     return whole if dimensions >= unit.shape[1] else whole @ random_signs(unit.shape[1], dimensions, 1)
 
-# %% ../../nbs/01i_semantic.ipynb #c018
+# %% ../../nbs/01i_semantic.ipynb #c019
 def _key(kind: str, number: int) -> str: return f"{SPILL}/{kind}/{number:05d}"
 
 def _raw(store: Store, key: str, columns: int) -> np.ndarray: # float32 [n, columns], memory-mapped
@@ -229,7 +230,7 @@ def reduce_file(
     with store.writer(_key("of", number) + ".npy") as f: np.save(f, docs, allow_pickle=False)
     return {"rows": len(docs), "zero": len(match) - len(docs), "sums": np.atleast_1d(total).tolist()}
 
-# %% ../../nbs/01i_semantic.ipynb #c020
+# %% ../../nbs/01i_semantic.ipynb #c021
 MAX_BANDS = 64
 SLACK = 3.3  # standard deviations of the projected distance within which a pair is compared in full
 
@@ -268,7 +269,7 @@ def choose_codes(
             if got >= recall: return best
     return best
 
-# %% ../../nbs/01i_semantic.ipynb #c022
+# %% ../../nbs/01i_semantic.ipynb #c023
 def band_codes(
     flat: np.ndarray, # float32 [n, columns], projected vectors
     mean: list[int], # of all of them, whole numbers
@@ -282,7 +283,7 @@ def band_codes(
         codes[:, i:i + READ_ROWS] = (side.reshape(-1, bands, bits) @ powers).T
     return codes
 
-# %% ../../nbs/01i_semantic.ipynb #c025
+# %% ../../nbs/01i_semantic.ipynb #c026
 def code_file(
     task: dict # workspace, number, columns, mean (whole numbers), bits, bands, shift
 ) -> dict: # rows
@@ -295,7 +296,7 @@ def code_file(
         with store.writer(_key(kind, number) + ".npy") as f: np.save(f, x, allow_pickle=False)
     return {"rows": len(flat)}
 
-# %% ../../nbs/01i_semantic.ipynb #c027
+# %% ../../nbs/01i_semantic.ipynb #c028
 HOT = 64              # members from which a bucket is led
 COMPARISONS = 1 << 24  # in one bucket, at most
 
@@ -335,7 +336,7 @@ def _led_pairs(small, near, sure, limit, out):
             if d <= sure: covered[j] = True
     return found, 0
 
-# %% ../../nbs/01i_semantic.ipynb #c028
+# %% ../../nbs/01i_semantic.ipynb #c029
 def _grow(kernel, *args) -> tuple: # rows, what else the kernel returned
     "Call a kernel again with room enough for what it found."
     room = 4096
@@ -353,7 +354,7 @@ def _gather(store: Store, kind: str, bounds: np.ndarray, slots: np.ndarray, colu
         out.append(x[slots[cuts[f]:cuts[f + 1]] - bounds[f]])
     return np.concatenate(out) if out else np.empty((0, columns))
 
-# %% ../../nbs/01i_semantic.ipynb #c030
+# %% ../../nbs/01i_semantic.ipynb #c032
 CHUNK = 1 << 17  # members compared at once
 
 def _bucket_runs(code: np.ndarray) -> tuple[np.ndarray, np.ndarray]: # start and size of each bucket of two or more
@@ -381,7 +382,7 @@ def search_band(
     with store.writer(_key("candidates", task["number"]) + ".npy") as f: np.save(f, pairs, allow_pickle=False)
     return {"candidates": len(pairs), "hot": int((size > HOT).sum()), "unreached": unreached}
 
-# %% ../../nbs/01i_semantic.ipynb #c031
+# %% ../../nbs/01i_semantic.ipynb #c033
 def _chunks(size: np.ndarray) -> Iterator[np.ndarray]: # numbers of consecutive buckets
     "Buckets of about CHUNK members together."
     yield from (c for c in np.split(np.arange(len(size)), np.flatnonzero(np.diff(np.cumsum(size) // CHUNK)) + 1) if len(c))
@@ -408,7 +409,7 @@ def _led(corpus, s, bounds, own, at, small, starts, task) -> Iterator[tuple[np.n
         pairs, (missed,) = _grow(_led_pairs, small[best], task["near"], task["sure"], COMPARISONS)
         yield np.sort(own[best][pairs], axis=1), missed
 
-# %% ../../nbs/01i_semantic.ipynb #c033
+# %% ../../nbs/01i_semantic.ipynb #c035
 BLOCK = 1 << 22  # numbers of each side in memory at once
 
 def compare_range(
@@ -433,7 +434,7 @@ def compare_range(
         with store.writer(_key(kind, task["number"]) + ".npy") as f: np.save(f, x, allow_pickle=False)
     return {"candidates": len(pairs), "edges": int(near.sum())}
 
-# %% ../../nbs/01i_semantic.ipynb #c035
+# %% ../../nbs/01i_semantic.ipynb #c037
 PAIRS = {"a": pa.string(), "b": pa.string(), "cosine": pa.float64()}
 
 def write_decision(
@@ -460,7 +461,7 @@ def write_decision(
     sweep(corpus.store, "minhash_lsh/semantic/", ["minhash_lsh/semantic/pairs.parquet"] + [f"minhash_lsh/semantic/{p['name']}.npy" for p in corpus.parts])
     return {"removed": len(gone), "by_domain": {d: n for d, n in sorted(domains.items()) if n}}
 
-# %% ../../nbs/01i_semantic.ipynb #c037
+# %% ../../nbs/01i_semantic.ipynb #c039
 def _match(ctx, stage, base: dict, files: list[VectorFile]) -> tuple[list[dict], dict]: # tasks of the files, counts
     "Which vector belongs to which document."
     corpus = Corpus(ctx.store)
@@ -490,7 +491,7 @@ def _plan(s: DedupSettings, reduced: list[dict], size: int) -> dict: # what code
     return {"rows": rows, "columns": columns, "mean": mean, "spread": spread, "bits": bits, "bands": bands, "predicted_recall": recall, "shift": shift,
             "near": int(far * (1 + reach) + rounding), "sure": int(max(0.0, far * (1 - reach) - rounding)), "bounds": np.cumsum([0] + [r["rows"] for r in reduced]).tolist()}
 
-# %% ../../nbs/01i_semantic.ipynb #c038
+# %% ../../nbs/01i_semantic.ipynb #c040
 COMPARE_ROWS = 200_000  # about so many candidates in a task of the comparison
 SHARE_ROWS = 1 << 21    # codes of a band sorted at once
 
@@ -521,7 +522,7 @@ def find_semantic(
     store.delete_prefix(SPILL)
     return counts
 
-# %% ../../nbs/01i_semantic.ipynb #c040
+# %% ../../nbs/01i_semantic.ipynb #c042
 def trigram_embedding(
     text: str,
     dimensions: int = 256
