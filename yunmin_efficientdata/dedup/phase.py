@@ -200,8 +200,8 @@ def find_stages(ctx, d: DedupSettings) -> tuple: # counts of contamination (None
     ctx.stage("dedup.exact", lambda stage: find_exact(ctx, stage), settings=d.model_dump(include=set(EXACT_KEYS)), after=after, outputs=["minhash_lsh/exact/"], code=list(NEAR_CODE))
     near = ctx.stage("dedup.near", lambda stage: find_near(ctx, stage), settings=d.model_dump(include=set(NEAR_KEYS)), after=["dedup.exact"],
         outputs=["minhash_lsh/signatures/", "minhash_lsh/pairs/", "minhash_lsh/clusters/", "minhash_lsh/fate/"], code=list(NEAR_CODE))
-    option(ctx, "semantic", d.semantic.embeddings, lambda stage: semantic_level(ctx, stage), settings=[d.semantic, d.keep, d.source_priority],
-        inputs=embedding_stats(d.semantic.embeddings) if d.semantic.embeddings else (), after=["dedup.near"], outputs=["minhash_lsh/semantic/"], code=["dedup.semantic", "dedup.cluster", "dedup.prepare", "dedup.phase"])
+    option(ctx, "semantic", d.semantic.embeddings, lambda stage: semantic_level(ctx, stage), settings=[d.semantic, d.recall, d.keep, d.source_priority],
+        inputs=embedding_stats(d.semantic.embeddings) if d.semantic.embeddings else (), after=["dedup.near"], outputs=["minhash_lsh/semantic/"], code=["dedup.semantic", "dedup.contamination", *NEAR_CODE])
     spans = option(ctx, "spans", d.spans.levels, lambda stage: find_spans(ctx, stage), settings=[d.spans, d.source_priority], after=["dedup.near"] + ["dedup.semantic"] * bool(d.semantic.embeddings),
         outputs=["minhash_lsh/spans/"], code=["dedup.spans", "dedup.lsh", "dedup.prepare"])
     return contaminated, near, spans
