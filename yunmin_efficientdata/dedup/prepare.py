@@ -228,15 +228,15 @@ SPILL = ROW | {"high": pa.uint64(), "low": pa.uint64(), "offset": pa.int64(), "l
 def spill_table(
     rows: list[tuple], # values of ROW
     hashes: list[bytes], # 16 bytes each
-    lengths: list[int] # of the lines
+    length: np.ndarray # of the lines
 ) -> pa.Table: # columns of SPILL
     "Rows as columns."
     columns = dict(zip(ROW, zip(*rows)))
-    words, length = np.frombuffer(b"".join(hashes), ">u8").astype(np.uint64).reshape(-1, 2), np.array(lengths, np.int64)
+    words = np.frombuffer(b"".join(hashes), ">u8").astype(np.uint64).reshape(-1, 2)
     columns |= {"high": words[:, 0], "low": words[:, 1], "offset": np.cumsum(length) - length, "length": length}
     return pa.table({c: pa.array(columns[c], t) for c, t in SPILL.items()})
 
-# %% ../../nbs/01f_prepare.ipynb #c026
+# %% ../../nbs/01f_prepare.ipynb #c027
 BATCH_CHARS = 1 << 20  # of text that are hashed in one call
 
 class Spill:
@@ -244,28 +244,29 @@ class Spill:
     def __init__(self, store: Store, prefix: str):
         self.store, self.prefix, self.keys, self.docs, self.total = store, prefix, [], 0, 0
         self._clear()
-    def _clear(self): self.rows, self.lines, self.hashes, self.texts, self.chars, self.size = [], [], [], [], 0, 0
+    def _clear(self): self.rows, self.lines, self.ends, self.hashes, self.texts, self.chars = [], bytearray(), [0], [], [], 0
     def add(self, row: tuple, text: str, line: bytes):
-        self.rows.append(row); self.lines.append(line); self.texts.append(text)
-        self.size += len(line) + ROW_BYTES; self.chars += len(text)
+        self.rows.append(row); self.texts.append(text); self.lines += line
+        self.ends.append(len(self.lines)); self.chars += len(text)
         if self.chars >= BATCH_CHARS: self._hash()
-        if self.size >= SPILL_BYTES: self.flush()
+        if len(self.lines) + ROW_BYTES * len(self.rows) >= SPILL_BYTES: self.flush()
     def _hash(self): self.hashes += digests(self.texts); self.texts, self.chars = [], 0
     def flush(self):
         if not self.rows: return
         self._hash()
-        rows, lines, key = self.rows, self.lines, f"{self.prefix}-{len(self.keys):05d}"
-        order = order_rows(np.array([r[0] for r in rows], np.uint64), lambda i: rows[i][1], lines.__getitem__).tolist()
-        with self.store.writer(key + ".jsonl") as f: f.writelines(lines[i] for i in order)
-        table = spill_table([rows[i] for i in order], [self.hashes[i] for i in order], [len(lines[i]) for i in order])
+        rows, ends, view, key = self.rows, self.ends, memoryview(self.lines), f"{self.prefix}-{len(self.keys):05d}"
+        def line(i): return view[ends[i]:ends[i + 1]]
+        order = order_rows(np.array([r[0] for r in rows], np.uint64), lambda i: rows[i][1], line).tolist()
+        with self.store.writer(key + ".jsonl") as f: f.writelines(map(line, order))
+        table = spill_table([rows[i] for i in order], [self.hashes[i] for i in order], np.diff(ends)[order])
         with pa.BufferOutputStream() as out:
             with pa.ipc.new_file(out, table.schema) as w: w.write_table(table)
             self.store.write(key + ".arrow", out.getvalue())
-        self.docs += len(rows); self.total += sum(map(len, lines)); self.keys.append(key)
+        self.docs += len(rows); self.total += len(view); self.keys.append(key)
         self._clear()
         if not gc.isenabled(): gc.collect()  # see `rare_collections`
 
-# %% ../../nbs/01f_prepare.ipynb #c027
+# %% ../../nbs/01f_prepare.ipynb #c028
 def load_array(
     store: Store,
     key: str # of an .npy file
@@ -283,7 +284,7 @@ def spill_slice(
     i, j = (len(places) if h >> 64 else int(np.searchsorted(places, np.uint64(h))) for h in (low, high))
     return table.slice(i, j - i)
 
-# %% ../../nbs/01f_prepare.ipynb #c030
+# %% ../../nbs/01f_prepare.ipynb #c031
 def new_tally() -> dict: # counts of one domain
     "Counts of prepare for one domain."
     return {"read": 0, "kept": 0, "filtered": Counter(), "quarantined": Counter(), "rules": Counter(),
@@ -304,7 +305,7 @@ def check_tally(name: str, t: dict) -> None:
     out = t["kept"] + sum(t["filtered"].values()) + sum(t["quarantined"].values())
     if t["read"] != out: raise RuntimeError(f"{name}: {t['read']} lines read, but {out} kept, filtered or quarantined")
 
-# %% ../../nbs/01f_prepare.ipynb #c033
+# %% ../../nbs/01f_prepare.ipynb #c034
 class Review:
     "The best `limit` before/after pairs of each domain."
     def __init__(self, limit: int): self.limit, self.best = limit, {}
@@ -315,12 +316,21 @@ class Review:
         entry = [[*rank, zlib.crc32(before.encode())], *excerpts(before, after), rules]
         if entry not in best: self.best[domain] = sorted([*best, entry])[:self.limit]
 
+def _plain(before: str, after: str) -> str: # the text, or as much of its beginning as holds a visible change
+    "White space and Unicode form change nearly everywhere, and do not show: the text with both put right."
+    size = 1 << 14
+    while size < len(before):
+        plain = white_space(unicodedata.normalize("NFC", before[:size]))[:-256]  # the end of a piece may differ from the same place in the text
+        if first_difference(plain, after) < len(plain): return plain
+        size *= 8
+    return white_space(unicodedata.normalize("NFC", before))
+
 def excerpts(
     before: str, after: str, # a text and what became of it
     width: int = 160 # characters before and after the first change
 ) -> tuple[str, str]:
     "The surroundings of the first difference that a reader can see; of the first one where all are invisible."
-    plain = white_space(unicodedata.normalize("NFC", before))  # white space and form change nearly everywhere, and do not show
+    plain = _plain(before, after)
     at = first_difference(plain, after) if plain != after else first_difference(before, after)
     raw, back = at, min(6, at)
     if plain != after:
@@ -335,7 +345,7 @@ def first_difference(x: str, y: str) -> int: # index of the first character that
     start = next((i for i in range(0, n, 4096) if x[i:i + 4096] != y[i:i + 4096]), n)
     return next((start + i for i, (a, b) in enumerate(zip(x[start:start + 4096], y[start:start + 4096])) if a != b), n)
 
-# %% ../../nbs/01f_prepare.ipynb #c036
+# %% ../../nbs/01f_prepare.ipynb #c037
 _FIELDS = dict.fromkeys(FIELDS, "")
 
 def _as_text(value: Any) -> str: # of a field
@@ -358,7 +368,7 @@ def document(
     if not given: out["id"] = make_id(domain, text)
     return out, given
 
-# %% ../../nbs/01f_prepare.ipynb #c038
+# %% ../../nbs/01f_prepare.ipynb #c039
 class Intake:
     "What becomes of each record of a task: validated, cleaned, filtered, counted, spilled."
     def __init__(self, store: Store, settings: CleanSettings, prefix: str, domain: str):
@@ -394,7 +404,7 @@ class Intake:
         self.chars = 0
     def finish(self) -> None: self.count(); self.spill.flush()
 
-# %% ../../nbs/01f_prepare.ipynb #c040
+# %% ../../nbs/01f_prepare.ipynb #c041
 @contextmanager
 def rare_collections():
     "Within, the garbage collector runs when it is called, and only over new objects."
@@ -405,7 +415,7 @@ def rare_collections():
         if was: gc.enable()
         gc.unfreeze()
 
-# %% ../../nbs/01f_prepare.ipynb #c041
+# %% ../../nbs/01f_prepare.ipynb #c042
 def prepare_file(
     task: dict # workspace, number, file (RawFile), file_number, cut (as `cut_file` gives it), domain, settings (of clean)
 ) -> dict: # spills, docs and bytes in them, tallies, review, key of bad lines, lines
@@ -424,7 +434,7 @@ def prepare_file(
     intake.finish()
     return {"spills": intake.spill.keys, "docs": intake.spill.docs, "bytes": intake.spill.total, "tallies": intake.tallies, "review": intake.review.best, "bad": bad, "lines": span.lines if span else None}
 
-# %% ../../nbs/01f_prepare.ipynb #c042
+# %% ../../nbs/01f_prepare.ipynb #c043
 def quarantine_key(name: str, number: int) -> str: # of a raw file and its number
     "Where the bad lines of a file go."
     return f"dedup_ready/quarantine/{number:05d}-{_UNSAFE.sub('_', name)[-80:]}".removesuffix(".gz").removesuffix(".zst")
@@ -444,7 +454,7 @@ def check_domains(domains: Iterable[str], limit: int) -> None:
     if len(names := sorted(domains)) > limit:
         raise UserError(f"{len(names)} domains are more than clean.max_domains={limit}: {', '.join(names[:60])}{' …' if len(names) > 60 else ''}; give records a `domain`, set clean.domain_pattern or rename the files")
 
-# %% ../../nbs/01f_prepare.ipynb #c044
+# %% ../../nbs/01f_prepare.ipynb #c045
 def join_quarantine(
     task: dict # workspace, key, chunks: [(key or None, lines)] in the order of the file
 ) -> str: # the key
@@ -456,7 +466,7 @@ def join_quarantine(
             before += lines
     return task["key"]
 
-# %% ../../nbs/01f_prepare.ipynb #c047
+# %% ../../nbs/01f_prepare.ipynb #c048
 def number_ids(
     ids: list[str], # of the documents at one place, in the order of the corpus
     given: list[bool] # was it given
@@ -472,7 +482,7 @@ def number_ids(
         used.add(new); out.append(new); repeated += was_given and new != own
     return out, repeated
 
-# %% ../../nbs/01f_prepare.ipynb #c050
+# %% ../../nbs/01f_prepare.ipynb #c051
 WINDOW_BYTES = 256 << 20  # lines of one range that are held at a time
 
 class Window:
@@ -488,7 +498,7 @@ class Window:
             i = at - self.start
         return self.data[i:i + n]
 
-# %% ../../nbs/01f_prepare.ipynb #c051
+# %% ../../nbs/01f_prepare.ipynb #c052
 class Gathered:
     "All documents of a range: columns from all spills, lines through windows."
     def __init__(self, store: Store, spills: list[str], low: int, high: int):
@@ -504,7 +514,7 @@ class Gathered:
         self.windows = [Window(store, key + ".jsonl", a, b, size) for (key, _), (a, b) in zip(slices, spans)]
     def line(self, row: int) -> memoryview: return self.windows[self.spill[row]].line(int(self.offset[row]), int(self.length[row]))
 
-# %% ../../nbs/01f_prepare.ipynb #c052
+# %% ../../nbs/01f_prepare.ipynb #c053
 def number_rows(
     gathered: Gathered
 ) -> tuple[np.ndarray, dict[int, str], int]: # rows in the order of the corpus, new ids of rows, repeated given ids
@@ -529,7 +539,7 @@ def cut_part(
     edges = [0, *(1 + np.flatnonzero(np.diff((ends - weights) // limit))), len(ends)]
     return [(int(i), int(j)) for i, j in zip(edges, edges[1:])]
 
-# %% ../../nbs/01f_prepare.ipynb #c054
+# %% ../../nbs/01f_prepare.ipynb #c055
 INDEX = {"id": pa.string(), "offset": pa.int64(), "length": pa.int64(), "words": pa.int64(), "bytes": pa.int64(),
          "source": pa.string(), "date": pa.string(), "high": pa.uint64(), "low": pa.uint64()}
 
@@ -545,7 +555,7 @@ def write_table(
     "Write columns as a Parquet file."
     write_parquet(store, key, pa.table({k: pa.array(columns[k], t) for k, t in schema.items()}))
 
-# %% ../../nbs/01f_prepare.ipynb #c055
+# %% ../../nbs/01f_prepare.ipynb #c056
 def _renumber(line: Any, id_: str) -> bytes: # the line with another id
     return dump_line(orjson.loads(line) | {"id": id_})
 
@@ -563,7 +573,7 @@ def _write_part(store: Store, domain: str, name: str, gathered: Gathered, rows: 
     write_parquet(store, f"minhash_lsh/index/{name}.parquet", pa.table(columns))
     return {"domain": domain, "name": name, "docs": len(rows), "bytes": int(lengths.sum())}
 
-# %% ../../nbs/01f_prepare.ipynb #c056
+# %% ../../nbs/01f_prepare.ipynb #c057
 DOC_BYTES = 256  # that a document counts for in the size of a part, beside its line
 
 def prepare_range(
@@ -584,7 +594,7 @@ def prepare_range(
             parts.append(_write_part(store, domain, name, gathered, rows[i:j], renamed))
     return {"parts": parts, "repeated_ids": repeated}
 
-# %% ../../nbs/01f_prepare.ipynb #c058
+# %% ../../nbs/01f_prepare.ipynb #c059
 CACHE_BYTES = 32 << 20  # of numeric columns that a Corpus keeps
 
 class Corpus:
@@ -600,7 +610,7 @@ class Corpus:
         cuts = np.searchsorted(docs, self.starts)
         for part in np.flatnonzero(np.diff(cuts)): yield int(part), docs[cuts[part]:cuts[part + 1]] - self.starts[part]
 
-# %% ../../nbs/01f_prepare.ipynb #c059
+# %% ../../nbs/01f_prepare.ipynb #c060
 @patch
 def columns(
     self: Corpus,
@@ -623,7 +633,7 @@ def _remember(self: Corpus, part: int, name: str, values: np.ndarray) -> np.ndar
     while self._cached > CACHE_BYTES and len(self._cache) > 1: self._cached -= self._cache.popitem(last=False)[1].nbytes
     return values
 
-# %% ../../nbs/01f_prepare.ipynb #c060
+# %% ../../nbs/01f_prepare.ipynb #c061
 @patch
 def table(self: Corpus, part: int, columns: list[str]) -> dict[str, Any]: # numpy for numbers, lists for text
     "Columns of one part."
@@ -649,7 +659,7 @@ def gather(self: Corpus, docs: np.ndarray, columns: list[str]) -> dict[str, list
     "The same as Python lists, for a few documents."
     return self.gather_table(docs, columns).to_pydict()
 
-# %% ../../nbs/01f_prepare.ipynb #c062
+# %% ../../nbs/01f_prepare.ipynb #c063
 READ_BYTES, GAP_LOCAL, GAP_S3 = 4 << 20, 8 << 10, 1 << 20  # of one read; unwanted bytes read over rather than starting another
 
 def read_runs(
@@ -676,7 +686,7 @@ def lines(
             start, data = int(offset[i]), memoryview(read(int(offset[i]), int(offset[j - 1] + length[j - 1] - offset[i])))
             for row, at, n in zip(rows[i:j].tolist(), (offset[i:j] - start).tolist(), length[i:j].tolist()): yield row, data[at:at + n]
 
-# %% ../../nbs/01f_prepare.ipynb #c063
+# %% ../../nbs/01f_prepare.ipynb #c064
 @contextmanager
 def _reader(store: Store, key: str, reads: int): # read(start, length) -> bytes
     "Reads of one file: of a few, on S3, each is a request; for many the file is fetched."
@@ -706,7 +716,7 @@ def texts(
     for part, rows in self.groups(np.asarray(docs, np.int64)):
         for _, text in self.part_texts(part, rows): yield text
 
-# %% ../../nbs/01f_prepare.ipynb #c066
+# %% ../../nbs/01f_prepare.ipynb #c067
 FATES = ("kept", "exact", "near", "contaminated", "semantic", "emptied")  # values 0 to 5 of minhash_lsh/fate/<part>.npy
 
 def load_fate(
@@ -732,7 +742,7 @@ def write_fate(
     with corpus.store.writer(key) as f: np.save(f, fate, allow_pickle=False)
     return key
 
-# %% ../../nbs/01f_prepare.ipynb #c068
+# %% ../../nbs/01f_prepare.ipynb #c069
 def resumable(
     ctx, stage, # of the driver
     name: str, fn, tasks: list[dict], # each with a `number`
@@ -753,7 +763,7 @@ def sweep(
     for key in store.list(prefix):
         if key not in keep: store.delete(key)
 
-# %% ../../nbs/01f_prepare.ipynb #c069
+# %% ../../nbs/01f_prepare.ipynb #c070
 def file_tasks(
     store: Store, files: list[RawFile],
     settings: CleanSettings,
@@ -774,7 +784,7 @@ def _quarantines(ctx, stage, tasks: list[dict], mapped: list[dict]) -> list[str]
     keys |= dict(zip([t["number"] for t in todo], resumable(ctx, stage, "quarantine", join_quarantine, todo)))
     return [keys[i] for i in sorted(keys)]
 
-# %% ../../nbs/01f_prepare.ipynb #c070
+# %% ../../nbs/01f_prepare.ipynb #c071
 def prepare(ctx, stage, files: list[RawFile], ignored: list[str], sources: list[str]) -> dict: # counts
     "Fill dedup_ready/ and minhash_lsh/index/. Raises `UserError` when nothing is left, `RuntimeError` when counts do not add up."
     store, s, log = ctx.store, ctx.settings, getattr(ctx, "log", lambda text: None)
@@ -796,7 +806,7 @@ def prepare(ctx, stage, files: list[RawFile], ignored: list[str], sources: list[
     store.delete_prefix("minhash_lsh/spill")
     return counts
 
-# %% ../../nbs/01f_prepare.ipynb #c071
+# %% ../../nbs/01f_prepare.ipynb #c072
 def _publish(store, domains, parts, ranged, mapped, quarantine, ignored, sources, files, settings) -> dict: # counts
     "Check the counts, write the manifest, parts.json and the review samples, remove leftovers."
     total = new_tally()
@@ -817,7 +827,7 @@ def _publish(store, domains, parts, ranged, mapped, quarantine, ignored, sources
     sweep(store, "minhash_lsh/index/", ["minhash_lsh/index/parts.json"] + [f"minhash_lsh/index/{n}.parquet" for n in names])
     return {k: total[k] for k in ("read", "kept")} | {"filtered": sum(total["filtered"].values()), "quarantined": sum(total["quarantined"].values()), "domains": domains, "total": total}
 
-# %% ../../nbs/01f_prepare.ipynb #c072
+# %% ../../nbs/01f_prepare.ipynb #c073
 def review_markdown(
     mapped: list[dict], # results of `prepare_file`
     limit: int # pairs a domain
