@@ -13,9 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 # %% auto #0
 __all__ = ['DOMAINS', 'UserError', 'Section', 'SampleSettings', 'CleanSettings', 'SpanSettings', 'ContaminationSettings',
            'SemanticSettings', 'AuditSettings', 'DedupSettings', 'HeldoutSettings', 'TokenizerSettings',
-           'FormatSettings', 'DatasetConfig', 'BaseSettings', 'LoraSettings', 'VectorSettings', 'MergeSettings',
-           'DemConfig', 'EvaluationConfig', 'LoggingConfig', 'ReportSettings', 'Settings', 'project_root',
-           'config_folder', 'load_settings', 'describe']
+           'FormatSettings', 'InstructionSettings', 'ShareSettings', 'DatasetConfig', 'BaseSettings', 'LoraSettings',
+           'VectorSettings', 'MergeSettings', 'DemConfig', 'EvaluationConfig', 'LoggingConfig', 'ReportSettings',
+           'Settings', 'project_root', 'config_folder', 'load_settings', 'describe']
 
 # %% ../../nbs/00a_settings.ipynb #c006
 class UserError(Exception):
@@ -136,6 +136,19 @@ class FormatSettings(Section):
     benchmark_rows: int = Field(5000, ge=16, description="rows read at most in a repetition")
     compare_tokenizers: list[str] = Field(default_factory=list, description="folders or hub ids of tokenizers for the fertility table, beside ours")
 
+# %% ../../nbs/00a_settings.ipynb #c015
+class InstructionSettings(Section):
+    "Instruction, conversation, preference and scored records for later training stages."
+    path: str | None = Field(None, description="JSONL file, folder or s3://… of such records; empty: off")
+    chat_template: str | None = Field(None, description="Jinja file of the model's chat template; empty: the tokenizer's own, else ChatML")
+    max_tokens: int = Field(2048, ge=16, description="longer conversations are counted and left out")
+
+class ShareSettings(Section):
+    "The Hub-ready folder with its dataset card."
+    title: str = Field("YunMin corpus", description="title of the dataset card")
+    license: str | None = Field(None, description="licence of the whole, as the Hub spells it; empty: other, with the licences found listed")
+
+# %% ../../nbs/00a_settings.ipynb #c016
 class DatasetConfig(Section):
     "dataset_config.yaml"
     sample: SampleSettings = SampleSettings()
@@ -144,8 +157,10 @@ class DatasetConfig(Section):
     heldout: HeldoutSettings = HeldoutSettings()
     tokenizer: TokenizerSettings = TokenizerSettings()
     format: FormatSettings = FormatSettings()
+    instructions: InstructionSettings = InstructionSettings()
+    share: ShareSettings = ShareSettings()
 
-# %% ../../nbs/00a_settings.ipynb #c016
+# %% ../../nbs/00a_settings.ipynb #c018
 class BaseSettings(Section):
     "The base model: a folder or hub id, or, when `path` is empty, a small Mamba2 pretrained here."
     path: str | None = Field(None, description="folder or hub id of a causal language model; empty: pretrain the small one")
@@ -160,7 +175,7 @@ class BaseSettings(Section):
     batch_size: int = Field(8, ge=1, description="windows in a step")
     learning_rate: float = Field(8e-3, gt=0, description="peak of the cosine schedule")
 
-# %% ../../nbs/00a_settings.ipynb #c017
+# %% ../../nbs/00a_settings.ipynb #c019
 class LoraSettings(Section):
     "One LoRA for each domain. The defaults are the published hyper-parameters."
     r: int = Field(16, ge=1, description="rank")
@@ -178,7 +193,7 @@ class LoraSettings(Section):
     eval_steps: int = Field(50, ge=1, description="validation loss every so many steps")
     seed: int = Field(0)
 
-# %% ../../nbs/00a_settings.ipynb #c018
+# %% ../../nbs/00a_settings.ipynb #c020
 class VectorSettings(Section):
     "Difference vectors and their sanity checks."
     normalize: bool = Field(False, description="scale each vector to L2 norm 1")
@@ -204,7 +219,7 @@ class DemConfig(Section):
     mixed_baseline: bool = Field(True, description="train one LoRA on all domains mixed, with the same total steps, for comparison")
     threads: int = Field(2, ge=1, description="CPU threads of torch; part of the result, because sums are made in their order")
 
-# %% ../../nbs/00a_settings.ipynb #c020
+# %% ../../nbs/00a_settings.ipynb #c022
 class EvaluationConfig(Section):
     "evaluation_config.yaml"
     general: str | None = Field(None, description="JSONL of general text (a path or an s3:// address)")
@@ -231,7 +246,7 @@ class LoggingConfig(Section):
     progress: bool = Field(True, description="progress bars on a terminal; plain lines otherwise")
     format: str = "%(asctime)s %(levelname)s %(message)s"
 
-# %% ../../nbs/00a_settings.ipynb #c021
+# %% ../../nbs/00a_settings.ipynb #c023
 class ReportSettings(Section):
     "The section `report` of evaluation_config.yaml: phase 5."
     language: Literal["ko", "en"] = Field("ko", description="language of report.md: Korean, or English on request")
@@ -247,7 +262,7 @@ class Settings(DatasetConfig):
     logging: LoggingConfig = LoggingConfig()
     config_dir: str = Field("", description="the folder that these settings came from")
 
-# %% ../../nbs/00a_settings.ipynb #c023
+# %% ../../nbs/00a_settings.ipynb #c025
 def project_root() -> Path: # the checkout that holds nbs/, configs/ and _quarto.yml
     "The project's checkout: the current folder or one above it, else the folder of the installed package."
     here, package = Path.cwd(), importlib.util.find_spec("yunmin_efficientdata")
@@ -255,7 +270,7 @@ def project_root() -> Path: # the checkout that holds nbs/, configs/ and _quarto
         if (folder/"settings.ini").is_file() and (folder/"nbs").is_dir() and (folder/"configs").is_dir(): return folder
     raise UserError("the project's notebooks and configs were not found: run this from a checkout of YunMin-EfficientData, or install it with `pip install -e .`")
 
-# %% ../../nbs/00a_settings.ipynb #c024
+# %% ../../nbs/00a_settings.ipynb #c026
 def config_folder(
     config: str # a folder, or its path below the project's root
 ) -> Path: # the folder
@@ -267,7 +282,7 @@ def config_folder(
         if below.is_dir(): return below
     raise UserError(f"config folder {config!r} does not exist; configs/demo and configs/yunmin-3b come with the project")
 
-# %% ../../nbs/00a_settings.ipynb #c026
+# %% ../../nbs/00a_settings.ipynb #c028
 def _read_yaml(path: Path) -> dict:
     if not path.is_file(): return {}
     try: data = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -277,7 +292,7 @@ def _read_yaml(path: Path) -> dict:
     if not isinstance(data, dict): raise UserError(f"{path}: expected keys and values at the top, found {type(data).__name__}")
     return data
 
-# %% ../../nbs/00a_settings.ipynb #c027
+# %% ../../nbs/00a_settings.ipynb #c029
 def _fields(model, loc):
     "The field names at the parent of `loc`, to suggest the one that was meant."
     for part in loc[:-1]:
@@ -286,7 +301,7 @@ def _fields(model, loc):
         model = field.annotation
     return list(model.model_fields)
 
-# %% ../../nbs/00a_settings.ipynb #c028
+# %% ../../nbs/00a_settings.ipynb #c030
 def _explain(model, error: ValidationError, where: str, prefix: str = "") -> str:
     "The first error of pydantic as one line: file, key, what is wrong, what to write instead."
     first = error.errors()[0]
@@ -300,7 +315,7 @@ def _explain(model, error: ValidationError, where: str, prefix: str = "") -> str
         return f"{where}: {key}: unknown key; {hint}{more}"
     return f"{where}: {key}: {first['msg']}, got {first['input']!r}{more}"
 
-# %% ../../nbs/00a_settings.ipynb #c030
+# %% ../../nbs/00a_settings.ipynb #c032
 def _override(data: dict, text: str) -> None:
     "Apply one `a.b=value` to a nested dict in place."
     key, eq, value = text.partition("=")
@@ -318,7 +333,7 @@ def _number(value):
     try: return float(value) if isinstance(value, str) and value[:1] in "+-.0123456789" else value
     except ValueError: return value
 
-# %% ../../nbs/00a_settings.ipynb #c031
+# %% ../../nbs/00a_settings.ipynb #c033
 def load_settings(
     config: str = "configs/demo", # config folder
     overrides: list[str] | tuple = () # `key=value` texts, as from --set
@@ -348,7 +363,7 @@ def _check(model, data: dict, where: str):
     try: return model.model_validate(data)
     except ValidationError as e: raise UserError(_explain(model, e, where)) from None
 
-# %% ../../nbs/00a_settings.ipynb #c036
+# %% ../../nbs/00a_settings.ipynb #c038
 def describe(
     model=Settings # a settings model
 ) -> list[tuple[str, str, str]]: # (key, default, meaning) of every field, sections flattened
