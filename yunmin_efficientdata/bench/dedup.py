@@ -27,7 +27,7 @@ from ..dedup.minhash import N, shingle_hash, signatures, token_ngrams
 __all__ = ['SAME_JOB', 'PEERS', 'NOTES', 'QUALITIES', 'SHOWN', 'ShingleSets', 'shingle_sets', 'exact_pairs', 'read_corpus',
            'altered_copy', 'write_input', 'hash_only', 'dedup_ours', 'result_ours', 'run_ours', 'main', 'Truth',
            'find_truth', 'quality', 'contestants', 'bit_equal', 'goals', 'plot_quality', 'bench_dedup', 'judge',
-           'stage_table', 'report']
+           'stage_table', 'megabytes', 'report']
 
 # %% ../../nbs/06b_bench_dedup.ipynb #c006
 class ShingleSets(NamedTuple):
@@ -394,7 +394,7 @@ def plot_quality(
     return fig
 
 # %% ../../nbs/06b_bench_dedup.ipynb #c039
-SHOWN = {"documents_per_cpu_s": "documents / CPU-s", "cpu_s": "CPU-s", "wall_s": "wall s", "process_cpu_s": "CPU-s of the process", "peak_mb": "peak MB", "ratio": "CPU time / ours", "ratio_low": "low", "ratio_high": "high", "not_run": "not run"}
+SHOWN = {"documents_per_cpu_s": "documents / CPU-s", "mb_per_cpu_s": "MB / CPU-s", "cpu_s": "CPU-s", "wall_s": "wall s", "process_cpu_s": "CPU-s of the process", "peak_mb": "peak MB", "ratio": "CPU time / ours", "ratio_low": "low", "ratio_high": "high", "not_run": "not run"}
 
 def bench_dedup(
     corpus: str | None = None, # folder of JSONL; None: a sample corpus made for the occasion
@@ -410,7 +410,7 @@ def bench_dedup(
         folder = Path(scratch)
         if corpus is None: write_sample(open_store(str(folder/"sample")), documents=max(100, documents))
         texts = write_input(corpus or str(folder/"sample"), documents, folder, planted)
-        say(f"{len(texts):,} documents, {sum(len(t.encode()) for t in texts) / 1e6:.1f} MB")
+        say(f"{len(texts):,} documents, {megabytes(texts):.1f} MB")
         truth = find_truth(texts)
         say(f"truth: {len(truth.pairs):,} pairs at .8 or above, {int((truth.first != np.arange(len(texts))).sum()):,} exact copies")
         fields, tables, here = {task: contestants(task, folder, peers) for task in ("signatures", "dedup")}, {}, machine()
@@ -418,6 +418,7 @@ def bench_dedup(
             rows = take_turns(field, folder/task, repeats, threads, say=lambda line: say(f"{task} {line}"))
             notes = {c.name: c.note for c in field}
             tables[task] = (t := summarise(rows, "ours")).assign(remark=[notes[n] for n in t.contestant])
+            if "cpu_s" in t: tables[task].insert(2, "mb_per_cpu_s", megabytes(texts) / t.cpu_s)
         judged = judge(folder/"dedup", fields["dedup"], truth)
         tables |= {"stages": stage_table(rows), "quality": judged, "goals": goals(tables["signatures"], tables["dedup"], judged, bit_equal(texts[:100]))}
         report(tables, texts, truth, out, repeats, threads, corpus, planted, here)
@@ -433,13 +434,17 @@ def judge(folder: Path, field: list[Contestant], truth: Truth) -> pd.DataFrame: 
     return pd.DataFrame(rows, columns=["contestant", "removed", "copies_left", "pair_recall", "pairs_resolved", "pairs_reported", "precision", "strangers_removed"])
 
 def stage_table(rows: list[dict]) -> pd.DataFrame: # CPU seconds, a row a contestant of ours, a column a stage
-    "Medians over the repetitions."
+    "Medians over the repetitions, and what comes after `prepare` and before `audit` as a sum: dedup_ready/ to survivors."
     frame = pd.DataFrame([{"contestant": r["contestant"], **{k.removeprefix("dedup."): v for k, v in r["stages"].items()}} for r in rows if r.get("stages")])
-    return frame.groupby("contestant", sort=False).median().reset_index() if len(frame) else pd.DataFrame(columns=["contestant"])
+    if not len(frame): return pd.DataFrame(columns=["contestant"])
+    table = frame.groupby("contestant", sort=False).median().reset_index()
+    return table.assign(**{"exact + near + write": table[[c for c in ("exact", "near", "write") if c in table]].sum(axis=1)})
+
+def megabytes(texts: list[str]) -> float: return sum(len(t.encode()) for t in texts) / 1e6
 
 def report(tables: dict, texts: list[str], truth: Truth, out, repeats: int, threads: int, corpus, planted: float, here: dict) -> None:
     "dedup.md with everything, figures beside it."
-    lines = [f"{len(texts):,} documents ({sum(len(t.encode()) for t in texts) / 1e6:.1f} MB of cleaned text, 5 words or more) of {Path(corpus).name if corpus else 'the sample corpus'}, {planted:.0%} of them altered copies with a similarity of .6 to 1; "
+    lines = [f"{len(texts):,} documents ({megabytes(texts):.1f} MB of cleaned text, 5 words or more) of {Path(corpus).name if corpus else 'the sample corpus'}, {planted:.0%} of them altered copies with a similarity of .6 to 1; "
              f"{len(truth.pairs):,} true pairs at J >= .8, {int((truth.first != np.arange(len(texts))).sum()):,} exact copies. {repeats} repetitions in turns, {threads} thread{'s' * (threads > 1)}; medians; ratios within a repetition, with their range.",
              "Machine: " + ", ".join(f"{k} {v}" for k, v in here.items()) + "."]
     speed = {name: tables[task].rename(columns=SHOWN).drop(columns="runs") for task, name in (("signatures", "Signatures: cleaned text to 128 slots"), ("dedup", "End to end: JSONL to survivors"))}
