@@ -9,7 +9,7 @@ from yunmin_efficientdata.dedup.clean import (FILTERS, PUBLISHED, RULES, Cleaner
                                               mask_phone, mask_resident, repeats, repetition, repetition_plain, white_space)
 
 FAST, PLAIN = Cleaner(), Cleaner(plain=True)
-PIECES = [*" \n\t\r가나ㅋㅠ!?.~^…&;#amplt@a.b1-029()：０－\u200b\u200d👍\ufe0f\u0301\u1100\u1161\u11a8\xa0\u3000무단기자제보ⓒ`*•", "```", "\n```\n", "~~~", "\xad", "\u200c", "\u0628", "\x1b[1m", "&#96;", "&amp;", "&nbsp;", "&#38;", "&#1;", "010-1234-5678", "900101-1234568",
+PIECES = [*" \n\t\r가나ㅋㅠ!?.~^…&;#amplt@a.b1-029()：０－\u200b\u200d👍\ufe0f\u0301\u1100\u1161\u11a8\xa0\u3000무단기자제보ⓒ`*•", "```", "\n```\n", "~~~", "\xad", "\u200c", "\u0628", "\x1b[1m", "&#96;", "&amp;", "&nbsp;", "&#38;", "&#1;", "010-1234-5678", "82-10-1234-5678", "(+82) 10-1234-5678", "+82-(0)10.1234.5678", "(031) 123-4567", "3782-822463-10005", "900101-1234568",
           "4539 1488 0343 6467", "은행", "계좌", "123456-01-123456", "a@b.kr", "&lt", "  ", "\n\n", "홍길동 기자", "(서울=한국) 홍길동 기자 = ", "\ud800", "\U0001d15e", "\U0001f600", "\u0958", "\u2126", "\x85", "\u2028", "\x1c"]
 odd_text = st.one_of(st.text(st.characters(), max_size=80), st.lists(st.sampled_from(PIECES), max_size=40).map("".join))  # st.characters() includes surrogates and unassigned code points
 

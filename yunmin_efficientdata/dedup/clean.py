@@ -179,7 +179,7 @@ def mask_card(text: str) -> str: # card numbers masked
     return _masked(text, _CARD, "[카드번호]", _sure_card)
 
 # %% ../../nbs/01a_clean.ipynb #c029
-_PHONE = re.compile(r"""[+0(](?<![0-9A-Za-z_+].)(?<![0-9][-.].)(?:(?P<country>(?<=\+)82[-. ]{0,2}(?:\(0\)|0)?)|(?P<open>(?<=\()0)|(?<=0))
+_PHONE = re.compile(r"""[+08(](?<![0-9A-Za-z_+].)(?<![0-9][-.].)(?:(?P<country>(?<=\+)82[-. ]{0,2}(?:\(0\)|0)?|(?<=\()\+82\)[-. ]?0?|(?<=8)2-(?=10-))|(?P<open>(?<=\()0)|(?<=0))
     (?:(?P<mobile>10|1[16-9])|2|3[1-3]|4[1-4]|5[1-5]|6[1-4]|70|50[2-8]?)
     (?(open)\)|\)?)(?P<first>[ ]?[-.][ ]?|[ ]|)[0-9]{3,4}(?P<second>[ ]?[-.][ ]?|[ ]|)[0-9]{4}
     (?![0-9])(?![-.][0-9])""", re.X)
@@ -216,14 +216,14 @@ def mask_account(text: str) -> str: # account numbers masked
 
 # %% ../../nbs/01a_clean.ipynb #c035
 _EMAIL = re.compile(r"@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}(?![A-Za-z0-9@])")
-_LOCAL = re.compile(r"(?<![A-Za-z0-9._%+@/-])[A-Za-z0-9._%+-]{1,64}\Z")
+_LOCAL = re.compile(r"(?<![A-Za-z0-9._%+@-])[A-Za-z0-9._%+-]{1,64}\Z")
 
 def mask_email(text: str) -> str: # e-mail addresses masked
     "E-mail addresses."
     flat = text if text.isascii() else _FOLDABLE.sub(lambda m: _FOLD[m[0]], text)
     out, at = [], 0
     for m in _EMAIL.finditer(flat):
-        low = max(at, m.start() - 66)
+        low = max(at, m.start() - 200)
         local = _LOCAL.search(flat, low, m.start())
         if not local or local[0] == "git" or re.search(r"://\S*\Z", flat[low:local.start()]): continue
         out += text[at:local.start()], "[이메일]"; at = m.end()
@@ -332,7 +332,7 @@ def _numbers(n, a, b, c, total, zero, dashes): # triggers at the end of a run of
     seen = 0
     if n == 13 or n == 7 and a == 6: seen |= 1 << 14
     if n >= 15 or n == 4 and (a == 4 and b == 4 and c == 4 or a == 6 and b == 4) or n == 5 and a == 6 and b == 4: seen |= 1 << 15
-    if zero and total >= 9 and (n >= 7 or n == 4 and a >= 3): seen |= 1 << 16
+    if total >= 9 and (zero and (n >= 7 or n == 4 and a >= 3) or n == 4 and a == 4 and b == 2 and c == 2): seen |= 1 << 16
     if n >= 10 or dashes >= 2 and total >= 10: seen |= 1 << 18
     return seen
 
