@@ -250,4 +250,4 @@ def main() -> None:
     out, sys.stdout = sys.stdout, sys.stderr   # libraries that chat do so on standard error
     print(json.dumps(run_job(job)), file=out, flush=True)
 
-if __name__ == "__main__" and "ipykernel" not in sys.modules: main()
+if __name__ == "__main__" and "__file__" in globals(): main()   # not in a notebook
