@@ -374,7 +374,7 @@ class Intake:
     def __init__(self, store: Store, settings: CleanSettings, prefix: str, domain: str):
         self.cleaner, self.domain, self.limit, self.tallies = Cleaner(settings), domain, settings.max_domains, {}
         self.spill, self.review = Spill(store, prefix), Review(settings.review_samples)
-        self.raw, self.chars = {}, 0  # texts as they came, by domain, to be measured together
+        self.raw, self.chars = {}, 0  # texts as they came where a rule changed them, by domain, to be measured together
     def tally(self, domain: str) -> dict:
         if domain not in self.tallies:
             self.tallies[domain], self.raw[domain] = new_tally(), []
@@ -386,9 +386,12 @@ class Intake:
         text, rules, dropped, words, size = self.cleaner.process(before)
         domain = safe_domain(_as_text(record.get("domain")) or self.domain)
         tally = self.tally(domain)
-        self.raw[domain].append(before); self.chars += len(before)
-        if self.chars >= BATCH_CHARS: self.count()
-        for r in rules: tally["rules"][r] += 1
+        tally["read"] += 1
+        if not rules: tally["bytes_in"] += size; tally["words_in"] += words
+        else:
+            self.raw[domain].append(before); self.chars += len(before)
+            for r in rules: tally["rules"][r] += 1
+            if self.chars >= BATCH_CHARS: self.count()
         if dropped: tally["filtered"][dropped] += 1; return None
         tally["kept"] += 1; tally["bytes_out"] += size; tally["words_out"] += words
         doc, given = document(record, text, domain)
@@ -399,7 +402,7 @@ class Intake:
     def count(self) -> None:
         for domain, texts in self.raw.items():
             size, words = measure(texts)
-            add_tally(self.tallies[domain], {"read": len(texts), "bytes_in": size, "words_in": words})
+            add_tally(self.tallies[domain], {"bytes_in": size, "words_in": words})
             self.raw[domain] = []
         self.chars = 0
     def finish(self) -> None: self.count(); self.spill.flush()
@@ -512,6 +515,8 @@ class Gathered:
         size = max((b - a for a, b in spans), default=0)
         if sum(b - a for a, b in spans) > WINDOW_BYTES: size = max(1 << 16, WINDOW_BYTES // len(spans))
         self.windows = [Window(store, key + ".jsonl", a, b, size) for (key, _), (a, b) in zip(slices, spans)]
+    def lines(self, rows: np.ndarray) -> Iterator[tuple[int, memoryview]]: # (row, its line)
+        for row, spill, at, n in zip(rows.tolist(), *(c[rows].tolist() for c in (self.spill, self.offset, self.length))): yield row, self.windows[spill].line(at, n)
     def line(self, row: int) -> memoryview: return self.windows[self.spill[row]].line(int(self.offset[row]), int(self.length[row]))
 
 # %% ../../nbs/01f_prepare.ipynb #c053
@@ -521,12 +526,14 @@ def number_rows(
     "Order a range and number its repeated ids."
     ids, given = gathered.table["id"], gathered.table["given"]
     order = order_rows(gathered.places, lambda row: ids[row].as_py(), gathered.line)
-    renamed, repeated = {}, 0
-    for i, j in ties(gathered.places[order]):
-        rows = pa.array(order[i:j])
-        own = ids.take(rows).to_pylist()
-        new, n = number_ids(own, given.take(rows).to_pylist())
-        renamed |= {int(r): b for r, a, b in zip(order[i:j], own, new) if a != b}; repeated += n
+    spans, renamed, repeated = ties(gathered.places[order]), {}, 0
+    if not spans: return order, renamed, repeated
+    rows = np.concatenate([order[i:j] for i, j in spans])
+    own, was_given = ids.take(pa.array(rows)).to_pylist(), given.take(pa.array(rows)).to_pylist()
+    ends = np.cumsum([j - i for i, j in spans]).tolist()
+    for i, j in zip([0, *ends], ends):
+        new, n = number_ids(own[i:j], was_given[i:j]); repeated += n
+        renamed |= {row: b for row, a, b in zip(rows[i:j].tolist(), own[i:j], new) if a != b}
     return order, renamed, repeated
 
 def cut_part(
@@ -563,8 +570,7 @@ def _write_part(store: Store, domain: str, name: str, gathered: Gathered, rows: 
     "One part and its index."
     lengths = gathered.length[rows].copy()
     with store.writer(f"dedup_ready/{name}.jsonl") as out:
-        for i, row in enumerate(rows.tolist()):
-            line = gathered.line(row)
+        for i, (row, line) in enumerate(gathered.lines(rows)):
             if row in renamed: line = _renumber(line, renamed[row]); lengths[i] = len(line)
             out.write(line)
     table = gathered.table.take(pa.array(rows)).combine_chunks()
