@@ -4,12 +4,10 @@ import json, os, random, time
 from collections import defaultdict
 from pathlib import Path
 import numpy as np, pyarrow.parquet as pq, pytest
-from hypothesis import given, settings as hyp, strategies as st
 from yunmin_efficientdata.core.sample import bad_lines, write_sample
-from yunmin_efficientdata.core.settings import CleanSettings, UserError
+from yunmin_efficientdata.core.settings import UserError
 from yunmin_efficientdata.core.store import open_store
 from yunmin_efficientdata.dedup import cluster, phase
-from yunmin_efficientdata.dedup.clean import Cleaner, luhn
 from yunmin_efficientdata.dedup.minhash import token_ngrams
 from yunmin_efficientdata.dedup.phase import run
 
@@ -64,53 +62,6 @@ def test_components_without_numba(monkeypatch):
     monkeypatch.setattr(cluster, "njit", None)
     again = cluster.components(edges, 200)
     assert ((labels[:, None] == labels) == (again[:, None] == again)).all()
-
-# ---- cleaning
-
-@given(st.text(max_size=200))
-@hyp(max_examples=200, deadline=None)
-def test_cleaning_never_fails_and_settles(text):
-    once = Cleaner().clean(text)[0]
-    Cleaner().reject(once); twice = Cleaner().clean(once)[0]
-    assert Cleaner().clean(twice)[0] == twice
-
-@given(st.text("가나닭ㅋㅠㅎ! ", min_size=1, max_size=40))
-@hyp(max_examples=100, deadline=None)
-def test_repeats_keep_syllables(text):
-    after = Cleaner(CleanSettings(rules={"white_space": False})).clean(text)[0]
-    assert [c for c in after if "가" <= c <= "힣"] == [c for c in text if "가" <= c <= "힣"]
-
-def test_ordinary_numbers_stay():
-    rng, cleaner = random.Random(5), Cleaner()
-    for _ in range(300):
-        digits = "".join(rng.choices("123456789", k=1) + rng.choices("0123456789", k=rng.randint(3, 11)))
-        for t in (f"값은 {digits}입니다", f"{int(digits):,}원", "2024-03-15 12:30", f"제{digits[:4]}호", f"v{digits[0]}.{digits[1]}.{digits[2:4]}"):
-            if len(digits) == 13 or len(digits) >= 15: continue
-            assert cleaner.clean(t)[0] == t
-
-def resident(rng):
-    front = f"{rng.randint(50, 99):02}{rng.randint(1, 12):02}{rng.randint(1, 28):02}"
-    body = front + rng.choice("12") + "".join(rng.choices("0123456789", k=5))
-    check = (11 - sum(int(d) * w for d, w in zip(body, (2, 3, 4, 5, 6, 7, 8, 9, 2, 3, 4, 5))) % 11) % 10
-    return front, body[6:] + str(check)
-
-def card(rng):
-    body = rng.choice("45") + "".join(rng.choices("0123456789", k=14))
-    return next(body + d for d in "0123456789" if luhn(body + d))
-
-def test_each_hit_gets_its_own_mask():
-    rng, cleaner = random.Random(1), Cleaner()
-    for _ in range(100):
-        (front, back), c = resident(rng), card(rng)
-        text = f"번호 {front}-{back}, 카드 {c[:4]}-{c[4:8]}-{c[8:12]}-{c[12:]}, 전화 010-{rng.randint(2000, 9999)}-{rng.randint(0, 9999):04}, 메일 u{rng.randint(1, 99)}@ex.co.kr, 우리은행 1002-123-{rng.randint(100000, 999999)}로"
-        assert cleaner.clean(text)[0] == "번호 [주민등록번호], 카드 [카드번호], 전화 [전화번호], 메일 [이메일], 우리은행 [계좌번호]로"
-        wrong = str((int(back[-1]) + 1) % 10)
-        assert f"{front}-{back[:-1]}{wrong}" in cleaner.clean(f"번호 {front}-{back[:-1]}{wrong} 끝")[0]
-
-def test_rules_switch_off():
-    text = "대박ㅋㅋㅋㅋ 010-1234-5678"
-    assert Cleaner(CleanSettings(rules={"repeats": False, "mask_phone": False})).clean(text)[0] == text
-    assert Cleaner(CleanSettings(rules={"too_short": False})).reject("아") is None
 
 # ---- the driver
 
@@ -236,6 +187,41 @@ def test_odd_domains_and_gz(tmp_path):
     run(tmp_path/"w", raw=str(tmp_path/"raw"), workers=1)
     assert {p.name for p in (tmp_path/"w/deduped").iterdir()} == {"evil_x", "quarantine_", "7", "법령"} or {p.name for p in (tmp_path/"w/deduped").iterdir()} == {"_evil_x", "quarantine_", "7", "법령"}
     assert json.loads((tmp_path/"w/dedup_ready/manifest.json").read_text())["ignored"] == ["notes.md"]
+
+def test_levels_can_be_switched_on_and_off(tmp_path):
+    "Contamination, meaning, spans: each takes what it should, counts add up, and switching all off again gives what there was before."
+    rng = random.Random(5)
+    notice = " ".join(rng.choices(WORDS, k=30)) + "입니다."
+    records = [{"id": f"d{i}", "text": f"{' '.join(rng.choices(WORDS, k=40))}.\n\n{notice}", "domain": "web"} for i in range(60)]
+    records[7]["text"] = notice  # nothing of its own
+    leak = " ".join(rng.choices(WORDS, k=20)); records[3]["text"] += f"\n\n{leak}"
+    (tmp_path/"eval.jsonl").write_text(json.dumps({"question": leak}, ensure_ascii=False))
+    write_raw(tmp_path/"a", [json.dumps(r, ensure_ascii=False) for r in records], [])
+    vectors = np.eye(60, 64, dtype=np.float32); vectors[20] = vectors[21]
+    (tmp_path/"vectors").mkdir(); np.save(tmp_path/"vectors/a.npy", vectors); (tmp_path/"vectors/a.ids.txt").write_text("\n".join(r["id"] for r in records))
+    def go(ws, *more): return run(tmp_path/ws, raw=str(tmp_path/"a"), workers=1, overrides=[*SMALL, "dedup.contamination.sets=[]", *more])
+    go("plain"); before = files(tmp_path/"plain")
+    levels = [f"dedup.contamination.sets=[{tmp_path/'eval.jsonl'}]", "dedup.contamination.remove=true", f"dedup.semantic.embeddings={tmp_path/'vectors'}", "dedup.spans.levels=[paragraph,sentence]"]
+    summary = go("plain", *levels)
+    kept, counts = texts_of(tmp_path/"plain", "deduped/"), json.loads((tmp_path/"plain/ledger/dedup.write.json").read_text())["counts"]
+    assert summary["contaminated"] == 1 and {f: c["docs"] for f, c in counts["fates"]["web"].items() if f != "cut"} == {"contaminated": 1, "semantic": 1, "emptied": 1}
+    assert len(kept) == 57 and not {"d3"} & set(kept) and len({"d20", "d21"} & set(kept)) == 1
+    assert sum(notice in t for t in kept.values()) == 1 and counts["fates"]["web"]["cut"]["docs"] == 57 - ("d7" not in kept)
+    assert counts["kept"]["web"]["bytes"] == sum(len(t.encode()) for t in kept.values())
+    go("fresh", *levels)
+    assert files(tmp_path/"fresh") == files(tmp_path/"plain")
+    go("plain"); assert files(tmp_path/"plain") == before
+
+def test_representatives_of_hot_buckets_are_compared(tmp_path):
+    "A chain of templates: whatever leads a bucket, few near-duplicates stay, and all are one component."
+    rng, base = random.Random(0), rng_words(80)
+    def changed(i): k = rng.randrange(80); return " ".join([*base[:k], f"번호{i}", *base[k + 1:]])
+    write_raw(tmp_path/"a", [json.dumps({"text": changed(i)}, ensure_ascii=False) for i in range(4000)], [])
+    summary = run(tmp_path/"w", raw=str(tmp_path/"a"), workers=1)
+    rows = clusters_of(tmp_path/"w")
+    assert len(rows) == 4000 and len({r["cluster"] for r in rows.values()}) == 1 and summary["docs_out"] < 150
+
+def rng_words(n): return random.Random(9).sample(WORDS, n)
 
 def test_template_floods_stay_linear(tmp_path):
     "Thousands of nearly identical documents: one component, one survivor, no quadratic time."
