@@ -1,16 +1,17 @@
 "Prepare: the same bytes however files are cut, nothing lost, flat memory, numbered documents."
 from __future__ import annotations
-import gzip, json, os, random, signal, subprocess, sys, time
+import gzip, hashlib, json, os, random, signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np, orjson, pytest
 from hypothesis import HealthCheck, given, settings as hyp, strategies as st
 from yunmin_efficientdata.core.executor import make_executor
 from yunmin_efficientdata.core.ledger import Meter, Stage
-from yunmin_efficientdata.core.records import BadLine, Span, read_jsonl
+from yunmin_efficientdata.core.records import BadLine, Document, Span, dump_line, make_id, parse_line, read_jsonl, validate
 from yunmin_efficientdata.core.sample import bad_lines
-from yunmin_efficientdata.core.settings import UserError, load_settings
+from yunmin_efficientdata.core.settings import CleanSettings, UserError, load_settings
 from yunmin_efficientdata.core.store import open_store
 from yunmin_efficientdata.dedup import prepare as P
+from yunmin_efficientdata.dedup.clean import Cleaner
 from yunmin_efficientdata.dedup.prepare import Corpus, FATES, load_fate, number_ids, write_fate
 
 SMALL = ("dedup.part_bytes=65536",)
@@ -125,6 +126,31 @@ def test_s3_in_chunks(tmp_path, monkeypatch):
         monkeypatch.setattr(P, "GAP_S3", 0)
         assert list(far.texts(np.arange(0, len(near), 2))) == list(near.texts(np.arange(0, len(near), 2)))
         write_fate(far, 0, np.full(far.parts[0]["docs"], 2, np.uint8)); assert load_fate(far, 0).sum() == 2 * far.parts[0]["docs"]
+
+def plain_reading(lines: list[bytes], domain: str) -> dict[str, list[dict]]:
+    "What prepare should write, by domain, the slow and obvious way."
+    cleaner, docs = Cleaner(CleanSettings()), []
+    for line in lines:
+        record = parse_line(line.strip(b" \t\r\n"))[0] if line.strip() else None
+        if record is None or validate(record): continue
+        doc = Document.from_record(record, domain=domain)
+        doc.text, doc.domain = cleaner.clean(record["text"])[0], P.safe_domain(doc.domain)
+        doc.id = doc.id if doc.id.strip() else make_id(doc.domain, doc.text)
+        if cleaner.reject(doc.text) is None: docs.append((P.id_hash(P.base_id(doc.id)), P.base_id(doc.id), doc.id, hashlib.blake2b(dump_line(doc.to_dict()), digest_size=16).digest(), doc.to_dict()))
+    docs.sort(key=lambda d: d[:4])
+    for d, new in zip(docs, _quadratic([d[2] for d in docs])): d[4]["id"] = new
+    return {name: [d[4] for d in docs if d[4]["domain"] == name] for name in sorted({d[4]["domain"] for d in docs})}
+
+def test_against_a_plain_reading(tmp_path):
+    lines = corpus_lines(); write_raw(tmp_path/"a", lines, [50])
+    prep(tmp_path/"w", tmp_path/"a")
+    got = {d: [json.loads(x) for k in open_store(tmp_path/"w").list(f"dedup_ready/{d}/") for x in (tmp_path/"w"/k).read_bytes().splitlines()] for d in ("web", "뉴스")}
+    assert got == plain_reading(lines, "web")
+
+def test_real_text_against_a_plain_reading(tmp_path, corpus):
+    lines = (corpus/"small/web.jsonl").read_bytes().split(b"\n")
+    write_raw(tmp_path/"a", lines, [100]); prep(tmp_path/"w", tmp_path/"a")
+    assert {d: [r for r in records(tmp_path/"w") if r["domain"] == d] for d in {r["domain"] for r in records(tmp_path/"w")}} == plain_reading(lines, "web")
 
 # ---- killed runs
 
@@ -300,7 +326,8 @@ def test_fate(ws):
 
 def test_domains_and_names(tmp_path):
     texts = [{"text": "충분히 긴 글입니다 하나", "domain": d} for d in ("../evil/x", "quarantine", 7)] + [{"text": "도메인 없는 글입니다"}]
-    write_raw(tmp_path/"a", [json.dumps(t).encode() for t in texts], name="법령"); (tmp_path/"a/notes.md").write_text("x")
+    (tmp_path/"a/2024").mkdir(parents=True); (tmp_path/"a/notes.md").write_text("x")
+    (tmp_path/"a/2024/법령-1.jsonl.gz").write_bytes(gzip.compress(b"\n".join(json.dumps(t).encode() for t in texts)))
     prep(tmp_path/"w", tmp_path/"a")
     assert {p["domain"] for p in Corpus(tmp_path/"w").parts} == {"evil_x", "quarantine_", "7", "법령"} and manifest(tmp_path/"w")["ignored"] == ["notes.md"]
     write_raw(tmp_path/"many", [json.dumps({"text": "충분히 긴 글입니다", "domain": f"d{i}"}).encode() for i in range(51)], [25])
