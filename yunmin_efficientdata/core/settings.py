@@ -129,6 +129,7 @@ class FormatSettings(Section):
     "Phase 2: the Parquet files that serve SQL and training."
     file_bytes: int = Field(200 << 20, ge=1 << 16, description="a domain is split into files of about this size")
     page_bytes: int = Field(1 << 20, ge=4096, description="size of a data page of `tokens`")
+    zstd_level: int = Field(3, ge=1, le=19, description="compression of text and small columns; `tokens` are never compressed")
     row_group_rows: int = Field(8192, ge=1, description="documents in a row group at most")
     row_group_bytes: int = Field(64 << 20, ge=1 << 16, description="text and tokens in a row group at most; bounds the writer's memory")
     benchmark_batch: int = Field(16, ge=1, description="rows in a batch of the JSONL against Parquet comparison")
@@ -141,12 +142,17 @@ class InstructionSettings(Section):
     "Instruction, conversation, preference and scored records for later training stages."
     path: str | None = Field(None, description="JSONL file, folder or s3://… of such records; empty: off")
     chat_template: str | None = Field(None, description="Jinja file of the model's chat template; empty: the tokenizer's own, else ChatML")
-    max_tokens: int = Field(2048, ge=16, description="longer conversations are counted and left out")
+    max_tokens: int = Field(2048, ge=16, description="longer conversations are counted and left out, never cut")
+    system: str | None = Field(None, description="system prompt for conversations that have none; empty: none")
+    date: str = Field("2026-01-01", pattern=r"^\d{4}-(0[1-9]|1[0-2])-(0[1-9]|1\d|2[0-8])$", description="what a chat template that prints today's date is told, so that the files do not change with the day")
 
 class ShareSettings(Section):
     "The Hub-ready folder with its dataset card."
     title: str = Field("YunMin corpus", description="title of the dataset card")
-    license: str | None = Field(None, description="licence of the whole, as the Hub spells it; empty: other, with the licences found listed")
+    license: str | None = Field(None, description="licence of the whole, as the Hub spells it; empty: the one that all records name, else `other` with the licences found listed")
+    language: list[str] = Field(default_factory=list, description="ISO codes for the card; empty: those that at least 1 % of the records name")
+    repo: str = Field("YOUR-NAME/YOUR-DATASET", description="for the upload command that is printed; nothing is uploaded")
+    max_sources: int = Field(40, ge=1, description="rows of the card's table of sources; the whole table is in licenses.csv")
 
 # %% ../../nbs/00a_settings.ipynb #c016
 class DatasetConfig(Section):
