@@ -4,16 +4,20 @@
 
 # %% ../../nbs/02c_pages.ipynb #c004
 from __future__ import annotations
-import struct, tempfile, zlib
-from dataclasses import dataclass, fields
+import hashlib, os, struct, tempfile, threading, time, weakref, zlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 import pyarrow as pa, pyarrow.parquet as pq
 from ..core.settings import UserError
+from .cache import PageCache
 
 # %% auto #0
-__all__ = ['OtherLayout', 'DamagedFile', 'Compact', 'read_value', 'read_list', 'read_struct', 'read_footer', 'leaf_index',
-           'PageTable', 'read_page', 'chunk_pages', 'page_table', 'check_pages', 'unpack_tokens', 'TokenFile']
+__all__ = ['CHECKS', 'OtherLayout', 'DamagedFile', 'Compact', 'read_value', 'read_list', 'read_struct', 'MappedFile',
+           'read_footer', 'leaf_index', 'PageTable', 'read_header', 'check_header', 'check_page', 'check_pages',
+           'chunk_layout', 'index_struct', 'level_counts', 'header_counts', 'chunk_pages', 'page_table',
+           'unpack_tokens', 'TokenFile', 'page_parts', 'Resident', 'PageSet', 'pages_of', 'hold', 'need', 'publish_use']
 
 # %% ../../nbs/02c_pages.ipynb #c006
 class OtherLayout(Exception):
@@ -84,19 +88,33 @@ def read_struct(r: Compact, depth: int = 0) -> dict: # field id -> value
     return out
 
 # %% ../../nbs/02c_pages.ipynb #c016
+class MappedFile:
+    "A local file, mapped into memory; or bytes that are there already."
+    def __init__(self, path): # local path, or bytes-like
+        self.data = np.memmap(path, mode="r", dtype=np.uint8) if isinstance(path, (str, Path)) else np.frombuffer(path, dtype=np.uint8)
+        self.size = len(self.data)
+    def read(self, offset: int, length: int) -> np.ndarray: # uint8, without a copy
+        return self.data[offset:offset + length]
+
+# %% ../../nbs/02c_pages.ipynb #c018
 def read_footer(
-    data, # bytes-like: the whole file
+    source, # `MappedFile` or `CachedObject`: `size` and `read(offset, length)`
     name: str # for the message
 ) -> dict: # FileMetaData
     "The footer of a Parquet file as nested dicts. Raises `DamagedFile`."
-    if len(data) < 12 or bytes(data[:4]) != b"PAR1" or bytes(data[-4:]) != b"PAR1":
-        raise DamagedFile(f"{name}: not a complete Parquet file (it must begin and end with PAR1)")
-    size = int.from_bytes(bytes(data[-8:-4]), "little")
-    if size > len(data) - 12: raise DamagedFile(f"{name}: the footer would be {size} bytes in a file of {len(data)}")
-    try: return read_struct(Compact(bytes(data[-8 - size:-8])))
-    except (ValueError, IndexError) as e: raise DamagedFile(f"{name}: footer at byte {len(data) - 8 - size}: {e}") from None
+    n = source.size
+    tail = bytes(source.read(max(0, n - 8), min(n, 8)))
+    if n < 12 or tail[-4:] != b"PAR1": raise DamagedFile(f"{name}: not a complete Parquet file (it must end with PAR1; {n} bytes)")
+    size = int.from_bytes(tail[:4], "little")
+    if size > n - 12: raise DamagedFile(f"{name}: the footer would be {size} bytes in a file of {n}")
+    reader = Compact(bytes(source.read(n - 8 - size, size)))
+    try:
+        footer = read_struct(reader)
+        if reader.pos != size: raise ValueError(f"it ends after {reader.pos} of {size} bytes")
+    except (ValueError, IndexError) as e: raise DamagedFile(f"{name}: footer at byte {n - 8 - size}: {e}") from None
+    return footer
 
-# %% ../../nbs/02c_pages.ipynb #c018
+# %% ../../nbs/02c_pages.ipynb #c020
 def leaf_index(
     footer: dict, # from `read_footer`
     column: str # name of the list column
@@ -118,7 +136,7 @@ def leaf_index(
     if kind != 1: raise OtherLayout(f"{column!r} is not INT32")
     return found[0]
 
-# %% ../../nbs/02c_pages.ipynb #c020
+# %% ../../nbs/02c_pages.ipynb #c022
 @dataclass
 class PageTable:
     "The pages of one column of one file, as parallel int64 arrays."
@@ -127,101 +145,184 @@ class PageTable:
     row: np.ndarray # first row (document) of the page
     rows: np.ndarray # rows that begin in it
     offset: np.ndarray # byte offset of the page header
-    body: np.ndarray # byte offset after the header, where levels begin
     end: np.ndarray # byte offset after the page
-    crc: np.ndarray # CRC-32 of body..end, or -1 when the file has none
+    checksums: bool = False # does the first page carry one (then all must)
+    source: object = None # where the headers can be read
 
     def __len__(self): return len(self.at)
 
-# %% ../../nbs/02c_pages.ipynb #c022
-def read_page(
-    data, # bytes-like: the whole file
-    location: dict, # PageLocation of the OffsetIndex
-    stop: int # end of the column chunk
-) -> tuple: # (at, count, rows, offset, body, end, crc, levels)
-    "Parse and check one page header. Raises `ValueError` for damage, `OtherLayout` for another kind of page."
-    offset, end = location[1], location[1] + location[2]
-    if not 4 <= offset < end <= stop: raise ValueError("the page lies outside its column")
-    reader = Compact(data[offset:min(end, offset + 65536)])
+    @property
+    def crc(self) -> np.ndarray: # int64; -1: none. Reads the header of every page
+        "CRC-32 of each page's body, from its header."
+        return np.array([read_header(self.source.read(int(o), min(int(e - o), 256)))[0].get(4, -1) for o, e in zip(self.offset, self.end)], np.int64)
+
+# %% ../../nbs/02c_pages.ipynb #c024
+def read_header(
+    page # bytes-like: the page, or its beginning
+) -> tuple[dict, int]: # (PageHeader with the checksum as unsigned, bytes it takes)
+    "The header at the beginning of a page. Raises `ValueError` or `IndexError`."
+    reader = Compact(bytes(page[:65536]))
     head = read_struct(reader)
-    if head[1] not in (0, 3) or (5 if head[1] == 0 else 8) not in head: raise ValueError("the index leads to something that is no data page")
-    if head[1] == 0: raise OtherLayout("data pages are not version 2")
-    v2, body = head[8], offset + reader.pos
-    if body + head[3] != end: raise ValueError("page header and index disagree about its size")
-    if v2[4] != 0: raise OtherLayout("values are not PLAIN")
-    if v2.get(7, True) and head[2] != head[3]: raise OtherLayout("pages are compressed")
+    if 4 in head: head[4] &= 0xFFFFFFFF
+    return head, reader.pos
+
+def check_header(
+    page, # bytes-like: the page, or its beginning
+    size: int, # bytes of the whole page
+    checksums: bool # must it have one
+) -> tuple[int, int, int, int, int]: # (values, rows, bytes before the levels, bytes before the values, checksum or -1)
+    "A data page's header, checked in itself. Raises `ValueError` for damage, `OtherLayout` for a page of version 1."
+    head, body = read_header(page)
+    if head[1] == 0 and 5 in head: raise OtherLayout("data pages are not version 2")
+    if head[1] != 3 or 8 not in head: raise ValueError("the index leads to something that is no data page")
+    v2 = head[8]
+    if body + head[3] != size: raise ValueError("page header and index disagree about its size")
+    if head[2] != head[3] or v2[4] != 0: raise ValueError("page header and footer disagree about encoding or compression")
     count, levels = v2[1] - v2[2], v2[5] + v2[6]
     if min(v2[1], v2[2], v2[3], v2[5], v2[6], count) < 0 or levels + 4 * count != head[3]: raise ValueError("page header and page size disagree about the number of values")
-    return body + levels, count, v2[3], offset, body, end, (head[4] & 0xFFFFFFFF if 4 in head else -1), v2[1]
+    if checksums and 4 not in head: raise ValueError("the page's checksum is missing, the first page has one")
+    return count, v2[3], body, body + levels, head.get(4, -1)
 
-# %% ../../nbs/02c_pages.ipynb #c023
+# %% ../../nbs/02c_pages.ipynb #c026
+def check_page(
+    page, # bytes-like: the whole page
+    k: int, # its number
+    table: PageTable,
+    name: str, # for the message
+    crc: bool = True # compare the checksum too, which reads the whole page
+) -> bool: # was there a checksum to compare
+    "Compare a page with the index and with its checksum. Raises `DamagedFile` naming file, page and byte."
+    try:
+        count, rows, body, values, stated = check_header(page, int(table.end[k] - table.offset[k]), table.checksums)
+        if count != table.count[k] or rows != table.rows[k] or values != table.at[k] - table.offset[k]:
+            raise ValueError(f"its header says {rows} rows and {count} values, the index {table.rows[k]} and {table.count[k]}")
+        if crc and stated >= 0 and zlib.crc32(page[body:]) != stated: raise ValueError("checksum differs")
+    except (ValueError, IndexError, KeyError, TypeError, OtherLayout) as e:
+        raise DamagedFile(f"{name}: page {k} at byte {table.offset[k]}: {_reason(e)}; the file is damaged: make or copy it again") from None
+    return crc and stated >= 0
+
+def _reason(e: Exception) -> str: return f"field {e} is missing" if isinstance(e, KeyError) else str(e)
+
+def check_pages(
+    data, # uint8 array: the whole file
+    table: PageTable,
+    name: str # for the message
+) -> int: # pages that had a checksum
+    "Compare every page with the index and its checksum. Raises `DamagedFile` naming the first page that differs."
+    return sum(check_page(data[o:e], k, table, name) for k, (o, e) in enumerate(zip(table.offset, table.end)))
+
+# %% ../../nbs/02c_pages.ipynb #c028
+def chunk_layout(
+    chunk: dict # ColumnChunk
+) -> dict: # its ColumnMetaData
+    "Can this chunk be read in place? Raises `OtherLayout` saying why not, `ValueError` for damage."
+    meta = chunk[3]
+    if meta[4] != 0: raise OtherLayout("tokens are compressed")
+    if meta.get(11) or set(meta[2]) & {2, 8}: raise OtherLayout("tokens are dictionary-coded")
+    if set(meta[2]) - {0, 3, 4}: raise OtherLayout("values are not PLAIN")
+    if 4 not in chunk or 5 not in chunk: raise OtherLayout("the file has no page index")
+    if meta[1] != 1: raise ValueError("schema and column disagree about the type")
+    if meta[6] != meta[7]: raise ValueError("an uncompressed column of two sizes")
+    if min(meta[5], meta[7], meta[9]) < 0: raise ValueError("a negative number")
+    return meta
+
+# %% ../../nbs/02c_pages.ipynb #c029
+def index_struct(
+    source, # `MappedFile` or `CachedObject`
+    at: int, # where it begins
+    length: int # bytes
+) -> dict:
+    "OffsetIndex or ColumnIndex; it must fill its bytes exactly."
+    if at < 4 or length < 1 or at + length > source.size: raise ValueError(f"an index at byte {at} of {length} bytes")
+    reader = Compact(bytes(source.read(at, length)))
+    index = read_struct(reader)
+    if reader.pos != length: raise ValueError(f"an index of {length} bytes ends after {reader.pos}")
+    return index
+
+# %% ../../nbs/02c_pages.ipynb #c030
+def level_counts(
+    source,
+    chunk: dict, # ColumnChunk
+    n: int # pages
+) -> tuple[np.ndarray, np.ndarray] | None: # (rows, values) of each page; None when the file does not say
+    "Rows and values of each page, from the histograms of repetition and definition levels in the ColumnIndex."
+    if 6 not in chunk or 7 not in chunk: return None
+    index = index_struct(source, chunk[6], chunk[7])
+    if 6 not in index or 7 not in index: return None
+    if len(index[6]) != 2 * n or len(index[7]) != 2 * n: raise ValueError(f"the column index does not describe {n} pages")
+    repetition, definition = (np.array(index[i], np.int64).reshape(n, 2) for i in (6, 7))
+    if (repetition < 0).any() or (repetition.sum(1) != definition.sum(1)).any(): raise ValueError("the column index contradicts itself")
+    return repetition[:, 0], definition[:, 1]
+
+# %% ../../nbs/02c_pages.ipynb #c032
+def header_counts(
+    source,
+    offset: np.ndarray, # int64 [pages]
+    end: np.ndarray, # int64 [pages]
+    name: str # for messages
+) -> tuple[np.ndarray, np.ndarray]: # (rows, values) of each page
+    "Rows and values of each page, from its header."
+    out = []
+    for k, (o, e) in enumerate(zip(offset.tolist(), end.tolist())):
+        try: count, rows, *_ = check_header(source.read(o, min(e - o, 4096)), e - o, False)
+        except (ValueError, IndexError, KeyError, TypeError) as error: raise DamagedFile(f"{name}: page {k} at byte {o}: {_reason(error)}") from None
+        out.append((rows, count))
+    return tuple(np.array(c, np.int64) for c in zip(*out)) if out else (np.zeros(0, np.int64),) * 2
+
+# %% ../../nbs/02c_pages.ipynb #c033
 def chunk_pages(
-    data, # bytes-like: the whole file
+    source,
     chunk: dict, # ColumnChunk
     group_rows: int, # rows of its row group
     row0: int, # first row of the row group
     name: str # for messages
-) -> list[tuple]: # rows of a PageTable
-    "All pages of one column chunk, through its OffsetIndex. Raises `OtherLayout` or `DamagedFile`."
-    meta = chunk[3]
-    if meta[4] != 0: raise OtherLayout("tokens are compressed")
-    if meta.get(11): raise OtherLayout("tokens are dictionary-coded")
-    if 4 not in chunk: raise OtherLayout("the file has no page index")
-    index = read_struct(Compact(data[chunk[4]:chunk[4] + chunk[5]]))[1]
-    stop, rows, out, levels = meta[9] + meta[7], 0, [], 0
-    for k, location in enumerate(index):
-        try:
-            at, count, n, offset, body, end, crc, n_levels = read_page(data, location, min(stop, len(data)))
-            if location.get(3, 0) != rows: raise ValueError(f"the index says row {location.get(3, 0)}, the pages before hold {rows}")
-        except (ValueError, IndexError, KeyError, TypeError) as e:
-            raise DamagedFile(f"{name}: page {k} at byte {location.get(1)}: {_reason(e)}") from None
-        out.append((at, count, row0 + rows, n, offset, body, end, crc))
-        rows, levels = rows + n, levels + n_levels
-    if rows != group_rows or levels != meta[5] or (out and (out[0][4] != meta[9] or out[-1][6] != stop)):
-        raise DamagedFile(f"{name}: column at byte {meta[9]}: pages hold {rows} rows and {levels} values, the footer says {group_rows} and {meta[5]}")
-    return out
+) -> np.ndarray: # int64 [6, pages]: rows of a PageTable
+    "All pages of one column chunk, through its indexes. Raises `OtherLayout`, `DamagedFile` or `ValueError`."
+    meta = chunk_layout(chunk)
+    index = index_struct(source, chunk[4], chunk[5])[1]
+    offset, size, row = (np.array([p[i] for p in index], np.int64) for i in (1, 2, 3))
+    end = offset + size
+    whole = len(index) and offset[0] == meta[9] and end[-1] == meta[9] + meta[7] <= source.size and (size > 0).all() and (offset[1:] == end[:-1]).all()
+    if not whole and (len(index) or meta[5]): raise ValueError(f"the pages of the index do not fill the column at byte {meta[9]}")
+    rows, count = level_counts(source, chunk, len(index)) or header_counts(source, offset, end, name)
+    at = end - 4 * count
+    if (row != np.cumsum(rows) - rows).any() or rows.sum() != group_rows: raise ValueError(f"column at byte {meta[9]}: pages of {rows.sum()} rows, the row group has {group_rows}")
+    if (count < 0).any() or (at <= offset).any() or count.sum() > meta[5]: raise ValueError(f"column at byte {meta[9]}: pages of {count.sum()} values, the footer says {meta[5]}")
+    histogram = meta.get(16, {}).get(3)
+    if histogram and (len(histogram) != 2 or histogram[1] != count.sum() or sum(histogram) != meta[5]): raise ValueError(f"column at byte {meta[9]}: pages of {count.sum()} values, its statistics say {histogram}")
+    return np.stack([at, count, row0 + row, rows, offset, end])
 
-def _reason(e: Exception) -> str: return f"field {e} is missing" if isinstance(e, KeyError) else str(e)
-
-# %% ../../nbs/02c_pages.ipynb #c024
+# %% ../../nbs/02c_pages.ipynb #c034
 def page_table(
-    data, # bytes-like: the whole file, for example a memmap
+    source, # `MappedFile` or `CachedObject`; or the whole file as bytes
     name: str, # for messages
     column: str = "tokens"
 ) -> tuple[PageTable, dict]: # (pages in file order, key-value metadata)
     "Where the values of a list column lie in a Parquet file. Raises `OtherLayout`, `DamagedFile` or `UserError`."
-    footer = read_footer(data, name)
+    if not hasattr(source, "read"): source = MappedFile(source)
+    footer = read_footer(source, name)
     try:
         metadata = {m[1].decode(): m.get(2, b"").decode("utf-8", "replace") for m in footer.get(5, [])}
         try: leaf = leaf_index(footer, column)
         except KeyError: raise UserError(f"{name}: no column {column!r}; token pages need a Parquet file written by `yunmin format`") from None
-        rows, pages = 0, []
+        rows, pages = 0, [np.zeros((6, 0), np.int64)]
         for group in footer[4]:
-            pages += chunk_pages(data, group[1][leaf], group[3], rows, name)
+            pages.append(chunk_pages(source, group[1][leaf], group[3], rows, name))
             rows += group[3]
-    except (ValueError, IndexError, KeyError, TypeError) as e: raise DamagedFile(f"{name}: footer or page index: {_reason(e)}") from None
-    if rows != footer[3]: raise DamagedFile(f"{name}: row groups hold {rows} rows, the footer says {footer[3]}")
-    gaps = [p for p, q in zip(pages, pages[1:]) if q[4] < p[6]]
-    if gaps: raise DamagedFile(f"{name}: page at byte {gaps[0][4]}: overlaps the next one")
-    columns = np.array(pages, dtype=np.int64).reshape(-1, 8).T
-    return PageTable(*(np.ascontiguousarray(c) for c in columns)), metadata
+        columns = np.ascontiguousarray(np.concatenate(pages, axis=1))
+        if rows != footer[3]: raise ValueError(f"row groups hold {rows} rows, the footer says {footer[3]}")
+        if (columns[4, 1:] < columns[5, :-1]).any(): raise ValueError("row groups overlap")
+    except (ValueError, IndexError, KeyError, TypeError, AttributeError) as e: raise DamagedFile(f"{name}: footer or page index: {_reason(e)}") from None
+    return PageTable(*columns, checksums=_first_checksum(source, columns, name), source=source), metadata
 
-# %% ../../nbs/02c_pages.ipynb #c030
-def check_pages(
-    data, # bytes-like: the whole file
-    table: PageTable,
-    name: str # for the message
-) -> int: # pages checked
-    "Compare every page with its checksum. Raises `DamagedFile` naming the first page that differs."
-    checked = 0
-    for k in range(len(table)):
-        if table.crc[k] < 0: continue
-        if zlib.crc32(data[table.body[k]:table.end[k]]) != table.crc[k]:
-            raise DamagedFile(f"{name}: page {k} at byte {table.offset[k]}: checksum differs, the file is damaged; make it again with `yunmin format`")
-        checked += 1
-    return checked
+def _first_checksum(source, columns, name: str) -> bool:
+    "Is the first page of version 2, and does it carry a checksum?"
+    if not columns.shape[1]: return False
+    offset, end = int(columns[4, 0]), int(columns[5, 0])
+    try: return check_header(source.read(offset, min(end - offset, 4096)), end - offset, False)[4] >= 0
+    except (ValueError, IndexError, KeyError, TypeError) as e: raise DamagedFile(f"{name}: page 0 at byte {offset}: {_reason(e)}") from None
 
-# %% ../../nbs/02c_pages.ipynb #c033
+# %% ../../nbs/02c_pages.ipynb #c042
 def unpack_tokens(
     path, # a Parquet file of any layout
     column: str = "tokens"
@@ -252,25 +353,230 @@ def _stated(file: pq.ParquetFile, column: str) -> tuple[int, int]: # rows, value
     leaf = next((i for i in range(file.metadata.num_columns) if file.schema.column(i).path.split(".")[0] == column), 0)
     return file.metadata.num_rows, sum(g.column(leaf).num_values for g in groups)
 
-# %% ../../nbs/02c_pages.ipynb #c034
+# %% ../../nbs/02c_pages.ipynb #c043
+CHECKS = ("first read", "always", "never")
+
 class TokenFile:
-    "The tokens of one Parquet file, mapped into memory. `way` is 'pages' (in place) or 'pyarrow' (decoded; `reason` says why)."
+    "The tokens of one Parquet file. `way` is 'pages' (in place) or 'pyarrow' (decoded; `reason` says why)."
     def __init__(self,
-        path, # local file
+        path, # local file or s3://bucket/key
         column: str = "tokens", # list column
-        check: bool = False # compare all checksums when opening
+        check: bool = False, # compare all checksums when opening
+        cache: PageCache | None = None, # for s3:// paths; None: the default one
+        part_bytes: int = 1 << 20 # for s3:// paths: bytes of a request at most, but at least a page
     ):
-        self.path, self.column, self.way, self.reason = str(path), column, "pages", ""
-        if not Path(path).is_file(): raise UserError(f"{path}: no such file; `yunmin format` makes the Parquet files")
-        if Path(path).stat().st_size < 12: raise DamagedFile(f"{path}: not a complete Parquet file ({Path(path).stat().st_size} bytes)")
-        self.data = np.memmap(path, mode="r", dtype=np.uint8)
-        try: self.pages, self.metadata = page_table(self.data, str(path), column)
-        except OtherLayout as e:
-            self.way, self.reason = "pyarrow", str(e)
-            try: self.data, self.pages, self.metadata = unpack_tokens(path, column)
-            except (pa.ArrowException, OSError) as error: raise DamagedFile(f"{path}: {' '.join(str(error).split())}") from None
-        if check: check_pages(self.data, self.pages, str(path))
+        self.path, self.column, self.way, self.reason, self.cache, self.part_bytes = str(path), column, "pages", "", cache, part_bytes
+        self.remote = self.path.startswith("s3://")
+        self.source = self._open()
+        try: self.pages, self.metadata = page_table(self.source, self.path, column)
+        except OtherLayout as e: self._decode(str(e))
+        self.parts, self.part_of = page_parts(self.pages, part_bytes)
+        self.data = None if self.remote else self.source.data
+        if check: self.load(range(len(self.pages)))
 
     def __len__(self): return int(self.pages.count.sum())
-    def __reduce__(self): return (TokenFile, (self.path, self.column))
+    def __reduce__(self): return (TokenFile, (self.path, self.column, False, self.cache, self.part_bytes))
     def __repr__(self): return f"TokenFile({Path(self.path).name!r}: {len(self)} tokens, {len(self.pages)} pages, by {self.way}{': ' + self.reason if self.reason else ''})"
+
+# %% ../../nbs/02c_pages.ipynb #c044
+def _open_source(self):
+    "The file's bytes. Raises `UserError` when there is none."
+    if self.remote:
+        if self.cache is None: self.cache = PageCache()
+        source = self.cache.reader(self.path)
+    elif not Path(self.path).is_file(): raise UserError(f"{self.path}: no such file; `yunmin format` makes the Parquet files")
+    elif not Path(self.path).stat().st_size: raise DamagedFile(f"{self.path}: not a complete Parquet file (0 bytes)")
+    else: source = MappedFile(self.path)
+    return source
+
+def _decode_file(self, reason: str) -> None:
+    "Go the other way: pyarrow decodes the column into an unnamed file."
+    self.way, self.reason = "pyarrow", reason
+    path = self.source.store.fetch(self.source.key) if self.remote else self.path
+    try: data, self.pages, self.metadata = unpack_tokens(path, self.column)
+    except (pa.ArrowException, OSError) as error: raise DamagedFile(f"{self.path}: {' '.join(str(error).split())}") from None
+    self.source, self.remote = _Decoded(data), False
+
+class _Decoded:
+    def __init__(self, data): self.data, self.size = data, len(data)
+
+TokenFile._open, TokenFile._decode = _open_source, _decode_file
+
+# %% ../../nbs/02c_pages.ipynb #c046
+def page_parts(
+    table: PageTable,
+    part_bytes: int
+) -> tuple[np.ndarray, np.ndarray]: # (offset and length of each part int64 [parts, 2], part of each page int64 [pages])
+    "Cut a file's pages into parts: runs of adjacent pages that begin in the same `part_bytes` of the file."
+    if not len(table): return np.zeros((0, 2), np.int64), np.zeros(0, np.int64)
+    window = (table.offset - table.offset[0]) // part_bytes
+    begins = np.append(True, (window[1:] != window[:-1]) | (table.offset[1:] != table.end[:-1]))
+    start = np.flatnonzero(begins)
+    last = np.append(start[1:], len(table)) - 1
+    return np.stack([table.offset[start], table.end[last] - table.offset[start]], axis=1), np.cumsum(begins) - 1
+
+# %% ../../nbs/02c_pages.ipynb #c048
+def _load(self,
+    pages, # page numbers
+    crc: bool = True # compare checksums of local pages
+) -> tuple[np.ndarray, dict]: # (uint64 address of the first value of each page, part -> uint8 array that must stay alive)
+    "Check or fetch pages. Raises `DamagedFile`, `ChangedObject` or `UserError`."
+    pages = np.asarray(pages, np.int64).reshape(-1)
+    t = self.pages
+    if not self.remote:
+        if self.way == "pages":
+            for k in pages.tolist(): check_page(self.data[t.offset[k]:t.end[k]], k, t, self.path, crc)
+        return (t.at[pages] + self.data.ctypes.data).astype(np.uint64), {}
+    wanted = np.unique(self.part_of[pages])
+    arrays = dict(zip(wanted.tolist(), self.source.get([tuple(self.parts[p].tolist()) for p in wanted], self._arrived)))
+    where = np.array([arrays[p].ctypes.data - self.parts[p, 0] for p in self.part_of[pages].tolist()], np.int64)
+    return (where + t.at[pages]).astype(np.uint64), arrays
+
+def _arrived(self, offset: int, part: np.ndarray) -> None:
+    "Compare the pages of a part that has just been fetched."
+    t = self.pages
+    for k in np.flatnonzero((t.offset >= offset) & (t.offset < offset + len(part))).tolist():
+        check_page(part[t.offset[k] - offset:t.end[k] - offset], k, t, self.path)
+
+TokenFile.load, TokenFile._arrived = _load, _arrived
+
+# %% ../../nbs/02c_pages.ipynb #c050
+class Resident:
+    "Where pages stand in memory: `address` uint64 [pages], 0 = not at hand. Keeps what it points to alive."
+    def __init__(self, address: np.ndarray, maps: dict): self.address, self.maps = address, maps
+
+class PageSet:
+    "The pages of several files as one flat stream of tokens."
+    def __init__(self,
+        paths, # local path(s) or s3://bucket/key
+        column: str = "tokens",
+        check="first read", # 'first read', 'always', 'never'; True: all when opening
+        cache: PageCache | None = None, # for s3:// paths
+        part_bytes: int = 1 << 20 # for s3:// paths: bytes of a request
+    ):
+        self.paths = [str(p) for p in ([paths] if isinstance(paths, (str, Path)) else paths)]
+        if not self.paths: raise UserError("no Parquet files given; `yunmin format` makes them")
+        self.check = check if isinstance(check, str) else "first read"
+        if self.check not in CHECKS: raise UserError(f"check={check!r}: expected one of {', '.join(map(repr, CHECKS))}")
+        self.column, self.part_bytes = column, part_bytes
+        self.cache = cache or (PageCache() if any(p.startswith("s3://") for p in self.paths) else None)
+        self.files = self._open_all()
+        self._join()
+        if check is True: self.need(np.arange(len(self.counts)))
+
+    def __len__(self): return int(self.first[-1])
+    def __reduce__(self): return (type(self), (self.paths, self.column, self.check, self.cache, self.part_bytes))
+    def __repr__(self): return f"{type(self).__name__}({len(self)} tokens, {len(self.counts)} pages, {len(self.files)} files)"
+
+# %% ../../nbs/02c_pages.ipynb #c051
+def _open_all(self) -> list[TokenFile]:
+    "Open the files; those on S3 side by side."
+    def one(path): return TokenFile(path, self.column, cache=self.cache, part_bytes=self.part_bytes)
+    if self.cache is None or len(self.paths) == 1: return [one(p) for p in self.paths]
+    with ThreadPoolExecutor(self.cache.threads) as pool: return list(pool.map(one, self.paths))
+
+def _join(self) -> None:
+    "Arrays over the pages of all files."
+    tables = [f.pages for f in self.files]
+    self.counts = np.concatenate([t.count for t in tables])
+    self.first = np.concatenate([[0], np.cumsum(self.counts)]).astype(np.int64)
+    self.page0 = np.concatenate([[0], np.cumsum([len(t) for t in tables])]).astype(np.int64) # number of each file's first page
+    self.used, self.clock = np.zeros(len(self.counts), np.int64), 1
+    self._now = Resident(np.zeros(len(self.counts), np.uint64), {})
+    self._told, self._evictions, self._next_look = {}, 0, 0.0
+    self._fresh()
+    if self.cache is not None: self.cache.users.add(self)
+    _sets.add(self)
+
+def _fresh(self) -> None: self._lock = threading.RLock()
+
+_sets: weakref.WeakSet = weakref.WeakSet()
+def _after_fork():
+    for s in list(_sets): s._fresh()
+os.register_at_fork(after_in_child=_after_fork)
+PageSet._open_all, PageSet._join, PageSet._fresh = _open_all, _join, _fresh
+
+# %% ../../nbs/02c_pages.ipynb #c052
+def pages_of(self,
+    starts, # int [n]: positions in the flat stream
+    length: int # tokens in a window
+) -> np.ndarray: # int64, sorted, each once
+    "The pages that windows touch."
+    starts = np.asarray(starts, np.int64).reshape(-1)
+    if not len(starts) or length <= 0: return np.zeros(0, np.int64)
+    low = np.searchsorted(self.first, starts, side="right") - 1
+    high = np.searchsorted(self.first, starts + length - 1, side="right") - 1
+    steps = np.arange(int((high - low).max()) + 1)
+    pages = np.unique(np.minimum(low[:, None] + steps, high[:, None]))
+    return pages[self.counts[pages] > 0]
+
+PageSet.pages_of = pages_of
+
+# %% ../../nbs/02c_pages.ipynb #c053
+def hold(self) -> Resident:
+    "The present table. Keep the reference while reading from its addresses."
+    if self.cache is not None and time.monotonic() > self._next_look: self._look()
+    return self._now
+
+def need(self,
+    pages # page numbers: all that a gather touches
+) -> Resident:
+    "Make pages ready, all at once; in the result none of them is 0. Raises `DamagedFile`, `ChangedObject` or `UserError`."
+    pages = np.unique(np.asarray(pages, np.int64))
+    with self._lock:
+        always = self.check == "always"
+        now = Resident(np.zeros(len(self.counts), np.uint64), {}) if always else self._now
+        todo = pages[now.address[pages] == 0]
+        self.used[pages] = self.clock
+        self.clock += 1
+        for f in np.unique(np.searchsorted(self.page0, todo, side="right") - 1).tolist():
+            mine = todo[(todo >= self.page0[f]) & (todo < self.page0[f + 1])]
+            self._take_in(now, f, mine)
+        if self.cache is not None and self._evictions != self.cache.counters["evicted"] and not always: self._drop(pages)
+        return now
+
+PageSet.hold, PageSet.need = hold, need
+
+# %% ../../nbs/02c_pages.ipynb #c054
+def _take_in(self, now: Resident, f: int, pages: np.ndarray) -> None:
+    "Load pages of file f into a table; a part brings all its pages."
+    file, base = self.files[f], int(self.page0[f])
+    if file.remote: pages = np.flatnonzero(np.isin(file.part_of, np.unique(file.part_of[pages - base]))) + base
+    address, arrays = file.load(pages - base, self.check != "never")
+    now.maps.update({(f, p): a for p, a in arrays.items()})
+    now.address[pages] = address
+
+def _drop(self, keep: np.ndarray) -> None:
+    "Let go of parts that are no longer in the folder, except those of pages in `keep`; a new table takes the place of the present one."
+    self._evictions = self.cache.counters["evicted"]
+    stay = {(f, int(self.files[f].part_of[p - self.page0[f]])) for p in keep.tolist() for f in [int(np.searchsorted(self.page0, p, side="right")) - 1] if self.files[f].remote}
+    gone = [(f, p) for f, p in self._now.maps if (f, p) not in stay and not self.files[f].source.path(*self.files[f].parts[p].tolist()).exists()]
+    if not gone: return
+    address, maps = self._now.address.copy(), dict(self._now.maps)
+    for f, p in gone:
+        del maps[f, p]
+        address[np.flatnonzero(self.files[f].part_of == p) + self.page0[f]] = 0
+    self._now = Resident(address, maps)
+
+def _look(self) -> None:
+    "From time to time: let go of what other processes have evicted, and tell them what is in use here."
+    with self._lock:
+        self._next_look = time.monotonic() + 10
+        self.publish_use(); self._drop(np.zeros(0, np.int64))
+
+PageSet._take_in, PageSet._drop, PageSet._look = _take_in, _drop, _look
+
+# %% ../../nbs/02c_pages.ipynb #c055
+def publish_use(self) -> None:
+    "Renew the files of parts used since the last call, in the order of use: eviction goes by their modification time."
+    news = []
+    for f, p in list(self._now.maps):
+        low, high = np.searchsorted(self.files[f].part_of, [p, p + 1]) + self.page0[f]
+        tick = int(self.used[low:high].max())
+        if tick > self._told.get((f, p), 0): news.append((tick, f, p)); self._told[f, p] = tick
+    now = time.time_ns()
+    for i, (_, f, p) in enumerate(sorted(news)):
+        try: os.utime(self.files[f].source.path(*self.files[f].parts[p].tolist()), ns=(now + i, now + i))
+        except OSError: pass
+
+PageSet.publish_use = publish_use
