@@ -719,7 +719,7 @@ def plot_sizes(
     fig, ax = plt.subplots(figsize=(7.2, 3.6), layout="constrained")
     for at, values, colour, label in ((-0.2, clusters, colours[0], "군집"), (0.2, docs, colours[1], "그 안의 문서")):
         ax.bar(np.arange(last) + at, values, 0.38, color=colour, label=label)
-        for x, y in enumerate(values): ax.text(x + at, y * 1.06 if y else 0.75, f"{y:,}", ha="center", va="bottom", fontsize=8.5)
+        for x, y in enumerate(values): ax.text(x + at * (1.5 if y else 1), y * 1.06 if y else 0.75, f"{y:,}", ha="center", va="bottom", fontsize=8)
     if sizes: ax.set_yscale("log")
     else: ax.text(0.5, 0.5, "중복 군집 없음", ha="center", transform=ax.transAxes)
     ax.set_ylim(0.7, 3.2 * max([10, *docs]))
@@ -798,7 +798,7 @@ def plot_sensitivity(
     pairs = -np.diff([c["pairs"] for c in curve] + [0]); width = np.append(np.diff(t), 0.01)
     low.bar(t, pairs, width * 0.92, align="edge", color=colours[1], label="유사 쌍"); low.minorticks_off()
     for a in (ax, low): a.axvline(t[0], color="#333333", ls="--", lw=1.2, label=f"기준 J = {t[0]:g}" if a is ax else None)
-    ax.set(ylabel="제거되는 문서 (%)", title="기준을 바꾸면 얼마나 제거되나", ylim=(0, max(1e-3, total.max()) * 1.18)); ax.legend(loc="upper right", fontsize=9, frameon=True, facecolor="white", edgecolor="white", framealpha=0.9)
+    ax.set(ylabel="제거되는 문서 (%)", title="기준을 바꾸면 얼마나 제거되나", ylim=(0, max(1e-3, total.max()) * 1.6)); ax.legend(loc="upper right", fontsize=9, frameon=True, facecolor="white", edgecolor="white", framealpha=0.9)
     low.set(xlabel="자카드 기준", ylabel="쌍의 수", xlim=(left, 1.025)); low.yaxis.set_major_formatter(lambda v, _: f"{v:,.0f}"); _legend_below(fig, low)
     return fig
 
