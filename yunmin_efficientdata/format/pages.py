@@ -17,7 +17,8 @@ from .cache import PageCache
 __all__ = ['CHECKS', 'OtherLayout', 'DamagedFile', 'Compact', 'read_value', 'read_list', 'read_struct', 'MappedFile',
            'read_footer', 'leaf_index', 'PageTable', 'read_header', 'check_header', 'check_page', 'check_pages',
            'chunk_layout', 'index_struct', 'level_counts', 'header_counts', 'chunk_pages', 'page_table',
-           'unpack_tokens', 'TokenFile', 'page_parts', 'Resident', 'PageSet', 'pages_of', 'hold', 'need', 'publish_use']
+           'unpack_tokens', 'TokenFile', 'page_parts', 'Resident', 'PageSet', 'pages_of', 'hold', 'need', 'publish_use',
+           'ready', 'prefetch']
 
 # %% ../../nbs/02c_pages.ipynb #c006
 class OtherLayout(Exception):
@@ -501,8 +502,9 @@ def pages_of(self,
     starts, # int [n]: positions in the flat stream
     length: int # tokens in a window
 ) -> np.ndarray: # int64, sorted, each once
-    "The pages that windows touch."
+    "The pages that windows touch; windows outside the stream touch none."
     starts = np.asarray(starts, np.int64).reshape(-1)
+    starts = starts[(starts >= 0) & (starts <= len(self) - length)]
     if not len(starts) or length <= 0: return np.zeros(0, np.int64)
     low = np.searchsorted(self.first, starts, side="right") - 1
     high = np.searchsorted(self.first, starts + length - 1, side="right") - 1
@@ -580,3 +582,55 @@ def publish_use(self) -> None:
         except OSError: pass
 
 PageSet.publish_use = publish_use
+
+# %% ../../nbs/02c_pages.ipynb #c056
+try: from numba import njit
+except ImportError: njit = None
+
+def _touch(starts, length, first, address, used, clock):
+    "Note the use of all pages of these windows. False when one of them is not at hand; windows outside the stream are passed over."
+    good = True
+    for t in starts:
+        if t < 0 or length <= 0 or t > first[-1] - length: continue
+        page, high = 0, len(first)
+        while high - page > 1:
+            middle = (page + high) >> 1
+            if first[middle] <= t: page = middle
+            else: high = middle
+        while page < len(address) and first[page] < t + length:
+            used[page] = clock
+            if address[page] == 0 and first[page + 1] > first[page]: good = False
+            page += 1
+    return good
+
+if njit: _touch = njit("boolean(int64[::1], int64, int64[::1], uint64[::1], int64[::1], int64)", nogil=True, cache=True)(_touch)
+
+# %% ../../nbs/02c_pages.ipynb #c057
+def ready(self,
+    starts: np.ndarray, # int64 [n], contiguous: positions in the flat stream
+    length: int # tokens in a window
+) -> Resident: # no page of these windows is 0 in its `address`
+    "Make the pages of windows ready to be gathered; keep the result while gathering."
+    now, self.clock = self.hold(), self.clock + 1
+    return now if _touch(starts, length, self.first, now.address, self.used, self.clock) else self.need(self.pages_of(starts, length))
+
+PageSet.ready = ready
+
+# %% ../../nbs/02c_pages.ipynb #c059
+def prefetch(self,
+    starts, # int [n]: windows that will be taken soon
+    length: int # tokens in a window
+) -> None:
+    "Begin to fetch the parts of these windows that are neither mapped nor in the folder; nothing for local files."
+    if self.cache is None: return
+    pages = self.pages_of(starts, length)
+    pages = pages[self._now.address[pages] == 0]
+    owner = np.searchsorted(self.page0, pages, side="right") - 1
+    for f in np.unique(owner).tolist():
+        if self.files[f].remote: self.files[f].prefetch(pages[owner == f] - self.page0[f])
+
+def _prefetch(self, pages) -> None:
+    "Begin to fetch pages of one file."
+    self.source.prefetch([tuple(p) for p in self.parts[np.unique(self.part_of[pages])].tolist()], self._arrived)
+
+PageSet.prefetch, TokenFile.prefetch = prefetch, _prefetch
