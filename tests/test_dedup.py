@@ -4,7 +4,7 @@ import json, os, random, time
 from collections import defaultdict
 from pathlib import Path
 import numpy as np, pyarrow.parquet as pq, pytest
-from yunmin_efficientdata.core.sample import bad_lines, write_sample
+from yunmin_efficientdata.core.sample import write_sample
 from yunmin_efficientdata.core.settings import UserError
 from yunmin_efficientdata.core.store import open_store
 from yunmin_efficientdata.dedup import cluster, phase
@@ -78,14 +78,6 @@ def test_same_bytes_for_workers_and_cuts(tmp_path):
     one, two, three = (files(tmp_path/n) for n in "123")
     assert one == two == three and any(k.startswith("deduped/뉴스/") for k in one)
 
-def test_spills_of_any_size(tmp_path, monkeypatch):
-    lines = corpus_lines(100); write_raw(tmp_path/"a", lines, [])
-    run(tmp_path/"1", raw=str(tmp_path/"a"), workers=1, overrides=SMALL)
-    import yunmin_efficientdata.dedup.prepare as prepare
-    monkeypatch.setattr(prepare, "SPILL_BYTES", 4000)
-    run(tmp_path/"2", raw=str(tmp_path/"a"), workers=1, overrides=SMALL)
-    assert files(tmp_path/"1") == files(tmp_path/"2")
-
 def test_decisions_hold(tmp_path):
     write_raw(tmp_path/"a", corpus_lines(300), [50]); run(tmp_path/"w", raw=str(tmp_path/"a"), workers=1)
     texts, kept, rows, pairs = texts_of(tmp_path/"w"), texts_of(tmp_path/"w", "deduped/"), clusters_of(tmp_path/"w"), pairs_of(tmp_path/"w")
@@ -110,19 +102,6 @@ def test_keep_date_and_priority(tmp_path):
     for n, (override, winner) in enumerate((([], "old"), (["dedup.keep=date"], "new"), (["dedup.source_priority=[y]"], "new"))):
         run(tmp_path/f"w{n}", raw=str(tmp_path/"a"), workers=1, overrides=override)
         assert set(texts_of(tmp_path/f"w{n}", "deduped/")) == {winner}
-
-def test_bad_lines_are_accounted_for(tmp_path):
-    bad = bad_lines(200, limit=20_000)
-    good = [line.encode() for line in corpus_lines(50)]
-    lines = [x for pair in zip([b for b, _ in bad], good * 4) for x in pair]
-    (tmp_path/"raw").mkdir(); (tmp_path/"raw/web.jsonl").write_bytes(b"\n".join(lines))
-    run(tmp_path/"w", raw=str(tmp_path/"raw"), workers=1, overrides=["clean.max_line_bytes=20000"])
-    manifest = json.loads((tmp_path/"w/dedup_ready/manifest.json").read_text())
-    total = manifest["total"]
-    assert total["read"] == 400 == total["kept"] + sum(total["filtered"].values()) + sum(total["quarantined"].values())
-    assert sum(total["quarantined"].values()) == 200 and total["kept"] + sum(total["filtered"].values()) == 200
-    rows = [json.loads(x) for p in sorted((tmp_path/"w/dedup_ready/quarantine").iterdir()) for x in p.read_text(encoding="utf-8").splitlines()]
-    assert len(rows) == 200 and all(r["file"] == "web.jsonl" and r["reason"] and r["line"] % 2 == 1 for r in rows) and len({r["reason"] for r in rows}) == 10
 
 def test_killed_runs_end_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(phase, "VERIFY_CANDIDATES", 5)

@@ -635,7 +635,7 @@ class Cleaner:
         self.rules, self.off = chosen_rules(s), {f for f in FILTERS if not s.rules.get(f, True)}
         self.triggers, self.tidy, self.short_line = sum({r.trigger for r in self.rules}), s.rules.get("white_space", True), s.short_line
         self.brief = s.min_chars, s.judge_words, s.judge_lines, s.max_symbol_ratio, s.min_hangul_ratio  # limits of a short document
-        self.plain, self.table = plain or njit is None, _classes()
+        self.plain, self.table, self.idle = plain or njit is None, _classes(), not self.rules and self.off.issuperset(FILTERS)
 
     def look(self, text: str) -> tuple: # as `Counts`
         "What is in a text."
@@ -667,5 +667,6 @@ class Cleaner:
     def reject(self, text: str) -> str | None: return self.judge(text, self.look(text))  # name of the filter that drops the cleaned text
     def process(self, text: str) -> tuple[str, list[str], str | None, int, int]: # cleaned text, rules that changed it, filter that drops it, words, UTF-8 bytes
         "Clean, filter and measure in one call."
+        if self.idle: return text, [], None, len(text.split()), len(text.encode("utf-8", "surrogatepass"))  # text that somebody cleaned before
         text, changed, counts = self.settle(text)
         return text, changed, self.judge(text, counts), counts[5], counts[12]
