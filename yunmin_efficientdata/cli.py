@@ -15,7 +15,7 @@ from .core.settings import UserError
 # %% auto #0
 __all__ = ['app', 'console', 'Workspace', 'Raw', 'Config', 'Set', 'Kind', 'Workers', 'DEMO', 'bench', 'run', 'dedup', 'format_',
            'dem', 'evaluate', 'report', 'table', 'status', 'profile', 'plan', 'show_plan', 'sample', 'parse_diff',
-           'merge', 'bench_dedup', 'serve_site', 'main']
+           'merge', 'bench_dedup', 'share', 'serve_site', 'main']
 
 # %% ../nbs/07_cli.ipynb #c005
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False,
@@ -175,6 +175,29 @@ def bench_dedup(corpus: Annotated[Optional[str], typer.Option(help="Folder or s3
     console.print(f"{out}/dedup.md: all tables and figures")
 
 # %% ../nbs/07_cli.ipynb #c022
+@app.command()
+def share(ws: Workspace,
+          out: Annotated[Optional[str], typer.Argument(metavar="OUT", help="Folder to make; default: share/ in the workspace, ./NAME-share for one on S3.")] = None,
+          config: Config = DEMO, set: Set = [],
+          copy: Annotated[bool, typer.Option("--copy", help="Copy the Parquet files; default: hard links, which take no space.")] = False):
+    """Make a folder ready for the Hugging Face Hub: Parquet by domain and split, dataset card, licences, checksums.
+
+    The card (README.md) is written from what the run recorded: counts, sources, licences counted from every record, cleaning and deduplication with their settings, evaluation sets found in the text, known limits.
+    Mixed or missing licences are said at its top and here; --set share.license=cc-by-4.0 says what the whole is under, --set share.title=… names it.
+
+    Nothing is uploaded: the command that would do it is printed for you to run after you have read the card."""
+    from yunmin_efficientdata.core.context import workspace_lock
+    from yunmin_efficientdata.core.settings import load_settings
+    from yunmin_efficientdata.core.store import open_store
+    from yunmin_efficientdata.format.share import default_folder, share as share_
+    settings, store = load_settings(config, list(set)).share, open_store(ws)
+    out = out or default_folder(store)
+    with workspace_lock(store): made = share_(store, out, settings, link=not copy)
+    table("ready to share", [{"folder": out, "documents": made["documents"], "files": made["files"], "bytes": made["bytes"], "hard links": made["linked"], "licence": made["license"]}])
+    for line in made["warnings"]: console.print(f"licence: {line}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"configurations: {', '.join(made['configurations'])}\nRead README.md in that folder. Then, if it may be public:\n  {made['command']}", markup=False, highlight=False, soft_wrap=True)
+
+# %% ../nbs/07_cli.ipynb #c024
 def serve_site(ws: str, port: int) -> None:
     "Serve reports/site of a workspace on localhost until Ctrl-C."
     import functools, http.server
@@ -188,7 +211,7 @@ def serve_site(ws: str, port: int) -> None:
     except KeyboardInterrupt: pass
     finally: server.server_close()
 
-# %% ../nbs/07_cli.ipynb #c024
+# %% ../nbs/07_cli.ipynb #c026
 def main(argv: list[str] | None = None) -> None:
     "Entry point: reads .env, runs a command, turns errors into exit codes."
     from dotenv import load_dotenv

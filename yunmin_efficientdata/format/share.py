@@ -17,9 +17,9 @@ from .parquet import documents, domain_keys, read_manifest
 # %% auto #0
 __all__ = ['HUB_LICENSES', 'LICENSE_FIELDS', 'OTHER', 'SPLITS', 'ALL', 'USE', 'INSTRUCTION_USE', 'CHECKSUMS', 'hub_license',
            'Census', 'census', 'licenses_csv', 'license_verdict', 'safe_name', 'planned', 'configs', 'place',
-           'front_matter', 'languages_of', 'md_table', 'contents', 'sources', 'stage_settings', 'read_json', 'cleaning',
-           'dedup_table', 'contamination', 'limits', 'loading', 'dataset_card', 'sha256', 'write_checksums',
-           'verify_share', 'check_counts', 'free_place', 'put', 'share']
+           'front_matter', 'languages_of', 'md_table', 'contents', 'sources', 'license_text', 'stage_settings',
+           'read_json', 'cleaning', 'dedup_table', 'contamination', 'limits', 'loading', 'dataset_card', 'sha256',
+           'write_checksums', 'verify_share', 'check_counts', 'free_place', 'put', 'share', 'default_folder']
 
 # %% ../../nbs/02i_share.ipynb #c006
 HUB_LICENSES = frozenset("""apache-2.0 mit openrail bigscience-openrail-m bsd bsd-2-clause bsd-3-clause afl-3.0 artistic-2.0 bsl-1.0 cc cc0-1.0 cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0
@@ -94,7 +94,7 @@ def license_verdict(
     known, warnings = chosen and (hub_license(chosen) or chosen), []
     share = lambda n: f"{n:,} of {total:,} documents ({100 * n / max(total, 1):.1f} %)"
     if missing: warnings.append(f"{share(missing)} name no licence: nobody has said that they may be shared")
-    if len(named) > 1: warnings.append(f"{len(named)} licences are mixed: " + ", ".join(f"{n} {share(by[n][0])}" for n in named[:6]) + (", …" if len(named) > 6 else ""))
+    if len(named) > 1: warnings.append(f"{len(named)} licences are mixed (share of the documents): " + ", ".join(f"{n} {100 * by[n][0] / total:.1f} %" for n in named[:6]) + (", …" if len(named) > 6 else ""))
     if unknown := [n for n in named if n not in HUB_LICENSES]: warnings.append(f"the Hub knows no licence called {', '.join(map(repr, unknown[:4]))}: read its terms")
     closed = [n for n in named if re.search(r"(^|-)(nc|nd)(-|$)", n)]
     if closed: warnings.append(f"{', '.join(closed)} forbid commercial use or changed copies: {share(sum(by[n][0] for n in closed))}")
@@ -135,9 +135,9 @@ def configs(plan: dict) -> list[dict]: # `configs` of the card's front matter
     "One configuration a domain, and one of all domains, which is the default."
     def entry(name, splits): return {"config_name": name, "data_files": [{"split": s, "path": splits[s]} for s in SPLITS if splits.get(s)]}
     domains = {n: s for n, s in plan.items() if not n.startswith("instructions-")}
-    everything = {s: [p for d in domains.values() for _, p in d.get(s, [])] for s in SPLITS}
-    out = [entry(ALL, everything) | {"default": True}]
-    return out + [entry(n, {s: [p for _, p in files] for s, files in splits.items()}) for n, splits in plan.items()]
+    patterns = {n: {s: re.sub(r"-\d{5}-of-\d{5}\.parquet$", "-*.parquet", files[0][1]) for s, files in splits.items()} for n, splits in plan.items()}
+    everything = {s: [patterns[n][s] for n in domains if s in patterns[n]] for s in SPLITS}
+    return [entry(ALL, everything) | {"default": True}] + [entry(n, p) for n, p in patterns.items()]
 
 def place(store: Store, key: str, target: Path, link: bool) -> str: # 'linked' or 'copied'
     "One file of the workspace into the folder."
@@ -154,7 +154,7 @@ def front_matter(title: str, languages: list[str], license: str, license_name: s
     "The YAML block at the top of the card."
     sizes = [(1e3, "n<1K"), (1e4, "1K<n<10K"), (1e5, "10K<n<100K"), (1e6, "100K<n<1M"), (1e7, "1M<n<10M"), (1e8, "10M<n<100M"), (1e9, "100M<n<1B"), (1e10, "1B<n<10B")]
     size = next((name for limit, name in sizes if rows < limit), "n>1T" if rows >= 1e12 else "10B<n<100B" if rows < 1e11 else "100B<n<1T")
-    meta = {"pretty_name": title, **({"language": languages} if languages else {}), "license": license, **({"license_name": license_name, "license_link": "licenses.csv"} if license_name else {}),
+    meta = {"pretty_name": title, **({"language": languages} if languages else {}), "license": license, **({"license_name": license_name, "license_link": "LICENSE.md"} if license_name else {}),
             "task_categories": ["text-generation"], "size_categories": [size], "configs": configs(plan)}
     return "---\n" + yaml.safe_dump(meta, sort_keys=False, allow_unicode=True, width=1000) + "---\n"
 
@@ -185,14 +185,22 @@ def contents(manifest: dict, instructions: dict | None) -> str:
 
 def sources(counted: Census, limit: int) -> str:
     "Sources and licences as tables."
-    total = max(1, sum(d for d, _ in counted.by(2).values()))
+    by = counted.by(2)
+    total, size = (max(1, sum(v[i] for v in by.values())) for i in (0, 1))
+    cells = lambda d, b: (d, f"{100 * d / total:.1f} %", b, f"{100 * b / size:.1f} %")
+    head = ["documents", "share", "bytes of text", "share of bytes"]
     rows: dict[tuple[str, str], list[int]] = {}
-    for (_, source, license), (docs, size) in counted.rows.items():
-        at = rows.setdefault((source, license), [0, 0]); at[0] += docs; at[1] += size
+    for (_, source, license), (docs, b) in counted.rows.items():
+        at = rows.setdefault((source, license), [0, 0]); at[0] += docs; at[1] += b
     top = sorted(rows.items(), key=lambda kv: (-kv[1][0], kv[0]))
-    text = md_table(["licence", "documents", "share", "bytes of text"], [[n or "**not stated**", d, f"{100 * d / total:.1f} %", b] for n, (d, b) in counted.by(2).items()][:limit]) + "\n"
-    text += md_table(["source", "licence", "documents", "share", "bytes of text"], [[s or "(not stated)", n or "**not stated**", d, f"{100 * d / total:.1f} %", b] for (s, n), (d, b) in top[:limit]])
+    text = md_table(["licence", *head], [[n or "**not stated**", *cells(*v)] for n, v in by.items()][:limit]) + "\n"
+    text += md_table(["source", "licence", *head], [[s or "(not stated)", n or "**not stated**", *cells(*v)] for (s, n), v in top[:limit]])
     return text + (f"\n… and {len(top) - limit:,} more rows in `licenses.csv`.\n" if len(top) > limit else "\nBy domain: `licenses.csv`.\n")
+
+def license_text(counted: Census, warnings: list[str], limit: int) -> str:
+    "LICENSE.md: what may be done with the whole is what each document allows."
+    loud = "".join(f"- **{w}.**\n" for w in warnings)
+    return f"# Licences\n\nEach document keeps the licence of its source.\n\n{loud}\n{sources(counted, limit)}"
 
 # %% ../../nbs/02i_share.ipynb #c019
 def stage_settings(store: Store, stage: str, key: str) -> dict:
@@ -213,6 +221,9 @@ def cleaning(store: Store) -> str:
              f"- Rules that changed a document (documents): {counts(total.get('rules', {}))}."]
     if clean: lines.append("- Cleaning and quality filters: " + ", ".join(f"`{k}` {json.dumps(v, ensure_ascii=False)}" for k, v in sorted(clean.items()) if k not in ("domain_pattern", "review_samples", "max_domains")) + ".")
     if near: lines.append("- Near-duplicates: MinHash and LSH candidates, each verified by exact Jaccard similarity: " + ", ".join(f"`{k}` {json.dumps(near[k], ensure_ascii=False)}" for k in sorted(near) if k not in ("partitions", "source_priority")) + ".")
+    for stage, what in (("dedup.semantic", "Semantic duplicates"), ("dedup.spans", "Repeated passages")):
+        if (entry := read_json(store, f"ledger/{stage}.json")).get("status") == "done" and stage in read_json(store, "ledger/dedup.write.json").get("after", []):
+            lines.append(f"- {what}: " + ", ".join(f"`{k}` {json.dumps(v, ensure_ascii=False)}" for k, v in sorted((entry["settings"] or [{}])[0].items()) if k != "embeddings") + ".")
     return "\n".join(lines) + "\n\n" + dedup_table(store)
 
 def dedup_table(store: Store) -> str:
@@ -228,8 +239,8 @@ def contamination(store: Store) -> str:
     if not report.get("sets"): return "The text was **not** compared with any evaluation set.\n"
     name = lambda path: str(path).replace("\\", "/").rpartition("/")[2]
     rows = [[name(n), int(s["items"]), int(s.get("items_found", 0)), int(s.get("items_whole", 0)), int(s.get("documents", 0))] for n, s in sorted(report["sets"].items())]
-    removed = stage_settings(store, "dedup.prepare", "min_chars") and read_json(store, "ledger/dedup.write.json").get("settings")
-    text = f"Compared by {report['ngram']} words in a row. {report['documents']:,} documents share text with an item.\n\n"
+    removed = "dedup.contamination" in read_json(store, "ledger/dedup.exact.json").get("after", [])
+    text = f"Compared by {report['ngram']} words in a row. {report['documents']:,} documents share text with an item; they were {'**removed**' if removed else '**not removed**'}.\n\n"
     return text + md_table(["evaluation set", "items", "items found", "items found whole", "documents"], rows)
 
 def limits(counted: Census, manifest: dict, total: dict, languages: list[str]) -> str:
@@ -364,7 +375,7 @@ def share(
     if made.exists(): shutil.rmtree(made)
     ways = Counter(place(store, key, made/path, link) for splits in plan.values() for files in splits.values() for key, path in files)
     card, warnings = dataset_card(store, counted, settings, plan, instructions)
-    texts = {"README.md": card, "licenses.csv": licenses_csv(counted), "schema.txt": store.read_text("parquet_ready/schema.txt")}
+    texts = {"README.md": card, "LICENSE.md": license_text(counted, warnings, 1000), "licenses.csv": licenses_csv(counted), "schema.txt": store.read_text("parquet_ready/schema.txt")}
     if instructions: texts["chat_template.jinja"] = store.read_text("parquet_ready/instructions/chat_template.jinja")
     for name, text in texts.items(): (made/name).write_text(text, encoding="utf-8")
     for key in store.list("tokenizer/"):
@@ -374,3 +385,8 @@ def share(
     return {"files": files + 1, "bytes": sum(p.stat().st_size for p in out.rglob("*") if p.is_file()), "linked": ways["linked"], "configurations": [c["config_name"] for c in configs(plan)],
             "documents": sum(counted.languages.values()), "license": yaml.safe_load(card.split("---\n")[1])["license"], "warnings": warnings,
             "command": f"hf upload {settings.repo} {out} . --repo-type dataset"}
+
+# %% ../../nbs/02i_share.ipynb #c027
+def default_folder(store: Store) -> str:
+    "Where the folder goes when nobody says: share/ in a local workspace, ./NAME-share for one on S3."
+    return str(Path(store.uri)/"share") if store.is_local else f"{store.uri.rstrip('/').rpartition('/')[2]}-share"
