@@ -4,25 +4,30 @@
 
 # %% ../../nbs/02d_loader.ipynb #c004
 from __future__ import annotations
-import hashlib, json, os
+import ctypes, hashlib, json, os, re, warnings, zlib
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 import numpy as np
 import pyarrow as pa, pyarrow.fs, pyarrow.parquet as pq
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 from ..core.settings import UserError
-from .pages import TokenFile
+from .pages import PageSet, TokenFile
 
 # %% auto #0
-__all__ = ['TokenPages', 'round_keys', 'permute', 'WindowOrder', 'boundaries', 'cu_seqlens', 'Windows', 'WindowBatches',
-           'TokenLoader', 'fingerprint', 'state_dict', 'load_state_dict', 's3_filesystem', 'open_parquet', 'TextRows']
+__all__ = ['TokenPages', 'domain_of', 'round_keys', 'permute', 'WindowGrid', 'WindowOrder', 'file_domains', 'mix_for',
+           'boundaries', 'cu_seqlens', 'Windows', 'WindowBatches', 'process_place', 'TokenLoader', 'mixture', 'skip',
+           'made_of', 'fingerprint', 'state_dict', 'load_state_dict', 's3_filesystem', 'open_parquet', 'Deal',
+           'TextRows', 'local_order', 'ngram_model', 'order_perplexity']
 
 # %% ../../nbs/02d_loader.ipynb #c006
 try:
     from numba import njit, types
     from numba.core import cgutils
     from numba.extending import intrinsic
-except ImportError: njit = None  # the numpy path below gives the same windows
+except ImportError: njit = None  # the numpy paths below give the same windows
 
 # %% ../../nbs/02d_loader.ipynb #c007
 if njit:
@@ -35,84 +40,147 @@ if njit:
             return context.get_dummy_value()
         return types.void(types.uintp, types.uintp, types.intp), codegen
 
-# %% ../../nbs/02d_loader.ipynb #c008
+# %% ../../nbs/02d_loader.ipynb #c009
 if njit:
-    @njit("void(int64[::1], int64, int64[::1], uint64[::1], uint64)", nogil=True, cache=True)
-    def _gather(starts, length, first, address, target):
-        "Copy windows of the flat stream: `first[p]` is the stream position of page p, `address[p]` where its values are."
-        for i in range(len(starts)):
-            t, left = starts[i], length
-            page = np.searchsorted(first, t, side="right") - 1
+    @njit("int64(int64[::1], int64, int64[::1], uint64[::1], int64[::1], int64, int32[:,::1])", nogil=True, cache=True)
+    def _gather(starts, length, first, address, used, clock, out):
+        "Copy windows of the flat stream into `out`: `first[p]` is the stream position of page p, `address[p]` where its values are. -1: done; -2: a window leaves the stream; else a page that is not at hand."
+        for t in starts:
+            if t < 0 or t > first[-1] - length: return -2
+        target = np.uint64(out.ctypes.data)
+        for t in starts:
+            page, high, left = 0, len(first), length
+            while high - page > 1:
+                middle = (page + high) >> 1
+                if first[middle] <= t: page = middle
+                else: high = middle
             while left > 0:
                 n = min(left, first[page + 1] - t)
-                _memcpy(np.uint64(target), address[page] + np.uint64(4 * (t - first[page])), np.int64(4 * n))
+                if n > 0:
+                    if address[page] == 0: return page
+                    used[page] = clock
+                    _memcpy(target, address[page] + np.uint64(4 * (t - first[page])), np.int64(4 * n))
                 target += np.uint64(4 * n); t += n; left -= n; page += 1
+        return -1
 
-# %% ../../nbs/02d_loader.ipynb #c010
-class TokenPages:
-    "The `tokens` of Parquet files as one flat stream, in the order of `paths`, read in place."
-    def __init__(self,
-        paths, # local Parquet file(s)
-        column: str = "tokens",
-        check: bool = False # compare page checksums when opening
-    ):
-        self.paths = [str(p) for p in ([paths] if isinstance(paths, (str, Path)) else paths)]
-        if not self.paths: raise UserError("TokenPages: no Parquet files given; `yunmin format` makes them")
-        self.column, self.files = column, [TokenFile(p, column, check) for p in self.paths]
-        tables = [f.pages for f in self.files]
-        self.counts = np.concatenate([t.count for t in tables])
-        self.first = np.concatenate([[0], np.cumsum(self.counts)]).astype(np.int64)
-        self.file_of = np.repeat(np.arange(len(tables)), [len(t) for t in tables])
-        self.at = np.concatenate([t.at for t in tables])
-        self._address = np.concatenate([t.at + f.data.ctypes.data for f, t in zip(self.files, tables)]).astype(np.uint64)
-
-    def __len__(self): return int(self.first[-1])
-    def __reduce__(self): return (TokenPages, (self.paths, self.column))
-    def __repr__(self): return f"TokenPages({len(self)} tokens, {len(self.counts)} pages, {len(self.files)} files)"
-
-# %% ../../nbs/02d_loader.ipynb #c012
-def _take_numpy(pages: TokenPages, starts: np.ndarray, length: int) -> np.ndarray:
+# %% ../../nbs/02d_loader.ipynb #c011
+def _gather_numpy(starts, length, first, address, used, clock, out) -> int:
     "The gather as a Python loop over windows and pages."
-    out = np.empty((len(starts), length), np.int32)
+    if len(starts) and (starts.min() < 0 or starts.max() + length > first[-1]): return -2
     flat = out.view(np.uint8).reshape(len(starts), 4 * length)
-    for i, t in enumerate(starts):
-        page, done = int(np.searchsorted(pages.first, t, side="right")) - 1, 0
+    for i, t in enumerate(starts.tolist()):
+        page, done = int(np.searchsorted(first, t, side="right")) - 1, 0
         while done < length:
-            n = min(length - done, int(pages.first[page + 1] - t))
-            at = int(pages.at[page] + 4 * (t - pages.first[page]))
-            flat[i, 4 * done:4 * (done + n)] = pages.files[pages.file_of[page]].data[at:at + 4 * n]
+            n = min(length - done, int(first[page + 1]) - t)
+            if n and not address[page]: return page
+            used[page] = clock
+            flat[i, 4 * done:4 * (done + n)] = np.frombuffer(ctypes.string_at(int(address[page]) + 4 * (t - int(first[page])), 4 * n), np.uint8)
             done, t, page = done + n, t + n, page + 1
-    return out
+    return -1
 
 # %% ../../nbs/02d_loader.ipynb #c013
-def _take(self,
-    starts, # int [n]: positions in the flat stream
-    length: int # tokens in a window
-) -> np.ndarray: # int32 [n, length]
-    "Windows of the flat stream. Raises `IndexError` when a window leaves the stream."
-    starts = np.ascontiguousarray(starts, dtype=np.int64).reshape(-1)
-    if length < 0 or (len(starts) and (starts.min() < 0 or starts.max() + length > len(self))):
-        raise IndexError(f"a window of {length} tokens leaves the stream of {len(self)}")
-    if njit is None: return _take_numpy(self, starts, length)
+class TokenPages(PageSet):
+    "The `tokens` of Parquet files as one flat stream, in the order of `paths`, read in place."
+    def take(self,
+        starts, # int [n]: positions in the flat stream
+        length: int # tokens in a window
+    ) -> np.ndarray: # int32 [n, length]
+        "Windows of the flat stream. Raises `IndexError` when a window leaves the stream, `DamagedFile` for a page that fails its check."
+        starts = np.ascontiguousarray(starts, dtype=np.int64).reshape(-1)
+        if length < 0: raise IndexError(f"a window of {length} tokens")
+        out, table = np.empty((len(starts), length), np.int32), self.hold()
+        while (page := _copy(starts, length, self.first, table.address, self.used, self.clock, out)) >= 0:
+            pages = self.pages_of(starts, length)
+            self._arrive(pages)
+            table = self.need(pages)
+        if page == -2: raise IndexError(f"a window of {length} tokens leaves the stream of {len(self)}")
+        return out
+
+_copy = _gather if njit else _gather_numpy
+
+def _take_numpy(pages: TokenPages, starts: np.ndarray, length: int) -> np.ndarray: # int32 [n, length]
+    "`take` by the numpy path, for comparison."
     out = np.empty((len(starts), length), np.int32)
-    if out.size: _gather(starts, length, self.first, self._address, out.ctypes.data)
+    _gather_numpy(starts, length, pages.first, pages.need(np.arange(len(pages.counts))).address, pages.used, 1, out)
     return out
 
-TokenPages.take = _take
+# %% ../../nbs/02d_loader.ipynb #c015
+def _prefetch(self,
+    starts, # int [n]: windows that will be taken soon
+    length: int # tokens in a window
+) -> None:
+    "Begin to fetch the pages of these windows; does nothing for local files."
+    if self.local: return
+    pages = self.pages_of(starts, length)
+    for f in np.unique(np.searchsorted(self.page0, pages, side="right") - 1).tolist():
+        file, mine = self.files[f], pages[(pages >= self.page0[f]) & (pages < self.page0[f + 1])]
+        if not file.remote: continue
+        mine = mine[self._now.address[mine] == 0]
+        for p in np.unique(file.part_of[mine - self.page0[f]]).tolist():
+            if (f, p) in self._coming: continue
+            for future in file.source.prefetch([tuple(file.parts[p].tolist())], file._arrived): self._coming[f, p] = future
 
-# %% ../../nbs/02d_loader.ipynb #c020
+def _arrive(self, pages: np.ndarray) -> None:
+    "Wait for parts of these pages that are under way. What went wrong there is tried again, and raised, by `need`."
+    if not self._coming: return
+    for f, p in {(f, int(self.files[f].part_of[k - self.page0[f]])) for k in pages.tolist() for f in [int(np.searchsorted(self.page0, k, side="right")) - 1]}:
+        if future := self._coming.get((f, p)): future.exception()
+    for key in [k for k, v in list(self._coming.items()) if v.done()]: self._coming.pop(key, None)
+
+TokenPages.prefetch, TokenPages._arrive = _prefetch, _arrive
+TokenPages.local = property(lambda self: not any(f.remote for f in self.files))
+TokenPages._coming = property(lambda self: self.__dict__.setdefault("_under_way", {}).setdefault(os.getpid(), {}))
+
+# %% ../../nbs/02d_loader.ipynb #c017
+def domain_of(
+    path # a file's path or address
+) -> str:
+    "The domain that a file's name states: `web` for web.parquet and web-00000-of-00004.parquet."
+    return re.sub(r"-\d+-of-\d+$", "", re.split(r"[\\/]", str(path))[-1].removesuffix(".parquet"))
+
+# %% ../../nbs/02d_loader.ipynb #c025
 def _mix(x: np.ndarray) -> np.ndarray: # uint64 -> uint64
     "splitmix64's finaliser."
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
+@lru_cache(4096)
 def round_keys(*parts: int) -> np.ndarray: # uint64 [8]
     "Eight round keys from integers such as (seed, epoch)."
     digest = hashlib.blake2b(repr(tuple(int(p) for p in parts)).encode(), digest_size=64).digest()
-    return np.frombuffer(digest, dtype="<u8").astype(np.uint64)
+    return np.array(np.frombuffer(digest, dtype="<u8"), dtype=np.uint64)
 
-# %% ../../nbs/02d_loader.ipynb #c021
+# %% ../../nbs/02d_loader.ipynb #c026
+def _permute_numpy(out: np.ndarray, n: int, half: int, keys: np.ndarray) -> None:
+    "Permute numbers below n in place, all at once."
+    shift, mask, todo = np.uint64(half), np.uint64((1 << half) - 1), np.arange(len(out))
+    while len(todo):
+        left, right = out[todo] >> shift, out[todo] & mask
+        for key in keys: left, right = right, left ^ (_mix(right + key) & mask)
+        out[todo] = (left << shift) | right
+        todo = todo[out[todo] >= n]
+
+# %% ../../nbs/02d_loader.ipynb #c028
+if njit:
+    @njit("void(uint64[::1], uint64, uint64, uint64[::1])", nogil=True, cache=True)
+    def _permute_numba(out, n, half, keys):
+        "The same permutation, number by number."
+        mask = (np.uint64(1) << half) - np.uint64(1)
+        for i in range(len(out)):
+            x = out[i]
+            while True:
+                left, right = x >> half, x & mask
+                for key in keys:
+                    f = right + key
+                    f = (f ^ (f >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+                    f = (f ^ (f >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+                    left, right = right, left ^ ((f ^ (f >> np.uint64(31))) & mask)
+                x = (left << half) | right
+                if x < n: break
+            out[i] = x
+
+# %% ../../nbs/02d_loader.ipynb #c029
 def permute(
     x, # int [k]: positions, 0 <= x < n
     n: int, # size of the range
@@ -120,17 +188,58 @@ def permute(
 ) -> np.ndarray: # int64 [k]: where the keyed permutation of range(n) sends them
     "A keyed permutation of range(n), evaluated at any positions (Feistel network with cycle walking)."
     half = max(1, (max(n - 1, 1).bit_length() + 1) // 2)
-    shift, mask = np.uint64(half), np.uint64((1 << half) - 1)
     out = np.array(x, dtype=np.uint64).reshape(-1)
-    todo = np.arange(len(out))
-    while len(todo):
-        left, right = out[todo] >> shift, out[todo] & mask
-        for key in keys: left, right = right, left ^ (_mix(right + key) & mask)
-        out[todo] = (left << shift) | right
-        todo = todo[out[todo] >= n]
+    (_permute_numba if njit else _permute_numpy)(out, n, half, keys)
     return out.astype(np.int64)
 
-# %% ../../nbs/02d_loader.ipynb #c024
+# %% ../../nbs/02d_loader.ipynb #c032
+class WindowGrid:
+    "The windows of a stream by number, and which domain each belongs to."
+    def __init__(self,
+        pages: TokenPages,
+        seq_len: int, # tokens in a window
+        domains: list[str] | None = None # domain of each file; None: all files are one stream
+    ):
+        names = domains or [""] * len(pages.paths)
+        self.seq_len, self.domains = seq_len, sorted(set(names))
+        runs = [i for i in range(len(names)) if i == 0 or names[i] != names[i - 1]]
+        ends = np.append(0, np.cumsum([len(f) for f in pages.files]))  # tokens before each file
+        self.token = ends[runs].astype(np.int64)  # first token of each run
+        self.stop = np.append(self.token[1:], len(pages)).astype(np.int64)
+        self.window = np.append(0, np.cumsum((self.stop - self.token) // seq_len)).astype(np.int64)  # first window of each run
+        self.runs_of = [np.array([k for k, i in enumerate(runs) if names[i] == d]) for d in self.domains]
+        self.before = [np.append(0, np.cumsum(np.diff(self.window)[r])).astype(np.int64) for r in self.runs_of]
+        self.counts = np.array([b[-1] for b in self.before])  # windows of each domain
+
+    def __len__(self): return int(self.window[-1])
+
+# %% ../../nbs/02d_loader.ipynb #c033
+def _starts(self, windows) -> np.ndarray: # int64: first token of each window
+    "Where windows begin in the flat stream."
+    windows = np.asarray(windows, np.int64)
+    run = np.searchsorted(self.window, windows, side="right") - 1
+    return self.token[run] + (windows - self.window[run]) * self.seq_len
+
+def _nth(self, domain: int, k) -> np.ndarray: # int64: window numbers
+    "The k-th windows of a domain."
+    at = np.searchsorted(self.before[domain], k, side="right") - 1
+    return self.window[self.runs_of[domain][at]] + k - self.before[domain][at]
+
+def _units(self, pages: TokenPages) -> tuple: # domain, low, high: int64 [units]
+    "Which windows begin in each unit that is fetched at once, a large page or several small ones: `low <= window < high`."
+    parts = np.append(0, np.cumsum([len(f.parts) for f in pages.files]))
+    unit = np.concatenate([f.part_of + n for f, n in zip(pages.files, parts)])
+    begin = pages.first[np.searchsorted(unit, np.arange(parts[-1]))]
+    end = np.append(begin[1:], len(pages))
+    run = np.searchsorted(self.token, begin, side="right") - 1
+    def first_from(t): return np.clip(self.window[run] - (self.token[run] - t) // self.seq_len, self.window[run], self.window[run + 1])
+    domain = np.zeros(len(self.token), np.int64)
+    for d, runs in enumerate(self.runs_of): domain[runs] = d
+    return domain[run], first_from(begin), first_from(end)
+
+WindowGrid.starts, WindowGrid.nth, WindowGrid.units = _starts, _nth, _units
+
+# %% ../../nbs/02d_loader.ipynb #c036
 class WindowOrder:
     "Which window stands at which position of an epoch. Shuffle is 'window', 'page' or 'none'."
     def __init__(self,
@@ -138,91 +247,183 @@ class WindowOrder:
         seq_len: int, # tokens in a window
         seed: int = 0,
         shuffle: str = "window",
-        group: int = 16 # pages that are mixed together in 'page' order
+        group: int = 16, # pages that are mixed together in 'page' order
+        mix: dict[str, float] | None = None # domain or file name -> how often its windows come in an epoch
     ):
         if shuffle not in ("window", "page", "none"): raise UserError(f"shuffle={shuffle!r}: expected 'window', 'page' or 'none'")
-        self.n, self.seed, self.shuffle, self.group, self._epoch = len(pages) // seq_len, seed, shuffle, group, None
-        if shuffle == "page": self.bounds = np.minimum(-(-pages.first // seq_len), self.n)
+        if seq_len < 1 or group < 1: raise UserError(f"seq_len={seq_len}, group={group}: expected at least 1")
+        self.seed, self.shuffle, self.group, self._epoch = int(seed), shuffle, group, None
+        self.mix = {k: float(v) for k, v in sorted(mix.items())} if mix else None
+        self.grid = WindowGrid(pages, seq_len, file_domains(pages.paths, self.mix) if mix else None)
+        self.draws = np.array([round((mix or {}).get(d, 1.) * int(n)) for d, n in zip(self.grid.domains, self.grid.counts)], np.int64)
+        self.ends, self.n = np.append(0, np.cumsum(self.draws)), int(self.draws.sum())
+        self.salt = [zlib.crc32(d.encode()) for d in self.grid.domains]
+        if shuffle == "page": self._unit = self.grid.units(pages)
 
     def __len__(self): return self.n
 
-    def at(self,
-        positions, # int [k]
-        epoch: int
-    ) -> np.ndarray: # int64 [k]: window numbers
-        "The windows at these positions of the epoch."
-        positions = np.asarray(positions, dtype=np.int64).reshape(-1)
-        if self.shuffle == "none": return positions.copy()
-        if self.shuffle == "window": return permute(positions, self.n, round_keys(self.seed, epoch))
-        return self._by_page(positions, epoch)
+# %% ../../nbs/02d_loader.ipynb #c037
+def file_domains(
+    paths: list[str], # files
+    mix: dict[str, float] # weights by domain or by file name
+) -> list[str]: # what each file is called in the mix
+    "Name of each file in a mix: its own name when the mix has it, else its domain. Raises `UserError` for weights that fit nothing."
+    names = [next((n for n in (Path(p).name, Path(p).name.removesuffix(".parquet")) if n in mix), domain_of(p)) for p in paths]
+    unknown = sorted(set(mix) - set(names))
+    if unknown: raise UserError(f"mix: {unknown[0]!r} is no domain or file here; there are {', '.join(sorted(set(names)))}")
+    bad = next((k for k, v in mix.items() if not 0 <= v < float("inf")), None)
+    if bad is not None: raise UserError(f"mix: the weight of {bad!r} is {mix[bad]}; expected a number from 0 up")
+    return names
 
-# %% ../../nbs/02d_loader.ipynb #c026
+# %% ../../nbs/02d_loader.ipynb #c039
+def _at(self,
+    positions, # int [k]
+    epoch: int
+) -> np.ndarray: # int64 [k]: window numbers
+    "The windows at these positions of the epoch."
+    positions = np.asarray(positions, dtype=np.int64).reshape(-1)
+    if self.shuffle == "page": return self._by_page(positions, epoch)
+    mixed = self.shuffle == "window" and len(self.draws) > 1
+    return self._drawn(permute(positions, self.n, round_keys(self.seed, epoch)) if mixed else positions, epoch)
+
+def _drawn(self, places: np.ndarray, epoch: int) -> np.ndarray: # window numbers
+    "Domain by domain: the windows that the draws at these places of an epoch bring."
+    domain = np.searchsorted(self.ends, places, side="right") - 1 if len(self.draws) > 1 else np.zeros(len(places), np.int64)
+    out = np.empty(len(places), np.int64)
+    for d in set(domain.tolist()):
+        here = np.flatnonzero(domain == d)
+        draw = places[here] - self.ends[d] + (epoch * self.draws[d] if self.shuffle == "window" else 0)
+        turn, k = np.divmod(draw, self.grid.counts[d])
+        if self.shuffle == "window":
+            for t in set(turn.tolist()): k[turn == t] = permute(k[turn == t], int(self.grid.counts[d]), self._keys(d, t))
+        out[here] = self.grid.nth(d, k)
+    return out
+
+def _keys(self, domain: int, turn: int, *more: int) -> np.ndarray:
+    "Round keys of one pass over a domain; of the whole stream when there are no weights."
+    return round_keys(self.seed, turn, *([self.salt[domain]] if self.mix else []), *more)
+
+WindowOrder.at, WindowOrder._drawn, WindowOrder._keys = _at, _drawn, _keys
+
+# %% ../../nbs/02d_loader.ipynb #c041
+def _domain_pages(self, d: int, epoch: int) -> list[tuple]: # (first window, windows) of each page in turn
+    "The stretches of pages that a domain gives to an epoch."
+    domain, low, high = self._unit
+    mine = np.flatnonzero((domain == d) & (high > low))
+    n, a, b = int(self.grid.counts[d]), epoch * int(self.draws[d]), (epoch + 1) * int(self.draws[d])
+    out = []
+    for turn in range(a // n, -(-b // n)) if b > a else ():
+        order = mine[permute(np.arange(len(mine)), len(mine), self._keys(d, turn, 1))]
+        before = np.append(0, np.cumsum((high - low)[order])) + turn * n
+        begin, end = np.maximum(before[:-1], a), np.minimum(before[1:], b)
+        keep = end > begin
+        out.append(np.stack([(low[order] + begin - before[:-1])[keep], (end - begin)[keep]]))
+    return out
+
 def _page_table(self, epoch: int) -> None:
-    "Pages in the order of this epoch, and the windows before each of them and before each group."
+    "Stretches of pages in the order of this epoch, and the windows before each of them and before each group."
     if self._epoch == epoch: return
-    n = len(self.bounds) - 1
-    self._pages = permute(np.arange(n), n, round_keys(self.seed, epoch, 1))
-    counts = (self.bounds[1:] - self.bounds[:-1])[self._pages]
-    self._before = np.concatenate([[0], np.cumsum(counts)])
-    self._groups = self._before[np.minimum(np.arange(0, n + self.group, self.group), n)]
+    first, count = np.concatenate([p for d in range(len(self.draws)) for p in self._domain_pages(d, epoch)] or [np.zeros((2, 0), np.int64)], axis=1)
+    if len(self.draws) > 1: first, count = (x[permute(np.arange(len(first)), len(first), round_keys(self.seed, epoch, 3))] for x in (first, count))
+    self._first, self._before = first, np.append(0, np.cumsum(count))
+    self._groups = self._before[np.minimum(np.arange(0, len(first) + self.group, self.group), len(first))]
     self._epoch = epoch
 
+# %% ../../nbs/02d_loader.ipynb #c042
 def _by_page(self, positions: np.ndarray, epoch: int) -> np.ndarray:
     "Window numbers at these positions in page order."
     self._page_table(epoch)
     group = np.searchsorted(self._groups, positions, side="right") - 1
     out = np.empty(len(positions), np.int64)
-    for g in np.unique(group):
+    for g in set(group.tolist()):
         here, low, high = group == g, self._groups[g], self._groups[g + 1]
         slot = low + permute(positions[here] - low, int(high - low), round_keys(self.seed, epoch, 2, g))
         page = np.searchsorted(self._before, slot, side="right") - 1
-        out[here] = self.bounds[self._pages[page]] + slot - self._before[page]
+        out[here] = self._first[page] + slot - self._before[page]
     return out
 
-WindowOrder._page_table, WindowOrder._by_page = _page_table, _by_page
+WindowOrder._domain_pages, WindowOrder._page_table, WindowOrder._by_page = _domain_pages, _page_table, _by_page
 
-# %% ../../nbs/02d_loader.ipynb #c029
+# %% ../../nbs/02d_loader.ipynb #c047
+def mix_for(
+    shares: dict[str, float], # domain -> wanted share; any positive numbers
+    windows: dict[str, int], # domain -> windows it has, as `TokenLoader.mixture` tells
+    size: int | None = None # windows in an epoch; None: no domain is repeated
+) -> dict[str, float]: # domain -> weight for `mix`
+    "Weights that give every domain its share of an epoch; domains without a share get 0. Raises `UserError`."
+    bad = next((d for d, s in shares.items() if s < 0 or (s > 0 and not windows.get(d))), None)
+    total = sum(shares.values())
+    if bad or not total: raise UserError(f"shares: {bad!r} has a negative share or no window" if bad else "shares: all are zero")
+    size = size or min(windows[d] * total / s for d, s in shares.items() if s)
+    return {d: shares.get(d, 0) * size / total / n if n else 0. for d, n in windows.items()}
+
+# %% ../../nbs/02d_loader.ipynb #c050
+def _boundaries_numpy(ids: np.ndarray, eos_id: int, position: np.ndarray, index: np.ndarray) -> None:
+    "Fill position and index with array operations."
+    begins = np.zeros(ids.shape, dtype=bool)
+    begins[:, 1:] = ids[:, :-1] == eos_id
+    steps = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
+    position[:] = steps - np.maximum.accumulate(np.where(begins, steps, 0), axis=1)
+    index[:] = np.cumsum(begins, axis=1)
+
+if njit:
+    @njit("void(int32[:,::1], int64, int64[:,::1], int32[:,::1])", nogil=True, cache=True)
+    def _boundaries_numba(ids, eos_id, position, index):
+        "The same in one pass."
+        for i in range(ids.shape[0]):
+            p = s = 0
+            for t in range(ids.shape[1]):
+                position[i, t] = p; index[i, t] = s
+                p += 1
+                if ids[i, t] == eos_id: p = 0; s += 1
+
+# %% ../../nbs/02d_loader.ipynb #c051
 def boundaries(
     ids: np.ndarray, # int [n, length]
     eos_id: int | None # None: each window is one document
-) -> tuple[np.ndarray, np.ndarray]: # position_ids, seq_idx: int64 [n, length]
+) -> tuple[np.ndarray, np.ndarray]: # position_ids int64, seq_idx int32: [n, length]
     "Position in the document and number of the document within its window, from EOS tokens."
-    begins = np.zeros(ids.shape, dtype=bool)
-    if eos_id is not None: begins[:, 1:] = ids[:, :-1] == eos_id
-    steps = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
-    last = np.maximum.accumulate(np.where(begins, steps, 0), axis=1)
-    return (steps - last).astype(np.int64), np.cumsum(begins, axis=1, dtype=np.int64)
+    ids = np.ascontiguousarray(ids, np.int32)
+    position, index = np.empty(ids.shape, np.int64), np.empty(ids.shape, np.int32)
+    (_boundaries_numba if njit else _boundaries_numpy)(ids, -1 if eos_id is None else eos_id, position, index)
+    return position, index
 
 def cu_seqlens(
-    position_ids # int [length] of one window, or a packed batch flattened
+    position_ids # int [length] of one window, or [n, length] of a batch, taken as one packed row
 ) -> np.ndarray: # int32 [documents + 1]
     "Cumulative document lengths, as variable-length attention kernels take them."
     flat = np.asarray(position_ids).reshape(-1)
     return np.append(np.flatnonzero(flat == 0), len(flat)).astype(np.int32)
 
-# %% ../../nbs/02d_loader.ipynb #c032
+# %% ../../nbs/02d_loader.ipynb #c054
 class Windows(Dataset):
     "Windows of `seq_len` tokens, by number: map-style, without state, cheap to send to workers."
     def __init__(self,
         pages: TokenPages,
         seq_len: int,
-        eos_id: int | None = None # marks document borders; None: taken from the files' metadata
+        eos_id: int | None = None, # marks document borders; None: taken from the files' metadata
+        grid: WindowGrid | None = None # how windows are numbered; None: the whole stream
     ):
-        self.pages, self.seq_len = pages, seq_len
+        self.pages, self.seq_len, self.grid = pages, seq_len, grid or WindowGrid(pages, seq_len)
         self.eos_id = eos_id if eos_id is not None else _eos_of(pages)
 
-    def __len__(self): return len(self.pages) // self.seq_len
+    def __len__(self): return len(self.grid)
 
-    def __getitem__(self, index) -> dict: # tensors int64 [seq_len], or [n, seq_len] for a list of indices
-        if isinstance(index, (int, np.integer)): return self.__getitems__([index])[0]
-        ids = self.pages.take(np.asarray(index, dtype=np.int64) * self.seq_len, self.seq_len)
+    def take(self, index) -> np.ndarray: # int32 [n, seq_len]
+        "The tokens of these windows."
+        return self.pages.take(self.grid.starts(index), self.seq_len)
+
+    def __getitem__(self, index) -> dict: # tensors [seq_len], or [n, seq_len] for a list of indices
+        if isinstance(index, (int, np.integer)): return {k: v[0] for k, v in self[[index]].items()}
+        ids = self.take(index)
         position_ids, seq_idx = boundaries(ids, self.eos_id)
         return {"input_ids": torch.from_numpy(ids.astype(np.int64)), "position_ids": torch.from_numpy(position_ids), "seq_idx": torch.from_numpy(seq_idx)}
 
     def __getitems__(self, indices) -> list[dict]: # one dict a window
-        ids = torch.from_numpy(self.pages.take(np.asarray(indices, dtype=np.int64) * self.seq_len, self.seq_len).astype(np.int64))
+        ids = torch.from_numpy(self.take(indices).astype(np.int64))
         return [{"input_ids": row, "labels": row.clone()} for row in ids]
 
+# %% ../../nbs/02d_loader.ipynb #c055
 def _eos_of(pages: TokenPages) -> int | None:
     "The eos id that `format.parquet` wrote into the files; all must agree."
     found = {f.metadata.get("yunmin.eos_id") for f in pages.files}
@@ -230,88 +431,187 @@ def _eos_of(pages: TokenPages) -> int | None:
     value = found.pop()
     return None if value is None else int(value)
 
-# %% ../../nbs/02d_loader.ipynb #c035
+# %% ../../nbs/02d_loader.ipynb #c058
 class WindowBatches(Sampler):
     "Batches of window numbers of one rank. `epoch` and `step` say where iteration begins."
     def __init__(self,
         order: WindowOrder,
         batch_size: int, # windows in a step, over all ranks
         rank: int = 0,
-        world_size: int = 1
+        world_size: int = 1,
+        last: str = "drop" # 'drop' or 'fill': what becomes of windows that do not fill a batch
     ):
         if batch_size < 1 or world_size < 1 or not 0 <= rank < world_size: raise UserError(f"batch_size={batch_size}, rank={rank}, world_size={world_size}: expected batch_size >= 1 and 0 <= rank < world_size")
-        if batch_size % world_size: raise UserError(f"batch_size={batch_size} is the global batch and must be divisible by world_size={world_size}")
-        self.order, self.batch_size, self.rank, self.world_size, self.epoch, self.step = order, batch_size, rank, world_size, 0, 0
+        if batch_size % world_size: raise UserError(f"batch_size={batch_size} is the global batch and must be divisible by world_size={world_size}; {batch_size // world_size * world_size or world_size} and {(batch_size // world_size + 1) * world_size} are")
+        if last not in ("drop", "fill"): raise UserError(f"last={last!r}: expected 'drop' or 'fill'")
+        self.order, self.batch_size, self.rank, self.world_size, self.last = order, batch_size, rank, world_size, last
+        self.epoch, self.step, self.skipped = 0, 0, set()
+        self.steps = max(1, len(order) // batch_size if last == "drop" else -(-len(order) // batch_size)) # batches in an epoch, skipped ones too
 
-    def __len__(self): return max(1, len(self.order) // self.batch_size)
+    def __len__(self): return self.steps - sum(e == self.epoch for e, _ in self.skipped)
     def set_epoch(self, epoch: int) -> None: self.epoch, self.step = epoch, 0
 
-    def batch(self, epoch: int, step: int) -> list[int]: # this rank's windows
-        "The windows of one step, computed from nothing but (epoch, step)."
-        share = self.batch_size // self.world_size
-        low = step * self.batch_size + self.rank * share
-        return self.order.at(np.arange(low, low + share) % len(self.order), epoch).tolist()
+# %% ../../nbs/02d_loader.ipynb #c059
+def _windows_of_step(self, epoch: int, step: int) -> list[int]: # this rank's windows
+    "The windows of one step, computed from nothing but (epoch, step)."
+    share = self.batch_size // self.world_size
+    low = step * self.batch_size + self.rank * share
+    return self.order.at(np.arange(low, low + share) % len(self.order), epoch).tolist()
 
-    def __iter__(self):
-        for step in range(self.step, len(self)): yield self.batch(self.epoch, step)
+def _plan(self, epoch: int, step: int) -> list[int]: # steps that will be handed out, from `step` on
+    "The steps of an epoch that are not skipped."
+    return [s for s in range(step, self.steps) if (epoch, s) not in self.skipped]
 
-# %% ../../nbs/02d_loader.ipynb #c037
+def _batches(self):
+    for step in self.plan(self.epoch, self.step): yield self.batch(self.epoch, step)
+
+WindowBatches.batch, WindowBatches.plan, WindowBatches.__iter__ = _windows_of_step, _plan, _batches
+
+# %% ../../nbs/02d_loader.ipynb #c061
+def process_place(
+    rank: int | None = None, # None: from torchrun's RANK
+    world_size: int | None = None # None: from torchrun's WORLD_SIZE
+) -> tuple[int, int]: # rank, world_size
+    "This process among those that train together; warns when a group of several is overlooked. Raises `UserError` when only one is given."
+    if (rank is None) != (world_size is None): raise UserError("rank and world_size: give both, or neither to take them from torchrun's RANK and WORLD_SIZE")
+    try: found = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    except ValueError: raise UserError("RANK and WORLD_SIZE in the environment must be numbers") from None
+    if rank is None: return found
+    if world_size == 1 and found[1] > 1: warnings.warn(f"{found[1]} processes run, but this loader has world_size=1: each of them gets the same batches; pass rank=None, world_size=None to share them")
+    return rank, world_size
+
+# %% ../../nbs/02d_loader.ipynb #c062
 class TokenLoader:
     "Batches of token windows in a deterministic, elastic, resumable order."
     def __init__(self,
-        paths, # Parquet files with a `tokens` column, or a `TokenPages`
+        paths, # Parquet files with a `tokens` column (local or s3://), or a `TokenPages`
         seq_len: int, # tokens in a window
         batch_size: int, # windows in a step over all ranks; divisible by world_size
         seed: int = 0,
-        rank: int = 0, # this process
-        world_size: int = 1, # processes
+        rank: int | None = 0, # this process; None: from torchrun
+        world_size: int | None = 1, # processes; None: from torchrun
         num_workers: int = 0, # of torch's DataLoader
         shuffle: str = "window", # 'window', 'page' or 'none'
         eos_id: int | None = None, # marks document borders; None: from the files
-        group: int = 16 # pages mixed together in 'page' order
+        group: int = 16, # pages mixed together in 'page' order
+        mix: dict[str, float] | None = None, # domain or file name -> times its windows come in an epoch (1 if not named)
+        last: str = "drop", # windows that fill no batch: 'drop' or 'fill'
+        ahead: int = 32 # batches whose blocks are fetched ahead from S3
     ):
         self.pages = paths if isinstance(paths, TokenPages) else TokenPages(paths)
-        self.dataset = Windows(self.pages, seq_len, eos_id)
-        if not len(self.dataset): raise UserError(f"{len(self.pages)} tokens in {', '.join(Path(p).name for p in self.pages.paths)}: not one window of {seq_len}; choose a shorter seq_len or more text")
-        self.batch_sampler = WindowBatches(WindowOrder(self.pages, seq_len, seed, shuffle, group), batch_size, rank, world_size)
-        self.seed, self.num_workers, self.epoch, self.step = seed, num_workers, 0, 0
+        order = WindowOrder(self.pages, seq_len, seed, shuffle, group, mix)
+        self.dataset = Windows(self.pages, seq_len, eos_id, order.grid)
+        if not len(order): raise UserError(f"{len(self.pages)} tokens in {', '.join(Path(p).name for p in self.pages.paths)}: not one window of {seq_len}; choose a shorter seq_len or more text" + (" or other weights in mix" if mix else ""))
+        empty = [d for d, n in zip(order.grid.domains, order.grid.counts) if mix and not n and mix.get(d, 1)]
+        if empty: raise UserError(f"mix: {empty[0]!r} has not one window of {seq_len} tokens; choose a shorter seq_len or weight 0")
+        self.batch_sampler = WindowBatches(order, batch_size, *process_place(rank, world_size), last)
+        self.seed, self.num_workers, self.ahead, self.epoch, self.step = int(seed), num_workers, ahead, 0, 0
 
-    def __len__(self): return len(self.batch_sampler)
+    @property
+    def skipped(self) -> set: return self.batch_sampler.skipped # of (epoch, step)
+    def __len__(self): return self.batch_sampler.steps - sum(e == self.epoch for e, _ in self.skipped)
 
-    def order(self, epoch: int) -> np.ndarray: # int64 [windows]
-        "The global order of all windows in an epoch, the same for every rank and world size."
-        return self.batch_sampler.order.at(np.arange(len(self.dataset)), epoch)
+# %% ../../nbs/02d_loader.ipynb #c063
+def _order(self, epoch: int) -> np.ndarray: # int64 [windows drawn in an epoch]
+    "The global order of all windows in an epoch, the same for every rank and world size."
+    return self.batch_sampler.order.at(np.arange(len(self.batch_sampler.order)), epoch)
 
-    def __iter__(self):
-        self.batch_sampler.epoch, self.batch_sampler.step = self.epoch, self.step
-        for batch in DataLoader(self.dataset, sampler=self.batch_sampler, batch_size=None, num_workers=self.num_workers):
-            self.step += 1
-            yield batch
-        self.epoch, self.step = self.epoch + 1, 0
+def mixture(self) -> list[dict]: # a row for each domain: domain, windows, weight, drawn, share
+    "What an epoch is made of: windows there are, windows drawn, and how often each is repeated on average (`weight`)."
+    o = self.batch_sampler.order
+    return [{"domain": d or "all", "windows": int(n), "weight": (o.mix or {}).get(d, 1.), "drawn": int(k), "share": int(k) / len(o)} for d, n, k in zip(o.grid.domains, o.grid.counts, o.draws)]
 
-# %% ../../nbs/02d_loader.ipynb #c039
-def fingerprint(self) -> str: # 16 hexadecimal digits
-    "Digest of all that decides the order of windows: the pages and their checksums, window, batch, seed, shuffle."
-    h = hashlib.blake2b(digest_size=8)
-    for f in self.pages.files: h.update(f.pages.count.tobytes() + f.pages.crc.tobytes())
-    o, b = self.batch_sampler.order, self.batch_sampler
-    h.update(json.dumps([self.dataset.seq_len, b.batch_size, o.seed, o.shuffle, o.group if o.shuffle == "page" else 0]).encode())
+TokenLoader.order, TokenLoader.mixture = _order, mixture
+
+# %% ../../nbs/02d_loader.ipynb #c065
+def _make(self, plan: list[int]):
+    "The batches of these steps of this epoch, made here or by workers."
+    batches = self._announced(plan)
+    if self.num_workers == 0: return (self.dataset[b] for b in batches)
+    return iter(DataLoader(self.dataset, sampler=batches, batch_size=None, num_workers=self.num_workers, generator=torch.Generator().manual_seed(self.seed & (2**63 - 1))))
+
+def _announced(self, plan: list[int]):
+    "Window numbers step by step; blocks of the steps to come are prefetched on the way."
+    sampler, epoch = self.batch_sampler, self.epoch
+    if self.pages.local or self.ahead < 1: yield from (sampler.batch(epoch, s) for s in plan); return
+    def announce(batch): self.pages.prefetch(self.dataset.grid.starts(batch), self.dataset.seq_len)
+    coming = (sampler.batch(epoch, s) for s in plan)
+    queue = list(islice(coming, self.ahead))
+    with ThreadPoolExecutor(1) as thread:
+        for b in queue: thread.submit(announce, b)
+        while queue:
+            yield queue.pop(0)
+            for b in islice(coming, 1): queue.append(b); thread.submit(announce, b)
+
+TokenLoader._make, TokenLoader._announced = _make, _announced
+
+# %% ../../nbs/02d_loader.ipynb #c066
+def _iterate(self):
+    epoch, plan = self.epoch, self.batch_sampler.plan(self.epoch, self.step)
+    for step, batch in zip(plan, self._make(plan)):
+        if (epoch, step) in self.skipped: continue  # skipped while workers had already made it
+        self.step = step + 1
+        yield batch
+    self.epoch, self.step = epoch + 1, 0
+
+def skip(self,
+    n: int = 1, # the next n batches
+    steps=None, # instead: these steps
+    epoch: int | None = None # of this epoch; None: the present one
+) -> None:
+    "Never hand these batches out, now or after a resume. All other batches stay what and where they are."
+    epoch = self.epoch if epoch is None else epoch
+    if steps is None: steps = self.batch_sampler.plan(epoch, self.step)[:n]
+    bad = next((s for s in steps if not 0 <= s < self.batch_sampler.steps), None)
+    if bad is not None: raise UserError(f"skip: step {bad}: an epoch has steps 0 to {self.batch_sampler.steps - 1}")
+    self.skipped.update((int(epoch), int(s)) for s in steps)
+
+TokenLoader.__iter__, TokenLoader.skip = _iterate, skip
+
+# %% ../../nbs/02d_loader.ipynb #c068
+def _file_digest(file: TokenFile) -> str: # 16 hexadecimal digits
+    "Digest of one file's tokens: its footer, which holds a hash of them (`yunmin.token_hash`) where `format.parquet` wrote it; else some page checksums too; the tokens themselves where pyarrow decoded them."
+    if file.way != "pages": return f"{zlib.crc32(file.data[:4 * len(file)]):016x}"
+    source = file.source
+    size = int.from_bytes(bytes(source.read(source.size - 8, 4)), "little")
+    h = hashlib.blake2b(bytes(source.read(source.size - 8 - size, size)), digest_size=8)
+    if "yunmin.token_hash" not in file.metadata and len(file.pages):
+        for k in np.unique(np.linspace(0, len(file.pages) - 1, 8).astype(int)): h.update(bytes(source.read(int(file.pages.offset[k]), int(min(256, file.pages.end[k] - file.pages.offset[k])))))
     return h.hexdigest()
 
+def made_of(self) -> dict: # JSON-able
+    "All that decides which windows stand where."
+    if not hasattr(self, "_digests"): self._digests = [_file_digest(f) for f in self.pages.files]
+    o, b = self.batch_sampler.order, self.batch_sampler
+    return {"files": hashlib.blake2b("".join(self._digests).encode(), digest_size=8).hexdigest(), "tokens": len(self.pages), "seq_len": self.dataset.seq_len, "batch_size": b.batch_size,
+            "seed": o.seed, "shuffle": o.shuffle, "group": [o.group, self.pages.part_bytes] if o.shuffle == "page" else None, "mix": o.mix and {d: o.mix.get(d, 1.) for d in o.grid.domains}, "last": b.last}
+
+def fingerprint(self) -> str: # 16 hexadecimal digits
+    "Digest of `made_of`."
+    return hashlib.blake2b(json.dumps(self.made_of(), sort_keys=True).encode(), digest_size=8).hexdigest()
+
+TokenLoader.made_of, TokenLoader.fingerprint = made_of, fingerprint
+
+# %% ../../nbs/02d_loader.ipynb #c069
 def state_dict(self) -> dict: # JSON-able
-    "Where the loader is: batches handed out in this epoch, and what they were made of."
-    return {"epoch": self.epoch, "step": self.step, "seed": self.seed, "fingerprint": self.fingerprint()}
+    "Where the loader is: the next step of this epoch, what was skipped, and what the order is made of."
+    return {"epoch": self.epoch, "step": self.step, "seed": self.seed, "fingerprint": self.fingerprint(), "skipped": sorted(map(list, self.skipped)), "made_of": self.made_of()}
 
 def load_state_dict(self, state: dict) -> None:
-    "Continue after the batch at which `state` was taken. Raises `UserError` when data, window, batch, seed or shuffle differ."
-    if state["fingerprint"] != self.fingerprint():
-        raise UserError("the loader's state belongs to other data or another seq_len, batch_size, seed or shuffle; start without it or restore those")
-    self.epoch, self.step = int(state["epoch"]), int(state["step"])
-    if self.step >= len(self): self.epoch, self.step = self.epoch + 1, 0
+    "Continue after the batch at which `state` was taken. Raises `UserError` naming what differs: data, window, batch, seed, shuffle, weights."
+    try: fingerprint_, epoch, step, skipped = state["fingerprint"], int(state["epoch"]), int(state["step"]), {(int(e), int(s)) for e, s in state.get("skipped", ())}
+    except (KeyError, TypeError, ValueError) as e: raise UserError(f"this is not a state of TokenLoader ({type(e).__name__}: {e})") from None
+    if fingerprint_ != self.fingerprint():
+        here, there = self.made_of(), state.get("made_of", {})
+        differs = [f"{k} was {there.get(k)}, is {here[k]}" for k in here if there and there.get(k) != here[k]]
+        raise UserError(f"the loader's state belongs to other data or settings ({'; '.join(differs) or 'fingerprints differ'}); restore those, or start without the state")
+    self.epoch, self.step, self.batch_sampler.skipped = epoch, step, skipped
+    while not self.batch_sampler.plan(self.epoch, self.step): self.epoch, self.step = self.epoch + 1, 0
+    self.batch_sampler.epoch, self.batch_sampler.step = self.epoch, self.step
 
-TokenLoader.fingerprint, TokenLoader.state_dict, TokenLoader.load_state_dict = fingerprint, state_dict, load_state_dict
+TokenLoader.state_dict, TokenLoader.load_state_dict = state_dict, load_state_dict
 
-# %% ../../nbs/02d_loader.ipynb #c046
+# %% ../../nbs/02d_loader.ipynb #c080
 def s3_filesystem() -> pyarrow.fs.S3FileSystem:
     "pyarrow's S3 client on the server that AWS_ENDPOINT_URL names, with the usual AWS variables."
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
@@ -322,7 +622,7 @@ def s3_filesystem() -> pyarrow.fs.S3FileSystem:
     if region := os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION"): options["region"] = region
     return pyarrow.fs.S3FileSystem(**options)
 
-# %% ../../nbs/02d_loader.ipynb #c047
+# %% ../../nbs/02d_loader.ipynb #c081
 def open_parquet(
     path # a local path or an s3://bucket/key address
 ) -> pq.ParquetFile:
@@ -333,7 +633,47 @@ def open_parquet(
     except FileNotFoundError: raise UserError(f"{path}: no such file; `yunmin format` makes the Parquet files") from None
     except (pa.ArrowException, OSError) as e: raise UserError(f"{path}: not readable as Parquet: {str(e).splitlines()[0]}") from None
 
-# %% ../../nbs/02d_loader.ipynb #c048
+# %% ../../nbs/02d_loader.ipynb #c083
+class Deal:
+    "What is left of each row group, dealt to `parts` (ranks x workers) in turn."
+    def __init__(self,
+        left: list[tuple[int, int, int]], # (row group number, rows done, rows) in order
+        batch_size: int, # rows in a batch; the last of a row group may be short
+        world_size: int, workers: int
+    ):
+        self.left, self.batch_size, self.world_size, self.workers = left, batch_size, world_size, workers
+        self.batches = [-(-(rows - done) // batch_size) for _, done, rows in left]
+
+    def mine(self, part: int) -> list[int]: # indices into `left`
+        return list(range(part, len(self.left), self.world_size * self.workers))
+
+    def taken(self, rank: int, n: int) -> list[int]: # batches of each worker when the rank was given n
+        "DataLoader takes one batch of each worker in turn and passes over those that have ended."
+        have = [sum(self.batches[i] for i in self.mine(rank * self.workers + w)) for w in range(self.workers)]
+        low, high = 0, max(have, default=0)
+        while low < high: # whole rounds
+            middle = (low + high + 1) // 2
+            if sum(min(h, middle) for h in have) <= n: low = middle
+            else: high = middle - 1
+        got = [min(h, low) for h in have]
+        over, more = n - sum(got), [w for w in range(self.workers) if have[w] > low]
+        for w in more[:max(over, 0)]: got[w] += 1
+        return got
+
+    def after(self, n: int) -> list[tuple[int, int, int]]: # `left` once every rank was given n batches, or all it has
+        out = list(self.left)
+        for rank in range(self.world_size):
+            for w, batches in enumerate(self.taken(rank, n)):
+                for i in self.mine(rank * self.workers + w):
+                    number, done, rows = self.left[i]
+                    used = min(batches, self.batches[i]); batches -= used
+                    out[i] = (number, min(done + used * self.batch_size, rows), rows)
+        return [x for x in out if x[1] < x[2]]
+
+    def even(self) -> int: # batches that every rank has
+        return min(sum(self.batches[i] for w in range(self.workers) for i in self.mine(r * self.workers + w)) for r in range(self.world_size))
+
+# %% ../../nbs/02d_loader.ipynb #c086
 class TextRows(IterableDataset):
     "Batches of rows with only the columns asked for: {column: list}. Row groups are shared over ranks and workers."
     def __init__(self,
@@ -341,27 +681,150 @@ class TextRows(IterableDataset):
         columns=("text",), # columns to read
         batch_size: int = 16, # rows in a batch
         rank: int = 0,
-        world_size: int = 1
+        world_size: int = 1,
+        even: bool = False # end all ranks after the same number of batches
     ):
+        if batch_size < 1 or world_size < 1 or not 0 <= rank < world_size: raise UserError(f"batch_size={batch_size}, rank={rank}, world_size={world_size}: expected batch_size >= 1 and 0 <= rank < world_size")
         self.paths = [str(p) for p in ([paths] if isinstance(paths, (str, Path)) else paths)]
-        self.columns, self.batch_size, self.rank, self.world_size = list(columns), batch_size, rank, world_size
+        self.columns, self.batch_size, self.rank, self.world_size, self.even = list(columns), batch_size, rank, world_size, even
+        self._past, self._now, self._groups = [], [world_size, 1, 0], None
 
-    def __iter__(self):
-        worker = get_worker_info()
-        parts, mine = (self.world_size * worker.num_workers, self.rank * worker.num_workers + worker.id) if worker else (self.world_size, self.rank)
-        unit = 0
-        for path in self.paths:
-            file = open_parquet(path)
-            groups = [g for g in range(file.num_row_groups) if (unit + g) % parts == mine]
-            unit += file.num_row_groups
-            yield from _text_batches(file, groups, self.columns, self.batch_size)
+    def __iter__(self): return self._iterate()
 
-def _text_batches(file, groups, columns, batch_size):
-    "Rows of these row groups in batches; only the last may be short."
+    def groups(self) -> list[tuple[int, int, int]]: # (file, row group, rows)
+        "All row groups, from the footers."
+        if self._groups is None:
+            self._groups = []
+            for f, path in enumerate(self.paths):
+                meta = open_parquet(path).metadata
+                self._groups += [(f, g, meta.row_group(g).num_rows) for g in range(meta.num_row_groups)]
+        return self._groups
+
+# %% ../../nbs/02d_loader.ipynb #c087
+def _deal(self, workers: int) -> tuple[Deal, int]: # (what is dealt, batches of it that this rank was given)
+    "The deal that is under way with this many workers; a new one when ranks or workers are others than before."
+    left = [(i, 0, rows) for i, (_, _, rows) in enumerate(self.groups()) if rows]
+    for world, before, n in self._past: left = Deal(left, self.batch_size, world, before).after(n)
+    world, before, n = self._now
+    if n and (world, before) != (self.world_size, workers):
+        left, n = Deal(left, self.batch_size, world, before).after(n), 0
+    return Deal(left, self.batch_size, self.world_size, workers), n
+
+def _iterate_rows(self):
+    worker = get_worker_info()
+    workers, w = (worker.num_workers, worker.id) if worker else (1, 0)
+    deal, n = self._deal(workers)
+    skip = n if self._mine_only else deal.taken(self.rank, n)[w]
+    end = deal.taken(self.rank, deal.even())[w] if self.even else None
+    if not worker: self._settle(workers, n)
+    for k, batch in enumerate(self._rows(deal, self.rank * workers + w, skip), skip + 1):
+        if end is not None and k > end: break
+        if worker: self._own = [workers, k]
+        elif not self._counted: self._now[2] = k
+        yield batch
+    if not worker and not self._counted: self._past, self._now = [], [self.world_size, workers, 0]
+
+def _settle(self, workers: int, n: int) -> None:
+    "Begin a new deal in the books when ranks or workers changed."
+    if self._now[2] and n == 0: self._past = [*self._past, self._now]
+    self._now = [self.world_size, workers, n]
+
+TextRows._deal, TextRows._iterate, TextRows._settle = _deal, _iterate_rows, _settle
+TextRows._mine_only, TextRows._counted, TextRows._own = False, False, None
+
+# %% ../../nbs/02d_loader.ipynb #c088
+def _rows(self, deal: Deal, part: int, skip: int):
+    "Batches of one part of the deal, from its `skip`-th on."
+    opened: dict = {}
+    for i in deal.mine(part):
+        if skip >= deal.batches[i]: skip -= deal.batches[i]; continue
+        number, done, _ = deal.left[i]
+        f, group, _ = self.groups()[number]
+        if f not in opened: opened = {f: open_parquet(self.paths[f])}
+        yield from _text_batches(opened[f], group, self.columns, self.batch_size, done + skip * self.batch_size)
+        skip = 0
+
+def _text_batches(file, group, columns, batch_size, first):
+    "Rows of a row group from `first` on, in batches; only the last may be short."
     missing = set(columns) - set(file.schema_arrow.names)
     if missing: raise UserError(f"no column {sorted(missing)[0]!r}; the file has {', '.join(file.schema_arrow.names)}")
-    if not groups: return
-    many = batch_size * max(1, 256 // batch_size)  # decode some hundred rows at once: each call costs the same for 16
-    for batch in file.iter_batches(batch_size=many, row_groups=groups, columns=columns, use_threads=False):
-        rows = {c: batch.column(c).to_pylist() for c in columns}
-        for i in range(0, batch.num_rows, batch_size): yield {c: rows[c][i:i + batch_size] for c in columns}
+    many, held = batch_size * max(1, 256 // batch_size), {c: [] for c in columns}  # decode some hundred rows at once: each call costs the same for 16
+    for batch in file.iter_batches(batch_size=many, row_groups=[group], columns=columns, use_threads=False):
+        if first >= batch.num_rows: first -= batch.num_rows; continue
+        for c in columns: held[c] += batch.column(c)[first:].to_pylist()
+        first, whole = 0, len(held[columns[0]]) // batch_size * batch_size
+        for i in range(0, whole, batch_size): yield {c: held[c][i:i + batch_size] for c in columns}
+        held = {c: held[c][whole:] for c in columns}
+    if held[columns[0]]: yield held
+
+TextRows._rows = _rows
+
+# %% ../../nbs/02d_loader.ipynb #c089
+def _batches_of_rows(self,
+    num_workers: int = 0 # of torch's DataLoader
+):
+    "The batches through a DataLoader, counted as they are handed out."
+    workers = max(num_workers, 1)
+    n = self._deal(workers)[1]; self._settle(workers, n)
+    self._counted = True
+    try:
+        for self._now[2], batch in enumerate(DataLoader(self, batch_size=None, num_workers=num_workers, generator=torch.Generator().manual_seed(0)), n + 1): yield batch
+        self._past, self._now = [], [self.world_size, workers, 0]
+    finally: self._counted = False
+
+def _state_of_rows(self) -> dict: # JSON-able
+    "What was handed out: batches a rank, with how many ranks and workers. Inside a worker, of this worker alone."
+    state = {"past": self._past, "now": list(self._now), "batch_size": self.batch_size, "rows": [rows for _, _, rows in self.groups()]}
+    return {**state, "worker": self._own} if self._own else state
+
+def _load_state_of_rows(self, state: dict) -> None:
+    "Go on after the batch at which `state` was taken. Raises `UserError` for other files or another batch size."
+    if state["batch_size"] != self.batch_size or state["rows"] != [rows for _, _, rows in self.groups()]:
+        raise UserError("the state of these text rows belongs to other files or another batch_size; restore those, or start without the state")
+    self._past, self._now = [list(p) for p in state["past"]], list(state["now"])
+    if own := state.get("worker"): self._now, self._mine_only, self._own = [self.world_size, *own], True, list(own)
+
+TextRows.batches, TextRows.state_dict, TextRows.load_state_dict = _batches_of_rows, _state_of_rows, _load_state_of_rows
+
+# %% ../../nbs/02d_loader.ipynb #c094
+def local_order(
+    n: int, # windows
+    size: int, # windows in a row group
+    seed: int = 0
+) -> np.ndarray: # int64 [n]
+    "Windows in the order of the file, shuffled only within stretches of `size`."
+    rng = np.random.default_rng(seed)
+    return np.concatenate([rng.permutation(np.arange(i, min(i + size, n))) for i in range(0, n, size)])
+
+def ngram_model(
+    vocab_size: int,
+    context: int = 3, # tokens looked at
+    width: int = 32, # of embeddings; the hidden layer has twice that
+    seed: int = 0
+) -> torch.nn.Module:
+    "A feed-forward language model over the last `context` tokens."
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        return torch.nn.Sequential(torch.nn.Embedding(vocab_size, width), torch.nn.Flatten(1), torch.nn.Linear(context * width, 2 * width), torch.nn.GELU(), torch.nn.Linear(2 * width, vocab_size))
+
+# %% ../../nbs/02d_loader.ipynb #c095
+def order_perplexity(
+    windows: np.ndarray, # int [n, length] in the order of training
+    heldout: np.ndarray, # int [m, length]
+    vocab_size: int,
+    seed: int = 0, # of the model
+    batch_size: int = 16, # windows
+    rate: float = 3e-3, # of Adam, falling to zero along a cosine
+    context: int = 3
+) -> float: # perplexity a token
+    "Perplexity on `heldout` after one pass over `windows` in this order."
+    model = ngram_model(vocab_size, context, seed=seed)
+    def loss(rows):
+        ids = torch.from_numpy(rows.astype(np.int64)).unfold(1, context + 1, 1).reshape(-1, context + 1)
+        return torch.nn.functional.cross_entropy(model(ids[:, :-1]), ids[:, -1])
+    steps = len(windows) // batch_size
+    optimizer = torch.optim.Adam(model.parameters(), rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for i in range(steps):
+        optimizer.zero_grad(); loss(windows[i * batch_size:(i + 1) * batch_size]).backward(); optimizer.step(); schedule.step()
+    with torch.no_grad(): return float(np.exp(np.mean([loss(heldout[i:i + batch_size]).item() for i in range(0, len(heldout), batch_size)])))
