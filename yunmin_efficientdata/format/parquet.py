@@ -4,35 +4,44 @@
 
 # %% ../../nbs/02b_parquet.ipynb #c004
 from __future__ import annotations
-import json
+import json, os, re, tempfile
+from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 import numpy as np
 import pyarrow as pa, pyarrow.parquet as pq
 import xxhash
-from ..core.records import BadLine, is_jsonl, read_jsonl
+from ..core.records import JsonlWriter, Span, is_jsonl, read_jsonl
 from ..core.settings import FormatSettings, HeldoutSettings, UserError
-from ..core.store import Store
+from ..core.store import Store, open_store
 from .pages import TokenFile, check_pages
 
 # %% auto #0
-__all__ = ['COLUMNS', 'TOKENS', 'SCHEMA', 'WRITER', 'WRITE_BATCH', 'MANIFEST', 'schema_text', 'as_text', 'FileWriter',
-           'verify_file', 'cluster_hash', 'threshold', 'Heldout', 'choose_heldout', 'domain_keys', 'documents',
-           'surviving_clusters', 'file_count', 'file_key', 'read_manifest', 'parquet_files']
+__all__ = ['COLUMNS', 'TEXT_COLUMNS', 'TOKENS', 'SCHEMA', 'WRITE_BATCH', 'LONG', 'PIECE', 'AROUND', 'SPLITS', 'PIECE_BYTES',
+           'RULE', 'CLUSTERS', 'MANIFEST', 'SPILLS', 'schema_text', 'as_text', 'writer_options', 'ColumnHash',
+           'FileWriter', 'verify_file', 'column_sizes', 'file_layout', 'cut_points', 'encode_long', 'batches',
+           'encode_rows', 'write_rows', 'cluster_hash', 'threshold', 'smallest', 'Heldout', 'choose_heldout',
+           'domain_keys', 'pieces', 'documents', 'write_clusters', 'Splitter', 'scan', 'shared_clusters',
+           'bytes_per_char', 'file_key', 'read_manifest', 'parquet_files', 'FileTask', 'plan_files', 'task_documents',
+           'write_training', 'write_heldout', 'convert']
 
 # %% ../../nbs/02b_parquet.ipynb #c006
 COLUMNS = ("id", "text", "source", "tokens", "lang", "domain", "date")
+TEXT_COLUMNS = tuple(c for c in COLUMNS if c != "tokens")
 TOKENS = pa.field("tokens", pa.list_(pa.field("element", pa.int32(), nullable=False)), nullable=False)
 SCHEMA = pa.schema([TOKENS if c == "tokens" else pa.field(c, pa.string(), nullable=False) for c in COLUMNS])
 
 def schema_text() -> str: # for schema.txt
-    "The schema as people and as Parquet see it."
+    "The schema as people and as Parquet see it, and the rule for what is unknown."
     sink = pa.BufferOutputStream()
     pq.ParquetWriter(sink, SCHEMA, store_schema=False).close()
     tree = str(pq.ParquetFile(pa.BufferReader(sink.getvalue())).schema).split("\n", 1)[1]
     return (f"Arrow\n{SCHEMA}\n\nParquet\n{tree.strip()}\n\ntext: zstd. source, lang, domain, date: dictionary, zstd. "
-            "tokens: PLAIN, uncompressed, data page V2, page index, CRC-32; each document ends with EOS.\n")
+            "tokens: PLAIN, uncompressed, data page V2, page index, CRC-32; each document ends with EOS.\n"
+            "No nulls: a missing or null value is the empty string, a number or a nested value its JSON; a record without text or id is refused.\n")
 
 # %% ../../nbs/02b_parquet.ipynb #c009
 def as_text(value) -> str:
@@ -42,78 +51,218 @@ def as_text(value) -> str:
     return json.dumps(value, ensure_ascii=False, sort_keys=True)
 
 # %% ../../nbs/02b_parquet.ipynb #c012
-WRITER = dict(store_schema=False, data_page_version="2.0", write_page_index=True, write_page_checksum=True,
-              use_dictionary=["source", "lang", "domain", "date"], column_encoding={"tokens.list.element": "PLAIN"},
-              compression={**{c: "zstd" for c in COLUMNS if c != "tokens"}, "tokens.list.element": "none"})
 WRITE_BATCH = 64  # values between two looks at the page size; with pyarrow's default of 1,024, page sizes are not honoured
 
+def writer_options(
+    settings: FormatSettings,
+    columns: tuple[str, ...] = COLUMNS
+) -> dict: # keyword arguments of `pyarrow.parquet.ParquetWriter`
+    "The layout of a file."
+    texts = [c for c in columns if c != "tokens"]
+    options = dict(store_schema=False, data_page_version="2.0", write_page_index=True, write_page_checksum=True, data_page_size=settings.page_bytes,
+                   write_batch_size=WRITE_BATCH, use_dictionary=[c for c in ("source", "lang", "domain", "date") if c in columns],
+                   compression={c: "zstd" for c in texts}, compression_level={c: settings.zstd_level for c in texts})
+    if "tokens" in columns: options["compression"]["tokens.list.element"], options["column_encoding"] = "none", {"tokens.list.element": "PLAIN"}
+    return options
+
 # %% ../../nbs/02b_parquet.ipynb #c013
+class ColumnHash:
+    "Hash of a column: of its values' bytes and of their lengths, however the rows are cut into batches."
+    def __init__(self): self.values, self.lengths, self.count = xxhash.xxh3_64(), xxhash.xxh3_64(), 0
+
+    def update(self,
+        column: pa.Array # strings or lists of int32, without nulls
+    ) -> None:
+        offsets = np.frombuffer(column.buffers()[1], np.int32)[column.offset:column.offset + len(column) + 1]
+        if not len(column): return
+        if pa.types.is_string(column.type): self.values.update(memoryview(column.buffers()[2] or b"")[offsets[0]:offsets[-1]])
+        else: self.values.update(column.values.to_numpy()[offsets[0]:offsets[-1]].astype("<i4", copy=False).data)
+        self.lengths.update(np.diff(offsets).astype("<i4", copy=False).data)
+        self.count += int(offsets[-1] - offsets[0])
+
+    def digest(self) -> str: return self.values.hexdigest() + self.lengths.hexdigest()
+
+# %% ../../nbs/02b_parquet.ipynb #c015
 class FileWriter:
-    "Write one Parquet file of documents, in bounded memory. Use as context manager; `info` holds its counts afterwards."
+    "Write one Parquet file of documents, in bounded memory. Use as context manager; `n_rows`, `n_tokens` and `hashes` hold what was written."
     def __init__(self,
         path, # local file to write
         settings: FormatSettings,
-        metadata: dict[str, str] # key-value metadata of the file
+        metadata: dict[str, str], # key-value metadata of the file
+        columns: tuple[str, ...] = COLUMNS # TEXT_COLUMNS: a file without tokens
     ):
         self.path, self.settings, self.metadata = Path(path), settings, metadata
-        self.rows: list[tuple] = []
-        self.size = self.n_rows = self.n_tokens = 0
-        self.token_hash, self.text_hash = xxhash.xxh3_64(), xxhash.xxh3_64()
-        self.writer = pq.ParquetWriter(self.path, SCHEMA, data_page_size=settings.page_bytes, write_batch_size=WRITE_BATCH, **WRITER)
+        self.schema = pa.schema([SCHEMA.field(c) for c in columns])
+        self.columns, self.hashes = {c: [] for c in columns}, {c: ColumnHash() for c in columns}
+        self.size = self.waiting = self.n_rows = self.n_tokens = 0
+        self.writer = pq.ParquetWriter(self.path, self.schema, **writer_options(settings, columns))
 
     def add(self,
         record: dict, # a document
-        tokens: np.ndarray # int32, EOS last
+        tokens: np.ndarray | None = None # int32, EOS last
     ) -> None:
         "Append one document."
-        self.rows.append(tuple(tokens if c == "tokens" else as_text(record.get(c)) for c in COLUMNS))
-        self.size += tokens.nbytes + 4 * len(record["text"])
-        if len(self.rows) >= self.settings.row_group_rows or self.size >= self.settings.row_group_bytes: self.flush()
+        for name, values in self.columns.items():
+            value = tokens if name == "tokens" else record.get(name)
+            values.append(value if name == "tokens" or type(value) is str else as_text(value))
+        self.size += 4 * len(record["text"]) + (0 if tokens is None else tokens.nbytes); self.waiting += 1
+        if self.waiting >= self.settings.row_group_rows or self.size >= self.settings.row_group_bytes: self.flush()
 
-# %% ../../nbs/02b_parquet.ipynb #c014
+# %% ../../nbs/02b_parquet.ipynb #c016
+def _list_array(rows: list[np.ndarray]) -> pa.ListArray:
+    "Token arrays as one list column."
+    offsets = np.zeros(len(rows) + 1, np.int64)
+    np.cumsum([len(r) for r in rows], out=offsets[1:])
+    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(np.concatenate(rows).astype(np.int32, copy=False)), type=TOKENS.type)
+
 def _flush(self) -> None:
     "Write the collected rows as one row group."
-    if not self.rows: return
-    columns = list(zip(*self.rows))
-    tokens = columns[COLUMNS.index("tokens")]
-    flat = np.concatenate(tokens).astype(np.int32)
-    offsets = np.concatenate([[0], np.cumsum([len(t) for t in tokens])]).astype(np.int32)
-    lists = pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat), type=TOKENS.type)
-    self.writer.write_table(pa.Table.from_arrays([lists if c == "tokens" else pa.array(v, pa.string()) for c, v in zip(COLUMNS, columns)], schema=SCHEMA))
-    self.token_hash.update(flat.astype("<i4").tobytes())
-    for text in columns[COLUMNS.index("text")]: self.text_hash.update(text.encode())
-    self.n_rows, self.n_tokens = self.n_rows + len(tokens), self.n_tokens + len(flat)
-    self.rows, self.size = [], 0
+    if not self.waiting: return
+    arrays = []
+    for name, values in self.columns.items():
+        arrays.append(_list_array(values) if name == "tokens" else pa.array(values, pa.string()))
+        values.clear()
+        self.hashes[name].update(arrays[-1])
+    self.writer.write_table(pa.Table.from_arrays(arrays, schema=self.schema))
+    self.n_rows += self.waiting
+    self.n_tokens = self.hashes["tokens"].count if "tokens" in self.hashes else 0
+    self.size = self.waiting = 0
 
 def _close(self) -> None:
     "Finish the file: last row group, metadata with the counts."
-    self._flush()
+    self.flush()
     self.writer.add_key_value_metadata({**self.metadata, "yunmin.rows": str(self.n_rows), "yunmin.tokens": str(self.n_tokens)})
     self.writer.close()
 
-FileWriter.flush = FileWriter._flush = _flush
+FileWriter.flush, FileWriter.close = _flush, _close
 FileWriter.__enter__ = lambda self: self
-FileWriter.__exit__ = lambda self, kind, *rest: self.writer.close() if kind else _close(self)
+FileWriter.__exit__ = lambda self, kind, *rest: self.writer.close() if kind else self.close()
 
-# %% ../../nbs/02b_parquet.ipynb #c015
+# %% ../../nbs/02b_parquet.ipynb #c018
+def _read_back(path, names) -> tuple[int, dict[str, ColumnHash]]: # rows, hash of each column
+    "Every column through pyarrow."
+    rows, hashes = 0, {c: ColumnHash() for c in names}
+    with pq.ParquetFile(path, page_checksum_verification=True, buffer_size=1 << 20) as file:
+        for batch in file.iter_batches(batch_size=1024, columns=list(names), use_threads=False):
+            rows += batch.num_rows
+            for name, column in zip(batch.schema.names, batch.columns): hashes[name].update(column)
+    return rows, hashes
+
+class _Ranges:
+    "Slices of a file as arrays, read and not mapped: pages that were looked at do not stay in memory."
+    def __init__(self, path): self.file = open(path, "rb", buffering=0)
+    def __getitem__(self, part: slice) -> np.ndarray: # uint8
+        return np.frombuffer(os.pread(self.file.fileno(), int(part.stop) - int(part.start), int(part.start)), np.uint8)
+
+def _read_pages(path) -> tuple[int, str]: # tokens, hash
+    "The flat token stream, page by page, as the loader finds it."
+    file, data, digest = TokenFile(path), _Ranges(path), xxhash.xxh3_64()
+    if file.way != "pages": raise RuntimeError(f"{Path(path).name}: tokens cannot be read in place: {file.reason}")
+    check_pages(data, file.pages, str(path))
+    for at, n in zip(file.pages.at, file.pages.count): digest.update(data[at:at + 4 * n])
+    data.file.close()
+    return len(file), digest.hexdigest()
+
+# %% ../../nbs/02b_parquet.ipynb #c019
 def verify_file(
     path, # local Parquet file
     writer: FileWriter # that wrote it
 ) -> dict: # rows, tokens, bytes
-    "Read a file back, tokens by pages and text by pyarrow, and compare with what was written. Raises `RuntimeError`."
-    file, hashes = TokenFile(path), (xxhash.xxh3_64(), xxhash.xxh3_64())
-    check_pages(file.data, file.pages, str(path))
-    for at, n in zip(file.pages.at, file.pages.count): hashes[0].update(file.data[at:at + 4 * n])
-    rows = 0
-    for batch in pq.ParquetFile(path).iter_batches(batch_size=512, columns=["text"]):
-        rows += batch.num_rows
-        for text in batch.column(0).to_pylist(): hashes[1].update(text.encode())
-    ok = file.way == "pages" and len(file) == writer.n_tokens and rows == writer.n_rows == int(file.pages.rows.sum())
-    if not ok or hashes[0].digest() != writer.token_hash.digest() or hashes[1].digest() != writer.text_hash.digest():
-        raise RuntimeError(f"{Path(path).name}: reading back gave {rows} rows and {len(file)} tokens ({file.way} {file.reason}), written were {writer.n_rows} and {writer.n_tokens}")
-    return {"rows": rows, "tokens": len(file), "bytes": Path(path).stat().st_size}
+    "Read a file back and compare with what was written. Raises `RuntimeError`, or the reader's error for a damaged page."
+    rows, hashes = _read_back(path, writer.hashes)
+    wrong = [c for c in hashes if hashes[c].digest() != writer.hashes[c].digest()]
+    if "tokens" in hashes and _read_pages(path) != (writer.n_tokens, writer.hashes["tokens"].values.hexdigest()): wrong.append("token pages")
+    if rows != writer.n_rows or wrong: raise RuntimeError(f"{Path(path).name}: reading back gave {rows} rows, written were {writer.n_rows}; different: {', '.join(wrong) or 'nothing else'}")
+    return {"rows": rows, "tokens": writer.n_tokens, "bytes": Path(path).stat().st_size}
 
-# %% ../../nbs/02b_parquet.ipynb #c020
+# %% ../../nbs/02b_parquet.ipynb #c024
+def column_sizes(
+    paths # Parquet files
+) -> list[dict]: # one entry a column: column, codec, encodings, megabytes before and after
+    "Bytes of each column over some files, before and after compression, from the footers."
+    found: dict[str, dict] = {}
+    for path in paths:
+        meta = pq.read_metadata(path)
+        for c in (meta.row_group(g).column(i) for g in range(meta.num_row_groups) for i in range(meta.num_columns)):
+            entry = found.setdefault(c.path_in_schema.split(".")[0], {"codec": c.compression.lower(), "encodings": set(), "plain_mb": 0.0, "stored_mb": 0.0})
+            entry["encodings"] |= set(c.encodings); entry["plain_mb"] += c.total_uncompressed_size / 1e6; entry["stored_mb"] += c.total_compressed_size / 1e6
+    return [{"column": name, **e, "encodings": ", ".join(sorted(e["encodings"])), "ratio": e["plain_mb"] / max(e["stored_mb"], 1e-9)} for name, e in found.items()]
+
+# %% ../../nbs/02b_parquet.ipynb #c025
+def file_layout(
+    paths # Parquet files
+) -> list[dict]: # one entry a file
+    "Row groups and token pages of files: how many, and how large."
+    found = []
+    for path in paths:
+        meta, pages = pq.read_metadata(path), TokenFile(path).pages
+        rows = [meta.row_group(g).num_rows for g in range(meta.num_row_groups)]
+        found.append({"file": Path(path).name, "mb": Path(path).stat().st_size / 1e6, "rows": meta.num_rows, "tokens": int(pages.count.sum()), "row_groups": len(rows), "rows_in_group": float(np.mean(rows or [0])),
+                      "pages": len(pages), "page_kb_median": float(np.median(4 * pages.count) / 1024) if len(pages) else 0.0, "page_kb_max": float(4 * pages.count.max() / 1024) if len(pages) else 0.0})
+    return found
+
+# %% ../../nbs/02b_parquet.ipynb #c028
+LONG, PIECE, AROUND = 1 << 18, 1 << 16, 256  # characters: of a document that is cut, of a piece, looked at on each side of a cut
+_CUT = re.compile(r"(?<=[^\W\d_])(?=[ \n][^\W\d_])")
+
+def cut_points(
+    encode, # Encoder
+    text: str
+) -> list[int]: # where pieces begin, 0 first
+    "Cuts that leave the tokens as they are, a `PIECE` or more apart."
+    cuts = [0]
+    while len(text) - cuts[-1] > 2 * PIECE:
+        start = cuts[-1] + PIECE
+        for at in (m.start() for m in islice(_CUT.finditer(text, start, len(text) - AROUND), 16)):
+            whole, left, right = (r[:-1] for r in encode([text[at - AROUND:at + AROUND], text[at - AROUND:at], text[at:at + AROUND]]))
+            if np.array_equal(whole, np.concatenate([left, right])): break
+        else: break
+        cuts.append(at)
+    return cuts
+
+def encode_long(
+    encode, # Encoder
+    text: str,
+    group: int = 8 # pieces at a time
+) -> np.ndarray: # int32, EOS last
+    "Tokens of a long document, in bounded memory."
+    cuts = cut_points(encode, text) + [len(text)]
+    pieces = [(a, b) for a, b in zip(cuts, cuts[1:])]
+    rows = [r for k in range(0, len(pieces), group) for r in encode([text[a:b] for a, b in pieces[k:k + group]])]
+    return np.concatenate([r[:-1] for r in rows[:-1]] + [rows[-1]])
+
+# %% ../../nbs/02b_parquet.ipynb #c029
+def batches(
+    docs: Iterable[dict],
+    size: int = 1 << 19, # characters
+    rows: int = 1024
+) -> Iterator[list[dict]]:
+    "Group documents until their text reaches `size` characters."
+    batch, chars = [], 0
+    for doc in docs:
+        batch.append(doc); chars += len(doc["text"])
+        if chars >= size or len(batch) >= rows: yield batch; batch, chars = [], 0
+    if batch: yield batch
+
+def encode_rows(
+    encode, # Encoder
+    texts: list[str]
+) -> list[np.ndarray]: # int32, EOS last
+    "Tokens of a batch; long documents piece by piece."
+    short = iter(encode([t for t in texts if len(t) <= LONG]))
+    return [next(short) if len(t) <= LONG else encode_long(encode, t) for t in texts]
+
+def write_rows(
+    writer: FileWriter,
+    docs: Iterable[dict],
+    encode=None # Encoder; None: a file without tokens
+) -> None:
+    "Tokenize documents batch by batch and append them to a file."
+    for batch in batches(docs):
+        rows = encode_rows(encode, [d["text"] for d in batch]) if encode else [None] * len(batch)
+        for doc, tokens in zip(batch, rows): writer.add(doc, tokens)
+
+# %% ../../nbs/02b_parquet.ipynb #c032
 def cluster_hash(
     cluster: str # cluster id, or the document's own id
 ) -> int: # 0..2**64-1
@@ -134,45 +283,67 @@ def threshold(
         end = int(hashes[min(low + minimum, len(hashes)) - 1]) + 1
     return min(end, 2**64 - 1)
 
-# %% ../../nbs/02b_parquet.ipynb #c022
+# %% ../../nbs/02b_parquet.ipynb #c034
+def smallest(
+    hashes: np.ndarray, # uint64, of some documents of a domain, in any order
+    settings: HeldoutSettings
+) -> np.ndarray: # uint64, sorted
+    "The hashes that can decide a threshold; of the smallest of several such arrays together, the same as of all documents."
+    values, counts = np.unique(hashes, return_counts=True)
+    k = max(1, settings.minimum)
+    after = int(np.searchsorted(values, np.uint64(min(int(settings.validation * 2**64), 2**64 - 1))))
+    chosen = np.union1d(np.arange(min(2 * k, len(values))), np.arange(after, min(after + k, len(values))))
+    return np.repeat(values[chosen], np.minimum(counts[chosen], k))
+
+# %% ../../nbs/02b_parquet.ipynb #c036
+SPLITS = ("training", "validation", "test")
+
 @dataclass
 class Heldout:
     "Which split a document belongs to: thresholds on the cluster's hash by domain, and the clusters that would straddle."
     bounds: dict[str, tuple[int, int]] = field(default_factory=dict) # domain -> (end of validation, end of test)
-    moved: dict[str, str] = field(default_factory=dict) # cluster -> split
+    moved: dict[int, str] = field(default_factory=dict) # cluster's hash -> split
 
-    def split(self, domain: str, cluster: str) -> str: # 'validation', 'test' or 'training'
-        if cluster in self.moved: return self.moved[cluster]
-        h, (validation, test) = cluster_hash(cluster), self.bounds[domain]
-        return "validation" if h < validation else "test" if h < test else "training"
+    def codes(self, domain: str, hashes: np.ndarray) -> np.ndarray: # uint64 cluster hashes -> positions in SPLITS
+        validation, test = (np.uint64(b) for b in self.bounds[domain])
+        codes = np.where(hashes < validation, 1, np.where(hashes < test, 2, 0))
+        if self.moved:
+            for i in np.flatnonzero(np.isin(hashes, np.fromiter(self.moved, np.uint64, len(self.moved)))): codes[i] = SPLITS.index(self.moved[int(hashes[i])])
+        return codes
+
+    def split(self, domain: str, cluster: str) -> str: # 'training', 'validation' or 'test'
+        return SPLITS[self.codes(domain, np.array([cluster_hash(cluster)], np.uint64))[0]]
 
     def to_json(self) -> str:
-        return json.dumps({"bounds": {d: [f"{b:016x}" for b in self.bounds[d]] for d in sorted(self.bounds)}, "moved": dict(sorted(self.moved.items()))}, ensure_ascii=False, indent=1)
+        return json.dumps({"bounds": {d: [f"{b:016x}" for b in self.bounds[d]] for d in sorted(self.bounds)}, "moved": {f"{c:016x}": self.moved[c] for c in sorted(self.moved)}}, ensure_ascii=False, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Heldout:
         data = json.loads(text)
-        return cls({d: tuple(int(b, 16) for b in v) for d, v in data["bounds"].items()}, data["moved"])
+        return cls({d: tuple(int(b, 16) for b in v) for d, v in data["bounds"].items()}, {int(c, 16): s for c, s in data["moved"].items()})
 
-# %% ../../nbs/02b_parquet.ipynb #c023
+# %% ../../nbs/02b_parquet.ipynb #c037
 def choose_heldout(
-    hashes: dict[str, np.ndarray], # domain -> uint64 cluster hash of each document
-    shared: dict[str, set[str]], # cluster -> domains of its surviving documents, for clusters with several
-    settings: HeldoutSettings
+    hashes: dict[str, np.ndarray], # domain -> uint64 cluster hash of each document, or the `smallest` of them
+    shared: dict[int, set[str]], # cluster's hash -> domains of its surviving documents, for clusters with several
+    settings: HeldoutSettings,
+    counts: dict[str, int] | None = None # documents of each domain, when `hashes` are not all
 ) -> Heldout:
     "Thresholds for each domain, and the clusters that would straddle."
     rule = Heldout()
     for domain, h in hashes.items():
-        h = np.sort(h)
-        minimum = settings.minimum if len(h) >= settings.minimum_from else 0
+        h, count = np.sort(h), (counts or {}).get(domain, len(h))
+        minimum = settings.minimum if count >= settings.minimum_from else 0
         validation = threshold(h, 0, settings.validation, minimum)
         rule.bounds[domain] = (validation, threshold(h, validation, settings.test, minimum))
     for cluster, domains in shared.items():
-        splits = {rule.split(d, cluster) for d in domains}
-        if len(splits) > 1: rule.moved[cluster] = next(s for s in ("validation", "test") if s in splits)
+        codes = [int(rule.codes(d, np.array([cluster], np.uint64))[0]) for d in sorted(domains)]
+        if len(set(codes)) > 1: rule.moved[cluster] = "validation" if 1 in codes else "test"
     return rule
 
-# %% ../../nbs/02b_parquet.ipynb #c026
+# %% ../../nbs/02b_parquet.ipynb #c040
+PIECE_BYTES = 64 << 20
+
 def domain_keys(
     store: Store # the workspace
 ) -> dict[str, list[str]]: # domain -> keys of its parts
@@ -184,43 +355,128 @@ def domain_keys(
     if not found: raise UserError(f"{store.uri}: deduped/ holds no documents; run `yunmin dedup` on this workspace first")
     return dict(sorted(found.items()))
 
-# %% ../../nbs/02b_parquet.ipynb #c027
+def pieces(
+    store: Store,
+    keys: list[str], # JSONL files
+    size: int = PIECE_BYTES # bytes
+) -> list[tuple[str, int, int | None]]: # (key, first byte, byte after the last or None for all)
+    "Cut files into ranges of bytes; a line belongs to the range in which it begins."
+    found = []
+    for key in keys:
+        n = max(1, round(store.size(key) / size)) if key.lower().endswith(".jsonl") else 1
+        ends = [store.size(key) * i // n for i in range(n + 1)]
+        found += [(key, a, b) for a, b in zip(ends, ends[1:])] if n > 1 else [(key, 0, None)]
+    return found
+
+# %% ../../nbs/02b_parquet.ipynb #c041
 def documents(
     store: Store,
-    keys: list[str], # JSONL parts of one domain
+    parts: list, # keys, or `pieces`, of JSONL files of one domain
     domain: str # written into each record
 ) -> Iterator[dict]: # records with text, id and domain
     "Stream the documents of a domain. Raises `UserError` naming file and line when one is not a document."
-    for key in keys:
-        for number, record in (item[:2] for item in read_jsonl(store, key)):
-            if not isinstance(record, dict): raise UserError(f"{key}, line {number}: {record}: deduped/ must hold cleaned documents; run `yunmin dedup`")
+    for part in parts:
+        key, start, end = (part, 0, None) if isinstance(part, str) else part
+        for number, record in (item[:2] for item in read_jsonl(store, key, span=Span(start, end) if end is not None else None)):
+            if not isinstance(record, dict): raise UserError(f"{key}, line {_line(store, key, start, number)}: {record}: deduped/ must hold cleaned documents; run `yunmin dedup`")
             if not isinstance(record.get("text"), str) or not isinstance(record.get("id"), str):
-                raise UserError(f"{key}, line {number}: no text or no id; deduped/ must hold cleaned documents, run `yunmin dedup`")
+                raise UserError(f"{key}, line {_line(store, key, start, number)}: no text or no id; deduped/ must hold cleaned documents, run `yunmin dedup`")
             record["domain"] = domain
             yield record
 
-# %% ../../nbs/02b_parquet.ipynb #c028
-def surviving_clusters(
+def _line(store: Store, key: str, start: int, number: int) -> int: # line in the file, for a line of a piece
+    if not start: return number
+    lines, last = 0, b"\n"
+    with store.open(key) as f:
+        while start and (block := f.read(min(1 << 20, start))): lines, last, start = lines + block.count(b"\n"), block[-1:], start - len(block)
+    return lines + number + (last != b"\n")
+
+# %% ../../nbs/02b_parquet.ipynb #c043
+RULE, CLUSTERS = "parquet_ready/heldout/rule.json", "parquet_ready/heldout/clusters.npy"
+
+def write_clusters(
     store: Store
-) -> dict[str, str]: # document id -> cluster, of documents that were kept and have duplicates
-    "Which kept documents belong to a cluster of near-duplicates. Empty when phase 1 found none."
-    found: dict[str, str] = {}
+) -> int: # documents that are kept and have duplicates
+    "Write CLUSTERS: uint64 [2, n], hash of a document's id (sorted) and of its cluster."
+    ids, clusters = array("Q"), array("Q")
     for key in store.list("minhash_lsh/clusters/"):
         if not key.endswith(".parquet"): continue
-        for batch in pq.ParquetFile(store.fetch(key)).iter_batches(columns=["id", "cluster", "keep"]):
-            ids, clusters, keep = (batch.column(i).to_pylist() for i in range(3))
-            found.update((i, str(c)) for i, c, k in zip(ids, clusters, keep) if k)
-    return found
+        with pq.ParquetFile(store.fetch(key)) as file:
+            for batch in file.iter_batches(columns=["id", "cluster", "keep"]):
+                batch = batch.filter(batch.column("keep"))
+                ids.extend(map(cluster_hash, batch.column("id").to_pylist())); clusters.extend(cluster_hash(str(c)) for c in batch.column("cluster").to_pylist())
+    table = np.array([ids, clusters], dtype=np.uint64).reshape(2, -1)
+    with store.output(CLUSTERS) as path: np.save(path, table[:, np.argsort(table[0], kind="stable")])
+    return len(ids)
 
-# %% ../../nbs/02b_parquet.ipynb #c030
-def file_count(
-    text_bytes: int, # of the domain
-    bytes_per_token: float, # of the tokenizer on it
-    file_bytes: int # wanted size of a file
-) -> int: # files
-    "How many files a domain makes: 4 bytes a token, and text at about 45 % of its size."
-    return max(1, -(-int(text_bytes * (4 / max(bytes_per_token, 0.1) + 0.45)) // file_bytes))
+# %% ../../nbs/02b_parquet.ipynb #c044
+class Splitter:
+    "Says which split each document of a workspace belongs to, after `write_clusters`; with the rule, once it is written."
+    def __init__(self, store: Store):
+        self.store = store
+        self.ids, self.clusters = np.load(store.fetch(CLUSTERS), mmap_mode="r", allow_pickle=False)
+        self.rule = Heldout.from_json(store.read_text(RULE)) if store.exists(RULE) else None
 
+    def hashes(self, ids: list[str]) -> tuple[np.ndarray, np.ndarray]: # (uint64 cluster hash of each document, has it duplicates)
+        own = np.fromiter(map(cluster_hash, ids), np.uint64, len(ids))
+        at = np.minimum(np.searchsorted(self.ids, own), max(0, len(self.ids) - 1))
+        twin = self.ids[at] == own if len(self.ids) else np.zeros(len(own), bool)
+        return np.where(twin, self.clusters[at], own) if len(self.ids) else own, twin
+
+    def codes(self, domain: str, docs: list[dict]) -> np.ndarray: # positions in SPLITS
+        return self.rule.codes(domain, self.hashes([d["id"] for d in docs])[0])
+
+    def __call__(self, domain: str, parts: list) -> Iterator[tuple[str, dict]]: # (split, document)
+        for batch in batches(documents(self.store, parts, domain)):
+            for code, doc in zip(self.codes(domain, batch), batch): yield SPLITS[code], doc
+
+# %% ../../nbs/02b_parquet.ipynb #c046
+def scan(
+    task: tuple # (uri of the workspace, domain, piece, HeldoutSettings)
+) -> dict: # documents, bytes, characters, hashes, clusters
+    "Count the documents of a piece, and hash their clusters."
+    uri, domain, piece, settings = task
+    store = open_store(uri); splitter = Splitter(store)
+    out, hashes, met = {"documents": 0, "bytes": 0, "chars": 0}, np.zeros(0, np.uint64), []
+    for batch in batches(documents(store, [piece], domain), rows=8192):
+        h, twin = splitter.hashes([d["id"] for d in batch])
+        hashes = smallest(np.concatenate([hashes, h]), settings)
+        met.append(np.unique(h[twin]))
+        out["documents"] += len(batch)
+        out["chars"] += sum(len(d["text"]) for d in batch)
+        out["bytes"] += sum(len(d["text"].encode()) for d in batch)
+    return {**out, "hashes": hashes, "clusters": np.unique(np.concatenate(met)) if met else np.zeros(0, np.uint64)}
+
+def shared_clusters(
+    met: dict[str, np.ndarray] # domain -> uint64 hashes of clusters with a survivor there
+) -> dict[int, set[str]]: # cluster's hash -> its domains, where there are several
+    "Clusters that reach into more than one domain."
+    values, counts = np.unique(np.concatenate([np.unique(v) for v in met.values()] or [np.zeros(0, np.uint64)]), return_counts=True)
+    several = values[counts > 1]
+    return {int(c): {d for d, v in met.items() if c in v} for c in several}
+
+# %% ../../nbs/02b_parquet.ipynb #c048
+def _first(docs: Iterable[dict], chars: int) -> Iterator[dict]:
+    "Documents until so many characters are reached."
+    for doc in docs:
+        yield doc
+        if (chars := chars - len(doc["text"])) <= 0: return
+
+def bytes_per_char(
+    store: Store,
+    parts: list, # pieces of a domain
+    settings: FormatSettings,
+    encode, # Encoder
+    sample: int = 1 << 17 # characters of each of at most 8 pieces
+) -> float: # bytes in a Parquet file for a character of text
+    "Write a sample and look how large it becomes."
+    chosen = sorted({round(i * (len(parts) - 1) / 7) for i in range(8)})
+    docs = [doc for k in chosen for doc in _first(documents(store, [parts[k]], ""), sample)]
+    with tempfile.TemporaryDirectory() as d:
+        with FileWriter(Path(d)/"sample.parquet", settings, {}) as w: write_rows(w, docs, encode)
+        return w.path.stat().st_size / max(1, sum(len(doc["text"]) for doc in docs))
+
+# %% ../../nbs/02b_parquet.ipynb #c049
 def file_key(
     split: str, # 'training', 'validation' or 'test'
     domain: str,
@@ -231,7 +487,7 @@ def file_key(
     if split != "training": return f"parquet_ready/heldout/{split}/{domain}.parquet"
     return f"parquet_ready/{domain}.parquet" if of == 1 else f"parquet_ready/{domain}-{number:05d}-of-{of:05d}.parquet"
 
-# %% ../../nbs/02b_parquet.ipynb #c033
+# %% ../../nbs/02b_parquet.ipynb #c052
 MANIFEST = "parquet_ready/manifest.json"
 
 def read_manifest(
@@ -251,3 +507,110 @@ def parquet_files(
     entries = manifest["domains"] if split == "training" else manifest["heldout"][split]
     if domain is not None and domain not in entries: raise UserError(f"no domain {domain!r} in {MANIFEST}; it has {', '.join(entries)}")
     return [store.fetch(key) for d, e in entries.items() if domain in (None, d) for key in e["files"]]
+
+# %% ../../nbs/02b_parquet.ipynb #c054
+@dataclass(frozen=True)
+class FileTask:
+    "What a worker needs for one training file."
+    uri: str # the workspace
+    domain: str
+    number: int # of the file
+    of: int # files of the domain
+    pieces: tuple # ((piece, characters of the domain before it), ...)
+    chars: int # characters of the domain
+    settings: FormatSettings
+    tokenizer: dict # hash, vocab_size, eos_id
+    threads: int = 1 # of the tokenizer
+
+def plan_files(
+    counts: list[int], # characters of each piece
+    of: int # files
+) -> list[list[int]]: # for each file, the pieces it must look at
+    "Document by document, file `position * of // total`; so a piece matters to the files from its first to its last character."
+    ends, found = np.cumsum([0, *counts]).tolist(), [[] for _ in range(of)]
+    file_of = lambda position: min(of - 1, position * of // max(1, ends[-1]))
+    for i, (a, b) in enumerate(zip(ends, ends[1:])):
+        for number in range(file_of(a), file_of(b) + 1): found[number].append(i)
+    return found
+
+# %% ../../nbs/02b_parquet.ipynb #c056
+SPILLS = "parquet_ready/heldout/spill/"
+
+def task_documents(
+    task: FileTask,
+    splitter: Splitter
+) -> Iterator[tuple[int, dict]]: # (position in SPLITS, document)
+    "The documents that fall into a file, held-out ones too."
+    for piece, position in task.pieces:
+        for batch in batches(documents(splitter.store, [piece], task.domain)):
+            for code, doc in zip(splitter.codes(task.domain, batch).tolist(), batch):
+                number = min(task.of - 1, position * task.of // max(1, task.chars))
+                if number > task.number: return
+                position += len(doc["text"])
+                if number == task.number: yield code, doc
+
+def _metadata(task, split: str) -> dict[str, str]:
+    t = task.tokenizer
+    return {"yunmin.tokenizer": t["hash"], "yunmin.vocab_size": str(t["vocab_size"]), "yunmin.eos_id": str(t["eos_id"]), "yunmin.domain": task.domain, "yunmin.split": split}
+
+# %% ../../nbs/02b_parquet.ipynb #c058
+@lru_cache(1)
+def _load_encoder(uri: str, digest: str, threads: int):
+    os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
+    os.environ["RAYON_NUM_THREADS"] = str(threads)
+    from yunmin_efficientdata.format.tokenizer import Encoder, load_tokenizer
+    return Encoder(load_tokenizer(str(open_store(uri).fetch("tokenizer"))))
+
+class _Empty(Exception): "No document for this file."
+
+def _write(store: Store, key: str, task: FileTask, split: str, docs: Iterable[dict], keep_empty: bool) -> dict: # files, rows, tokens, bytes
+    "Write, verify and publish one file."
+    encode = _load_encoder(task.uri, task.tokenizer["hash"], task.threads)
+    try:
+        with store.output(key) as path:
+            with FileWriter(path, task.settings, _metadata(task, split)) as w: write_rows(w, docs, encode)
+            if not w.n_rows and not keep_empty: raise _Empty
+            return {"files": [key], **verify_file(path, w)}
+    except _Empty:
+        store.delete(key)
+        return {"files": [], "rows": 0, "tokens": 0, "bytes": 0}
+
+# %% ../../nbs/02b_parquet.ipynb #c059
+def write_training(
+    task: FileTask
+) -> dict: # files, rows, tokens, bytes
+    "Make one training file; its held-out documents go to a spill of JSON lines."
+    store = open_store(task.uri)
+    with JsonlWriter(store, f"{SPILLS}{task.domain}/{task.number:05d}.jsonl") as spill:
+        def training():
+            for code, doc in task_documents(task, Splitter(store)):
+                if code: spill.write({"split": code, **{c: doc.get(c) for c in TEXT_COLUMNS}})
+                else: yield doc
+        return _write(store, file_key("training", task.domain, task.number, task.of), task, "training", training(), task.of > 1)
+
+def write_heldout(
+    task: tuple # (FileTask of the domain, position in SPLITS)
+) -> dict: # files, rows, tokens, bytes
+    "Make the file of a held-out split from the spills of a domain, in their order."
+    task, code = task
+    store = open_store(task.uri)
+    docs = (d for d in documents(store, store.list(f"{SPILLS}{task.domain}/"), task.domain) if d["split"] == code)
+    return _write(store, file_key(SPLITS[code], task.domain), task, SPLITS[code], docs, False)
+
+# %% ../../nbs/02b_parquet.ipynb #c061
+def convert(
+    source, # folder or store of the JSON lines
+    keys: list[str], # its files
+    path, # local Parquet file to write
+    encode=None, # Encoder; None: the columns without `tokens`
+    settings: FormatSettings | None = None
+) -> dict: # rows, tokens, bytes
+    "JSONL to one verified Parquet file."
+    store = open_store(source)
+    docs = (record for key in keys for number, record in (item[:2] for item in read_jsonl(store, key)) if _is_document(record, key, number))
+    with FileWriter(path, settings or FormatSettings(), {}, COLUMNS if encode else TEXT_COLUMNS) as w: write_rows(w, docs, encode)
+    return verify_file(path, w)
+
+def _is_document(record, key: str, number: int) -> bool:
+    if isinstance(record, dict) and isinstance(record.get("text"), str): return True
+    raise UserError(f"{key}, line {number}: {record if isinstance(record, str) else 'no text'}; every line must be an object with a text")

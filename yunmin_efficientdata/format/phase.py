@@ -4,60 +4,78 @@
 
 # %% ../../nbs/02_format.ipynb #c003
 from __future__ import annotations
-import json, tempfile
-from collections.abc import Iterator
+import json, os, tempfile
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 import numpy as np
 import pandas as pd
 from ..core.context import open_phase
 from ..core.figures import korean_style, save_figure
+from ..core.records import JsonlWriter, read_jsonl
 from ..core.settings import UserError
-from .parquet import (MANIFEST, FileWriter, Heldout, choose_heldout, cluster_hash, documents, domain_keys, file_count,
-                                                 file_key, parquet_files, read_manifest, schema_text, surviving_clusters, verify_file)
-from .tokenizer import (Encoder, as_pretrained, fertility, load_tokenizer, sampled, save_tokenizer, tokenizer_hash, train_bpe)
+from ..core.store import open_store
+from .parquet import (CLUSTERS, MANIFEST, RULE, SPILLS, SPLITS, FileTask, Splitter, bytes_per_char, choose_heldout, column_sizes, documents, domain_keys,
+                                                 file_layout, parquet_files, pieces, plan_files, read_manifest, scan, schema_text, shared_clusters, smallest, write_clusters,
+                                                 write_heldout, write_training)
+from .tokenizer import Encoder, as_pretrained, fertility, load_tokenizer, sampled, save_tokenizer, tokenizer_hash, train_bpe
 
 # %% auto #0
-__all__ = ['RULE', 'split_work', 'Splitter', 'sample_texts', 'bytes_per_token', 'tokenizer_work', 'batches', 'DomainWriter',
-           'write_domain', 'parquet_work', 'benchmark_job', 'benchmark_work', 'fertility_table', 'profile_work', 'run']
+__all__ = ['SMALL', 'SAMPLE', 'spread', 'all_pieces', 'split_work', 'sample_piece', 'sample_texts', 'bytes_per_token',
+           'tokenizer_work', 'file_tasks', 'run_parts', 'write_domains', 'parquet_work', 'benchmark_job',
+           'benchmark_work', 'fertility_table', 'profile_work', 'write_stages', 'run']
 
 # %% ../../nbs/02_format.ipynb #c005
-RULE = "parquet_ready/heldout/rule.json"
+SMALL = 32 << 20  # bytes of JSONL that are not worth starting workers for
 
+def spread(ctx, fn: Callable, tasks: list, keys: dict[str, list[str]], desc: str) -> Iterator:
+    "Results of `fn` over tasks, in their order."
+    if sum(ctx.store.size(k) for files in keys.values() for k in files) > SMALL: return ctx.executor.map(fn, tasks, desc)
+    return map(fn, tasks)
+
+def all_pieces(ctx, keys: dict[str, list[str]]) -> list[tuple[str, tuple]]: # (domain, piece) of the whole corpus
+    "The corpus as ranges of bytes, in order."
+    return [(domain, piece) for domain, files in keys.items() for piece in pieces(ctx.store, files)]
+
+# %% ../../nbs/02_format.ipynb #c007
 def split_work(ctx, keys: dict[str, list[str]]) -> dict:
-    "Choose the held-out documents of every domain; returns documents and text bytes by domain."
-    clusters, hashes, shared, sizes = surviving_clusters(ctx.store), {}, {}, {}
-    for domain, files in keys.items():
-        found, size = [], 0
-        for doc in ctx.progress(documents(ctx.store, files, domain), f"split {domain}"):
-            if cluster := clusters.get(doc["id"]): shared.setdefault(cluster, set()).add(domain)
-            found.append(cluster_hash(cluster or doc["id"])); size += len(doc["text"].encode())
-        hashes[domain], sizes[domain] = np.array(found, dtype=np.uint64), {"documents": len(found), "bytes": size}
-        if not found: ctx.log(f"{domain}: no documents left after deduplication; it makes no Parquet file")
+    "Choose the held-out documents of every domain; returns documents, bytes and characters by domain."
+    twins, parts, settings = write_clusters(ctx.store), all_pieces(ctx, keys), ctx.settings.heldout
+    sizes = {d: {"documents": 0, "bytes": 0, "chars": 0, "pieces": []} for d in keys}
+    hashes, met = ({d: [np.zeros(0, np.uint64)] for d in keys} for _ in range(2))
+    tasks = [(ctx.store.uri, domain, piece, settings) for domain, piece in parts]
+    for (domain, _), found in zip(parts, spread(ctx, scan, tasks, keys, "split")):
+        for k in ("documents", "bytes", "chars"): sizes[domain][k] += found[k]
+        sizes[domain]["pieces"].append(found["chars"])
+        hashes[domain] = [smallest(np.concatenate([*hashes[domain], found["hashes"]]), settings)]
+        met[domain].append(found["clusters"])
     if not any(s["documents"] for s in sizes.values()): raise UserError(f"{ctx.store.uri}: deduped/ holds no documents; run `yunmin dedup` on this workspace first")
-    rule = choose_heldout(hashes, {c: d for c, d in shared.items() if len(d) > 1}, ctx.settings.heldout)
+    for domain in (d for d, s in sizes.items() if not s["documents"]): ctx.log(f"{domain}: no documents left after deduplication; it makes no Parquet file")
+    shared = shared_clusters({d: np.unique(np.concatenate(m)) for d, m in met.items()})
+    rule = choose_heldout({d: h[0] for d, h in hashes.items()}, shared, settings, {d: s["documents"] for d, s in sizes.items()})
     ctx.store.write(RULE, rule.to_json())
-    return {"documents": sum(s["documents"] for s in sizes.values()), "domains": sizes}
+    return {"documents": sum(s["documents"] for s in sizes.values()), "with_duplicates": twins, "moved_clusters": len(rule.moved), "domains": sizes}
 
-# %% ../../nbs/02_format.ipynb #c006
-class Splitter:
-    "Stream the documents of a domain together with the split of each."
-    def __init__(self, ctx):
-        self.store, self.clusters = ctx.store, surviving_clusters(ctx.store)
-        self.rule = Heldout.from_json(ctx.store.read_text(RULE))
+# %% ../../nbs/02_format.ipynb #c009
+def sample_piece(task: tuple) -> str: # key of the sample
+    "Write the texts of a piece that are in the training split and in the sample."
+    uri, number, domain, piece, share = task
+    store = open_store(uri)
+    with JsonlWriter(store, key := f"{SAMPLE}{number:05d}.jsonl") as out:
+        for split, doc in Splitter(store)(domain, [piece]):
+            if split == "training" and sampled(doc["id"], share): out.write({"text": doc["text"]})
+    return key
 
-    def __call__(self, domain: str, files: list[str]) -> Iterator[tuple[str, dict]]: # (split, document)
-        for doc in documents(self.store, files, domain):
-            yield self.rule.split(domain, self.clusters.get(doc["id"], doc["id"])), doc
+SAMPLE = "parquet_ready/heldout/sample/"
 
-# %% ../../nbs/02_format.ipynb #c008
 def sample_texts(ctx, keys: dict[str, list[str]], share: float) -> Iterator[str]:
     "Texts of the training split, a share of them chosen by a hash of the id."
-    splitter = Splitter(ctx)
-    for domain, files in keys.items():
-        for split, doc in splitter(domain, files):
-            if split == "training" and sampled(doc["id"], share): yield doc["text"]
+    tasks = [(ctx.store.uri, i, domain, piece, share) for i, (domain, piece) in enumerate(all_pieces(ctx, keys))]
+    for key in spread(ctx, sample_piece, tasks, keys, "sample"):
+        for _, record in read_jsonl(ctx.store, key): yield record["text"]
+        ctx.store.delete(key)
 
+# %% ../../nbs/02_format.ipynb #c010
 def bytes_per_token(ctx, keys, encode: Encoder, limit: int = 1 << 19) -> dict[str, float]:
     "How many bytes of text a token covers, by domain, on the first half megabyte."
     found = {}
@@ -69,7 +87,6 @@ def bytes_per_token(ctx, keys, encode: Encoder, limit: int = 1 << 19) -> dict[st
         found[domain] = round(size / max(1, sum(map(len, encode(texts)))), 4) if texts else 1.0
     return found
 
-# %% ../../nbs/02_format.ipynb #c009
 def tokenizer_work(ctx, keys: dict[str, list[str]], total_bytes: int) -> dict:
     "Make the workspace's tokenizer/."
     settings = ctx.settings.tokenizer
@@ -79,99 +96,71 @@ def tokenizer_work(ctx, keys: dict[str, list[str]], total_bytes: int) -> dict:
         first = list(islice(texts, 1))
         if not first: raise UserError("every document is held out, none is left to train a tokenizer on; lower heldout.validation and heldout.test, or add text")
         tokenizer = as_pretrained(train_bpe((t for part in (first, texts) for t in part), settings.vocab_size))
+        ctx.store.delete_prefix(SAMPLE)
     with ctx.store.output("tokenizer") as path: digest = save_tokenizer(tokenizer, path)
     return {"vocab_size": len(tokenizer), "eos_id": int(tokenizer.eos_token_id), "hash": digest, "bytes_per_token": bytes_per_token(ctx, keys, Encoder(tokenizer))}
 
-# %% ../../nbs/02_format.ipynb #c011
-def batches(items, size: int = 1 << 20) -> Iterator[list]:
-    "Group (split, document) pairs until their text reaches `size` characters."
-    batch, chars = [], 0
-    for item in items:
-        batch.append(item); chars += len(item[1]["text"])
-        if chars >= size or len(batch) >= 1024: yield batch; batch, chars = [], 0
-    if batch: yield batch
-
-class DomainWriter:
-    "The Parquet files of one domain: one or several of training text, one of each held-out split."
-    def __init__(self, ctx, domain: str, total_bytes: int, files: int, tokenizer: dict):
-        self.ctx, self.domain, self.files, self.quota = ctx, domain, files, max(1, total_bytes) / files
-        self.metadata = {"yunmin.tokenizer": tokenizer["hash"], "yunmin.vocab_size": str(tokenizer["vocab_size"]), "yunmin.eos_id": str(tokenizer["eos_id"])}
-        self.seen, self.open, self.done = 0, {}, {s: [] for s in ("training", "validation", "test")}
-
-    def add(self, split: str, doc: dict, tokens: np.ndarray) -> None:
-        "Write a document to the file of its split; training files follow each other by position in the text."
-        number = min(self.files - 1, int(self.seen / self.quota)) if split == "training" else 0
-        self.seen += len(doc["text"].encode())
-        if split in self.open and self.open[split][0] != number: self.finish(split)
-        if split not in self.open:
-            key = file_key(split, self.domain, number, self.files)
-            output = self.ctx.store.output(key)
-            writer = FileWriter(output.__enter__(), self.ctx.settings.format, {**self.metadata, "yunmin.domain": self.domain, "yunmin.split": split})
-            self.open[split] = (number, key, output, writer)
-        self.open[split][3].add(doc, tokens)
-
 # %% ../../nbs/02_format.ipynb #c012
-def _finish(self, split: str) -> None:
-    "Close, verify and publish the open file of a split."
-    number, key, output, writer = self.open.pop(split)
-    try:
-        with writer: pass
-        self.done[split].append({"key": key, **verify_file(writer.path, writer)})
-    except BaseException as e: output.__exit__(type(e), e, e.__traceback__); raise
-    output.__exit__(None, None, None)
-
-def _abandon(self, error: BaseException) -> None:
-    "Throw away the files that are open."
-    for _, _, output, writer in self.open.values():
-        writer.writer.close()
-        try: output.__exit__(type(error), error, error.__traceback__)
-        except BaseException as e:
-            if e is not error: raise
-
-def _entries(self) -> dict: # split -> files, rows, tokens, bytes
-    "What the manifest says about this domain."
-    return {s: {"files": [f["key"] for f in done], **{k: sum(f[k] for f in done) for k in ("rows", "tokens", "bytes")}} for s, done in self.done.items()}
-
-DomainWriter.finish, DomainWriter.abandon, DomainWriter.entries = _finish, _abandon, _entries
+def file_tasks(ctx, keys: dict[str, list[str]], sizes: dict, tokenizer: dict) -> dict[str, list[FileTask]]:
+    "The files of every domain."
+    settings, encode, cores = ctx.settings.format, Encoder(load_tokenizer(str(ctx.store.fetch("tokenizer")))), len(os.sched_getaffinity(0))
+    counts = {}
+    for domain in (d for d in keys if sizes[d]["documents"]):
+        parts, chars = pieces(ctx.store, keys[domain]), sizes[domain]["chars"]
+        small = chars * 16 < settings.file_bytes  # one file in any case
+        counts[domain] = 1 if small else max(1, -(-int(chars * bytes_per_char(ctx.store, parts, settings, encode)) // settings.file_bytes))
+    threads, tasks = max(1, cores // min(ctx.executor.workers, max(1, sum(counts.values())))), {}
+    for domain, of in counts.items():
+        parts, before = pieces(ctx.store, keys[domain]), np.cumsum([0, *sizes[domain]["pieces"]]).tolist()
+        tasks[domain] = [FileTask(ctx.store.uri, domain, k, of, tuple((parts[i], before[i]) for i in wanted), sizes[domain]["chars"], settings, tokenizer, threads)
+                         for k, wanted in enumerate(plan_files(sizes[domain]["pieces"], of))]
+    return tasks
 
 # %% ../../nbs/02_format.ipynb #c013
-def write_domain(ctx, splitter: Splitter, domain: str, files: list[str], sizes: dict, tokenizer: dict, encode: Encoder) -> dict:
-    "All Parquet files of a domain; returns its manifest entries by split."
-    count = file_count(sizes["bytes"], tokenizer["bytes_per_token"].get(domain, 3.0), ctx.settings.format.file_bytes)
-    out = DomainWriter(ctx, domain, sizes["bytes"], count, tokenizer)
-    try:
-        for batch in ctx.progress(batches(splitter(domain, files)), f"parquet {domain}"):
-            for (split, doc), tokens in zip(batch, encode([d["text"] for _, d in batch])): out.add(split, doc, tokens)
-        for split in list(out.open): out.finish(split)
-    except BaseException as e: out.abandon(e); raise
-    entries = out.entries()
-    if sum(e["rows"] for e in entries.values()) != sizes["documents"]:
-        raise RuntimeError(f"{domain}: {sizes['documents']} documents were read, {sum(e['rows'] for e in entries.values())} written")
-    if sizes["documents"] and not entries["training"]["rows"]: ctx.log(f"{domain}: all {sizes['documents']} documents are held out; it has no training file")
-    return entries
+def run_parts(ctx, stage, fn, parts: dict, keys, desc: str) -> dict: # name -> result
+    "Do the parts that an earlier run did not finish."
+    todo = {name: task for name, task in parts.items() if not stage.done_part(name)}
+    for name, info in zip(todo, spread(ctx, fn, list(todo.values()), keys, desc)): stage.mark_part(name, info)
+    return {name: stage.parts[name] for name in parts}
 
-# %% ../../nbs/02_format.ipynb #c015
+def _total(infos) -> dict:
+    infos = list(infos)
+    return {"files": [f for i in infos for f in i["files"]], **{k: sum(i[k] for i in infos) for k in ("rows", "tokens", "bytes")}}
+
+# %% ../../nbs/02_format.ipynb #c014
+def write_domains(ctx, stage, keys: dict[str, list[str]], sizes: dict, tokenizer: dict) -> dict: # split -> domain -> files, rows, tokens, bytes
+    "All Parquet files; checks that every document went into exactly one."
+    tasks = file_tasks(ctx, keys, sizes, {k: tokenizer[k] for k in ("hash", "vocab_size", "eos_id")})
+    wanted = {f"{SPILLS}{t.domain}/{t.number:05d}.jsonl" for ts in tasks.values() for t in ts}
+    for key in set(ctx.store.list(SPILLS)) - wanted: ctx.store.delete(key)
+    training = run_parts(ctx, stage, write_training, {f"{t.domain}/{t.number}": t for ts in tasks.values() for t in ts}, keys, "parquet")
+    held = run_parts(ctx, stage, write_heldout, {f"{d}/{s}": (ts[0], SPLITS.index(s)) for d, ts in tasks.items() for s in SPLITS[1:]}, keys, "held out")
+    found = {s: {d: _total(held[f"{d}/{s}"] for _ in tasks.get(d, ())[:1]) for d in keys} for s in SPLITS[1:]}
+    found["training"] = {d: _total(training[f"{d}/{t.number}"] for t in tasks.get(d, ())) for d in keys}
+    for d in keys:
+        rows = sum(found[s][d]["rows"] for s in SPLITS)
+        if rows != sizes[d]["documents"]: raise RuntimeError(f"{d}: {sizes[d]['documents']} documents were read, {rows} written")
+        if rows and not found["training"][d]["rows"]: ctx.log(f"{d}: all {rows} documents are held out; it has no training file")
+    return found
+
+# %% ../../nbs/02_format.ipynb #c016
 def parquet_work(ctx, stage, keys: dict[str, list[str]], sizes: dict, tokenizer: dict) -> dict:
     "Write every domain, then schema.txt and manifest.json."
-    splitter, encode = Splitter(ctx), Encoder(load_tokenizer(str(ctx.store.fetch("tokenizer"))))
-    for domain, files in keys.items():
-        if not stage.done_part(domain): stage.mark_part(domain, write_domain(ctx, splitter, domain, files, sizes[domain], tokenizer, encode))
-    parts = {d: stage.parts[d] for d in keys}
-    manifest = {"domains": {d: p["training"] for d, p in parts.items()}, "heldout": {s: {d: p[s] for d, p in parts.items()} for s in ("validation", "test")},
-                "tokenizer": {k: tokenizer[k] for k in ("hash", "vocab_size", "eos_id")}}
-    wanted = {f for p in parts.values() for e in p.values() for f in e["files"]}
+    found = write_domains(ctx, stage, keys, sizes, tokenizer)
+    manifest = {"domains": found["training"], "heldout": {s: found[s] for s in SPLITS[1:]}, "tokenizer": {k: tokenizer[k] for k in ("hash", "vocab_size", "eos_id")}}
+    wanted = {f for group in found.values() for e in group.values() for f in e["files"]}
     for key in ctx.store.list("parquet_ready/"):
         if key.endswith(".parquet") and key not in wanted: ctx.store.delete(key)
     ctx.store.write("parquet_ready/schema.txt", schema_text())
     ctx.store.write(MANIFEST, json.dumps(manifest, ensure_ascii=False, indent=1, sort_keys=True))
-    total = lambda group, k: sum(e[k] for e in group.values())
-    return {"rows": total(manifest["domains"], "rows"), "tokens": total(manifest["domains"], "tokens"), "bytes": total(manifest["domains"], "bytes"),
-            "validation": total(manifest["heldout"]["validation"], "rows"), "test": total(manifest["heldout"]["test"], "rows")}
+    ctx.store.delete_prefix(SPILLS)
+    total = lambda split, k: sum(e[k] for e in found[split].values())
+    return {**{k: total("training", k) for k in ("rows", "tokens", "bytes")}, "validation": total("validation", "rows"), "test": total("test", "rows"), "files": len(wanted)}
 
-# %% ../../nbs/02_format.ipynb #c017
+# %% ../../nbs/02_format.ipynb #c018
 def benchmark_job(ctx, keys, tokenizer: dict, folder: Path) -> dict:
     "JSONL files of the training documents that stand first in each domain, and the Parquet files that hold the same."
-    splitter, entries, settings = Splitter(ctx), read_manifest(ctx.store)["domains"], ctx.settings.format
+    splitter, entries, settings = Splitter(ctx.store), read_manifest(ctx.store)["domains"], ctx.settings.format
     total = sum(e["rows"] for e in entries.values())
     job = {"jsonl": [], "parquet": [], "rows": [], "batch": settings.benchmark_batch, "eos_id": tokenizer["eos_id"], "tokenizer": str(ctx.store.fetch("tokenizer")/"tokenizer.json")}
     for domain, entry in entries.items():
@@ -188,7 +177,7 @@ def _rows_of(path) -> int:
     import pyarrow.parquet as pq
     return pq.read_metadata(path).num_rows
 
-# %% ../../nbs/02_format.ipynb #c018
+# %% ../../nbs/02_format.ipynb #c019
 def benchmark_work(ctx, keys, tokenizer: dict) -> dict:
     "Write benchmark/io_speed_comparison.csv."
     from yunmin_efficientdata.format.benchmark import benchmark, read_jsonl_text
@@ -204,10 +193,10 @@ def benchmark_work(ctx, keys, tokenizer: dict) -> dict:
     seconds = table.groupby("format").seconds.median()
     return {"rows": int(sum(job["rows"])), "text_speedup": float(seconds["jsonl"] / seconds["parquet"]), "window_speedup": float(seconds["jsonl, tokenized"] / seconds["parquet, windows"])}
 
-# %% ../../nbs/02_format.ipynb #c020
+# %% ../../nbs/02_format.ipynb #c021
 def fertility_table(ctx, keys, per_domain: int = 200) -> pd.DataFrame:
     "Fertility of our tokenizer, and of those the config names, on validation text (training text where a domain has none)."
-    splitter, texts = Splitter(ctx), {}
+    splitter, texts = Splitter(ctx.store), {}
     for domain, files in keys.items():
         held, rest = [], []
         for split, doc in splitter(domain, files):
@@ -218,7 +207,7 @@ def fertility_table(ctx, keys, per_domain: int = 200) -> pd.DataFrame:
     names = {"ours": str(ctx.store.fetch("tokenizer")), **{Path(p).name: p for p in ctx.settings.format.compare_tokenizers}}
     return fertility({name: load_tokenizer(path) for name, path in names.items()}, texts)
 
-# %% ../../nbs/02_format.ipynb #c021
+# %% ../../nbs/02_format.ipynb #c022
 def profile_work(ctx, keys) -> dict:
     "Write results/profile/*.csv, queries.sql and the phase's figures."
     from yunmin_efficientdata.format.profile import plot_fertility, plot_formats, plot_lengths, profile, queries_sql, sizes_by_format, workspace_files
@@ -236,7 +225,21 @@ def profile_work(ctx, keys) -> dict:
     ours = tables["fertility"].query("tokenizer == 'ours' and domain == 'total'").iloc[0]
     return {"tables": len(tables), "tokens_per_char": round(float(ours.tokens_per_char), 4), "bytes_per_token": round(float(ours.bytes_per_token), 4)}
 
-# %% ../../nbs/02_format.ipynb #c023
+# %% ../../nbs/02_format.ipynb #c024
+def write_stages(ctx, keys: dict[str, list[str]]) -> dict: # split, tokenizer, parquet: counts of each
+    "Held-out rule, tokenizer and Parquet files."
+    s, f = ctx.settings, ctx.settings.format
+    inputs = [k for files in keys.values() for k in files] + ctx.store.list("minhash_lsh/clusters/")
+    split = ctx.stage("format.split", lambda stage: split_work(ctx, keys), settings=[s.heldout], inputs=inputs, after=["dedup.write"], outputs=[RULE, CLUSTERS], code=["format.parquet", "format.phase"])
+    total = sum(d["bytes"] for d in split["domains"].values())
+    tokenizer = ctx.stage("format.tokenizer", lambda stage: tokenizer_work(ctx, keys, total), settings=[s.tokenizer], after=["format.split"], outputs=["tokenizer/"],
+                          code=["format.tokenizer", "format.parquet", "format.phase"])
+    layout = [f.file_bytes, f.page_bytes, f.zstd_level, f.row_group_rows, f.row_group_bytes]
+    parquet = ctx.stage("format.parquet", lambda stage: parquet_work(ctx, stage, keys, split["domains"], tokenizer), settings=layout, after=["format.split", "format.tokenizer"],
+                        outputs=[MANIFEST, "parquet_ready/"], code=["format.parquet", "format.pages", "format.tokenizer", "format.phase"])
+    return {"split": split, "tokenizer": tokenizer, "parquet": parquet}
+
+# %% ../../nbs/02_format.ipynb #c025
 def run(
     workspace: str = "workspace", # folder or s3://bucket/prefix
     config: str = "configs/demo", # config folder
@@ -247,17 +250,10 @@ def run(
 ) -> dict: # counts of every stage
     "Phase 2. Raises `UserError` when phase 1 has not run or the config asks for what is not there."
     with open_phase("format", workspace, config=config, overrides=overrides, executor=executor, workers=workers) as ctx:
-        keys, s = domain_keys(ctx.store), ctx.settings
-        inputs = [k for files in keys.values() for k in files] + ctx.store.list("minhash_lsh/clusters/")
-        f, after = s.format, "dedup.write"
-        split = ctx.stage("format.split", lambda stage: split_work(ctx, keys), settings=[s.heldout], inputs=inputs, after=[after], outputs=[RULE], code=["format.parquet", "format.phase"])
-        total = sum(d["bytes"] for d in split["domains"].values())
-        tokenizer = ctx.stage("format.tokenizer", lambda stage: tokenizer_work(ctx, keys, total), settings=[s.tokenizer], after=["format.split"], outputs=["tokenizer/"], code=["format.tokenizer", "format.phase"])
-        layout = [f.file_bytes, f.page_bytes, f.row_group_rows, f.row_group_bytes]
-        parquet = ctx.stage("format.parquet", lambda stage: parquet_work(ctx, stage, keys, split["domains"], tokenizer), settings=layout, after=["format.split", "format.tokenizer"],
-                            outputs=[MANIFEST, "parquet_ready/"], code=["format.parquet", "format.pages", "format.tokenizer", "format.phase"])
-        speed = ctx.stage("format.benchmark", lambda stage: benchmark_work(ctx, keys, tokenizer), settings=[f.benchmark_batch, f.benchmark_repeats, f.benchmark_rows], after=["format.parquet"],
-                          outputs=["benchmark/io_speed_comparison.csv"], code=["format"])
+        keys, f = domain_keys(ctx.store), ctx.settings.format
+        done = write_stages(ctx, keys)
+        speed = ctx.stage("format.benchmark", lambda stage: benchmark_work(ctx, keys, done["tokenizer"]), settings=[f.benchmark_batch, f.benchmark_repeats, f.benchmark_rows],
+                          after=["format.parquet"], outputs=["benchmark/io_speed_comparison.csv"], code=["format"])
         profile = ctx.stage("format.profile", lambda stage: profile_work(ctx, keys), settings=[f.compare_tokenizers], after=["format.parquet", "format.benchmark"],
                             outputs=["results/profile/overview.csv", "reports/figures/format_lengths.png"], code=["format"])
-        return {"split": split, "tokenizer": tokenizer, "parquet": parquet, "benchmark": speed, "profile": profile}
+        return {**done, "benchmark": speed, "profile": profile}
