@@ -4,12 +4,14 @@
 # and the benchmark lists it as not run. Environments that are ready are left alone; needs pip only.
 #   scripts/setup_bench.sh                       all peers
 #   scripts/setup_bench.sh datasketch rensa      these
+# Peers of `yunmin bench dedup`: datasketch rensa datatrove text-dedup; of `yunmin bench loader`: mosaicml-streaming litdata lance.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 folder=${YUNMIN_BENCH:-.bench}
-declare -A wants=([datasketch]="datasketch xxhash orjson" [rensa]="rensa numpy orjson" [datatrove]="datatrove[processing,io]" [text-dedup]="text-dedup")
-order=(datasketch rensa datatrove text-dedup)
+declare -A wants=([datasketch]="datasketch xxhash orjson" [rensa]="rensa numpy orjson" [datatrove]="datatrove[processing,io]" [text-dedup]="text-dedup"
+  [mosaicml-streaming]="mosaicml-streaming torch" [litdata]="litdata torch" [lance]="pylance numpy pyarrow")
+order=(datasketch rensa datatrove text-dedup mosaicml-streaming litdata lance)
 [ $# -gt 0 ] && order=("$@")
 mkdir -p "$folder"
 exec 9> "$folder/.lock"
