@@ -20,23 +20,24 @@ from ..core.records import BadLine, JsonlWriter, RAW_BYTES, dump_line, is_jsonl,
 from ..core.settings import InstructionSettings, UserError
 from ..core.store import Stat, Store, source_keys
 from .loader import TokenPages
-from .pages import TokenFile, check_pages
+from .pages import TokenFile
 from .tokenizer import load_tokenizer, tokenizer_hash
 
 # %% auto #0
-__all__ = ['ROLES', 'TURNS', 'PROMPT', 'EXTRA', 'ANSWER', 'SCORE', 'KINDS', 'NEXT', 'CHATML', 'SMALL', 'LISTS',
+__all__ = ['ROLES', 'TURNS', 'PROMPT', 'EXTRA', 'ANSWER', 'SCORE', 'KINDS', 'REASONING', 'NEXT', 'CHATML', 'SMALL', 'LISTS',
            'INSTRUCTION_SCHEMA', 'LAYOUT', 'EMPTY', 'FOLDER', 'INSTRUCTION_MANIFEST', 'SECTION', 'BadRecord', 'Example',
-           'first', 'text_of', 'turn', 'turns', 'opening', 'answered', 'number', 'recognise', 'check_turns',
-           'check_example', 'template_of', 'pin_date', 'Renderer', 'InstructionWriter', 'verify_instructions', 'small',
-           'row_of', 'prepare', 'rows_of', 'instruction_inputs', 'output_names', 'record_batches', 'Outputs',
-           'convert_file', 'write_instructions', 'InstructionRows', 'collate', 'instruction_files', 'check_inference']
+           'first', 'text_of', 'turn', 'turns', 'opening', 'answered', 'with_system', 'number', 'recognise',
+           'check_turns', 'check_example', 'template_of', 'pin_date', 'Renderer', 'InstructionWriter',
+           'verify_instructions', 'small', 'row_of', 'prepare', 'rows_of', 'instruction_inputs', 'output_names',
+           'record_batches', 'Outputs', 'convert_file', 'write_instructions', 'InstructionRows', 'collate',
+           'instruction_files', 'check_inference']
 
 # %% ../../nbs/02h_instructions.ipynb #c006
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "prompter": "user", "assistant": "assistant", "gpt": "assistant",
          "chatgpt": "assistant", "bot": "assistant", "model": "assistant", "tool": "tool", "function": "tool", "observation": "tool"}
 TURNS, PROMPT, EXTRA = ("messages", "conversations", "conversation", "dialog"), ("instruction", "prompt", "question", "query"), ("input", "context")
 ANSWER, SCORE = ("output", "response", "completion", "answer"), ("score", "reward", "rating")
-KINDS = ("instruction", "conversation", "preference", "scored")
+KINDS, REASONING = ("instruction", "conversation", "preference", "scored"), ("reasoning_content", "thinking", "reasoning")
 
 class BadRecord(ValueError):
     "A record that cannot be trained on: `reason` is counted, `detail` helps to repair it."
@@ -74,7 +75,7 @@ def turn(
     calls = message.get("tool_calls")
     raw = next((message[k] for k in ("content", "value", "text") if message.get(k) is not None), "" if calls else None)
     out = {"role": ROLES[role.lower()], "content": text_of(raw, where)}
-    out |= {k: message[k] for k in ("tool_calls", "tool_call_id", "name") if message.get(k)}
+    out |= {k: message[k] for k in ("tool_calls", "tool_call_id", "name", *REASONING) if message.get(k)}
     return out | ({"weight": 0} if message.get("weight") == 0 else {})
 
 def turns(value, where: str) -> list[dict]:
@@ -90,7 +91,9 @@ def opening(
 ) -> list[dict]: # messages before the answer
     "System prompt, history and prompt of a record without a list of turns. Raises `BadRecord`."
     out = [{"role": "system", "content": text_of(record["system"], "system")}] if record.get("system") else []
-    for i, pair in enumerate(record.get("history") or []):
+    history = record.get("history") or []
+    if not isinstance(history, list): raise BadRecord("bad_history", f"history is {type(history).__name__}")
+    for i, pair in enumerate(history):
         if not isinstance(pair, (list, tuple)) or len(pair) != 2: raise BadRecord("bad_history", f"history[{i}] is no pair of question and answer")
         out += [{"role": r, "content": text_of(t, f"history[{i}]")} for r, t in zip(("user", "assistant"), pair)]
     name, extra = first(record, PROMPT), first(record, EXTRA)
@@ -107,8 +110,12 @@ def answered(
     "Put an answer behind its prompt."
     if isinstance(answer, str): return before + [{"role": "assistant", "content": answer}]
     found = turns(answer, where)
-    asks = [m["role"] for m in found if m["role"] in ("user", "system")]
-    return found if asks else before + found
+    if not any(m["role"] in ("user", "system") for m in found): return before + found
+    return with_system(found, next((m["content"] for m in before[:1] if m["role"] == "system"), None))
+
+def with_system(messages: list[dict], system: str | None) -> list[dict]:
+    "The conversation under a system prompt, unless it has its own."
+    return messages if not system or any(m["role"] == "system" for m in messages[:1]) else [{"role": "system", "content": system}, *messages]
 
 # %% ../../nbs/02h_instructions.ipynb #c010
 def number(value, where: str) -> float:
@@ -126,7 +133,7 @@ def recognise(
     "What a record is, by its fields, in the order of the table above. Raises `BadRecord`."
     listed, answer, tools = first(record, TURNS), first(record, ANSWER), record.get("tools") or None
     score = first(record, SCORE) or ("label" if isinstance(record.get("label"), bool) else None)
-    before = turns(record[listed], listed) if listed else opening(record)
+    before = with_system(turns(record[listed], listed), record.get("system") and text_of(record["system"], "system")) if listed else opening(record)
     if record.get("chosen") is not None and record.get("rejected") is not None:
         chosen, rejected = (answered(before, record[k], k) for k in ("chosen", "rejected"))
         return Example("preference", chosen, rejected, tools=tools)
@@ -233,14 +240,14 @@ def _contents(self, messages: list[dict], text: str) -> None:
     "All turns stand in the text, in their order, and none carries a control token. Raises `BadRecord`."
     at = 0
     for i, m in enumerate(messages):
-        if hit := self.control.search(m["content"]): raise BadRecord("control_token", f"turn {i + 1} contains {hit[0]!r}, which would act as a control token")
+        if hit := self.control.search(m["content"] + json.dumps([m.get(k) for k in ("tool_calls", *REASONING)], ensure_ascii=False)): raise BadRecord("control_token", f"turn {i + 1} contains {hit[0]!r}, which would act as a control token")
         content = m["content"].strip()
         found = text.find(content, at)
         if found < 0: raise BadRecord("text_lost", f"the template leaves out the text of turn {i + 1} ({m['role']}), or part of it")
         at = found + len(content)
 
 def _end(self, messages: list[dict], i: int, text: str, start: int, tools) -> int:
-    "Where answer i ends, for a template without `{% generation %}`: behind the sign that ends the turn, without the white space that follows it."
+    "Where answer i ends, for a template without `{% generation %}`: behind the control token that ends the turn; where there is none, white space is the only sign."
     content = messages[i]["content"].strip()
     closed = text if i + 1 == len(messages) else self.text(messages[:i + 1], tools=tools)
     if len(closed) > start and text.startswith(closed): end = len(closed)
@@ -250,9 +257,14 @@ def _end(self, messages: list[dict], i: int, text: str, start: int, tools) -> in
         end = sign.end() if sign else end
     at = text.find(content, start, end)
     if at < 0: raise BadRecord("text_lost", f"the template leaves out the text of turn {i + 1} (assistant), or part of it")
-    return max(at + len(content), start + len(text[start:end].rstrip()))
+    bare = max(at + len(content), start + len(text[start:end].rstrip()))
+    return bare if self.signed(text[:bare]) else end
 
-Renderer._contents, Renderer._end = _contents, _end
+def _signed(self, text: str) -> bool:
+    "Does the text end with a control token."
+    return any(m.end() == len(text) for m in self.control.finditer(text, max(0, len(text) - 64)))
+
+Renderer._contents, Renderer._end, Renderer.signed = _contents, _end, _signed
 
 # %% ../../nbs/02h_instructions.ipynb #c023
 def _spans(self,
@@ -270,8 +282,15 @@ def _spans(self,
         if not text.startswith(prompt): raise BadRecord("prefix", f"the prompt of inference for turn {i + 1} is no prefix of the training text")
         if self.marks and marks[k][0] != len(prompt): raise BadRecord("mask", f"the template's mark of turn {i + 1} begins at character {marks[k][0]}, the answer at {len(prompt)}")
         spans.append((len(prompt), marks[k][1] if self.marks else self._end(messages, i, text, len(prompt), tools)))
-    return text, spans, [messages[i].get("weight") != 0 for i in answers]
+    return text, spans, [self._learned(messages, i, text[a:b]) for i, (a, b) in zip(answers, spans)]
 
+def _learned(self, messages: list[dict], i: int, answer: str) -> bool:
+    "Not when its weight is 0, and not when the template hides, in the past, the thoughts that led to it. Raises `BadRecord` when it hides those of the last answer."
+    thought = next((str(messages[i][k]).strip() for k in REASONING if messages[i].get(k)), "")
+    if thought and thought not in answer and i + 1 == len(messages): raise BadRecord("text_lost", "the template leaves out the reasoning of the last turn")
+    return messages[i].get("weight") != 0 and thought in answer
+
+Renderer._learned = _learned
 Renderer.spans = _spans
 
 # %% ../../nbs/02h_instructions.ipynb #c026
@@ -289,8 +308,9 @@ def _check(self) -> list[str]: # what it cannot do, as warnings
         except BadRecord as e:
             if name == "one turn": raise UserError(f"chat template: it fails on a question with an answer: {e.detail}; training and inference would differ, use another template (instructions.chat_template)") from None
             notes.append(f"the chat template does not take {name} ({e.detail}); such records are left out"); continue
-        behind = self.control.match(text, spans[-1][1])
-        if behind: raise UserError(f"chat template: its {{% generation %}} block ends before {behind[0]!r}, so the model would never learn to stop; move {{% endgeneration %}} behind it")
+        end = spans[-1][1]
+        if end < len(text) and not self.signed(text[:end].rstrip()):
+            raise UserError(f"chat template: its {{% generation %}} block ends before {text[end:end + 16]!r}, so the model would never learn to stop; move {{% endgeneration %}} behind the sign that ends a turn")
     return notes
 
 Renderer.check = _check
@@ -301,12 +321,12 @@ def _cut(self,
     spans: list[tuple[int, int]]
 ) -> tuple[list[int], list[int]]: # ids, first character of each
     "Tokens of the pieces between the borders. Raises `BadRecord` when they do not decode to the same text."
-    edges = [0, *(a for a, _ in spans), len(text)]
-    pieces = self.fast.encode_batch([text[a:b] for a, b in zip(edges, edges[1:])], add_special_tokens=False)
-    ids = [i for p in pieces for i in p.ids]
+    edges, anchor = [0, *(a for a, _ in spans), len(text)], self.tokenizer.eos_token  # behind a special token no tokenizer adds the blank that some put at the beginning of a text
+    pieces = self.fast.encode_batch([text[:edges[1]], *(anchor + text[a:b] for a, b in zip(edges[1:], edges[2:]))], add_special_tokens=False)
+    ids = pieces[0].ids + [i for p in pieces[1:] for i in p.ids[1:]]
     if self.fast.decode(ids, skip_special_tokens=False) != self.fast.decode(self.fast.encode(text, add_special_tokens=False).ids, skip_special_tokens=False):
         raise BadRecord("border", "a token reaches from the prompt into the answer, and the tokenizer cannot be cut there")
-    return ids, [a + o[0] for p, a in zip(pieces, edges) for o in p.offsets]
+    return ids, [o[0] for o in pieces[0].offsets] + [a + o[0] - len(anchor) for p, a in zip(pieces[1:], edges[1:]) for o in p.offsets[1:]]
 
 def _label(self,
     ids: list[int],
@@ -418,10 +438,8 @@ def verify_instructions(
 ) -> dict: # rows, tokens, learned, bytes
     "Read the list columns back by pages, checksums compared. Raises `RuntimeError` when they are not what was written."
     for name in LISTS:
-        file = TokenFile(path, name)
-        found = hashlib.blake2b(digest_size=8)
-        if file.way == "pages": check_pages(file.data, file.pages, str(path))
-        for at, n in zip(file.pages.at, file.pages.count): found.update(bytes(file.data[at:at + 4 * n]))
+        file, pages, found = TokenFile(path, name), TokenPages([path], column=name, check=True), hashlib.blake2b(digest_size=8)
+        for at in range(0, len(pages), 1 << 20): found.update(pages.take([at], min(1 << 20, len(pages) - at)).astype("<i4").tobytes())
         if file.way != "pages" or found.digest() != writer.hashes[name].digest(): raise RuntimeError(f"{Path(path).name}: {name} reads back differently ({file.way} {file.reason})")
     if pq.read_metadata(path).num_rows != writer.rows: raise RuntimeError(f"{Path(path).name}: {pq.read_metadata(path).num_rows} rows read back, {writer.rows} written")
     return {"rows": writer.rows, "tokens": writer.tokens, "learned": writer.learned, "bytes": Path(path).stat().st_size}
@@ -458,8 +476,8 @@ def prepare(
 ) -> tuple[Example, list[tuple]]: # and what `Renderer.spans` gives for each side
     "Recognise, check and render one record. Raises `BadRecord`."
     example = recognise(record)
-    for messages in (example.messages, example.rejected):
-        if system and messages and messages[0]["role"] != "system": messages.insert(0, {"role": "system", "content": system})
+    if example.messages: example.messages = with_system(example.messages, system)
+    if example.rejected: example.rejected = with_system(example.rejected, system)
     check_example(example)
     sides = [m for m in (example.messages, example.rejected) if m is not None]
     rendered = [renderer.spans(m, example.tools) for m in sides]
