@@ -88,7 +88,7 @@ class TokenPages(PageSet):
         "Windows of the flat stream. Raises `IndexError` when a window leaves the stream, `DamagedFile` for a page that fails its check."
         starts = np.ascontiguousarray(starts, dtype=np.int64).reshape(-1)
         if length < 0: raise IndexError(f"a window of {length} tokens")
-        out, table = np.empty((len(starts), length), np.int32), self.hold()
+        out, table, self.clock = np.empty((len(starts), length), np.int32), self.hold(), self.clock + 1
         while (page := _copy(starts, length, self.first, table.address, self.used, self.clock, out)) >= 0:
             pages = self.pages_of(starts, length)
             self._arrive(pages)
@@ -649,6 +649,12 @@ class Deal:
 
     def taken(self, rank: int, n: int) -> list[int]: # batches of each worker when the rank was given n
         "DataLoader takes one batch of each worker in turn and passes over those that have ended."
+        return self._taken(rank, n)[0]
+
+    def turn(self, rank: int, n: int) -> int: # the worker whose batch comes after n
+        return self._taken(rank, n)[1]
+
+    def _taken(self, rank: int, n: int) -> tuple[list[int], int]:
         have = [sum(self.batches[i] for i in self.mine(rank * self.workers + w)) for w in range(self.workers)]
         low, high = 0, max(have, default=0)
         while low < high: # whole rounds
@@ -657,8 +663,8 @@ class Deal:
             else: high = middle - 1
         got = [min(h, low) for h in have]
         over, more = n - sum(got), [w for w in range(self.workers) if have[w] > low]
-        for w in more[:max(over, 0)]: got[w] += 1
-        return got
+        for w in more[:over]: got[w] += 1
+        return got, more[over] if over < len(more) else 0
 
     def after(self, n: int) -> list[tuple[int, int, int]]: # `left` once every rank was given n batches, or all it has
         out = list(self.left)
@@ -714,6 +720,7 @@ def _iterate_rows(self):
     worker = get_worker_info()
     workers, w = (worker.num_workers, worker.id) if worker else (1, 0)
     deal, n = self._deal(workers)
+    if worker and not self._mine_only: w = (w + deal.turn(self.rank, n)) % workers  # DataLoader begins with its first worker: let that be the one whose turn it is
     skip = n if self._mine_only else deal.taken(self.rank, n)[w]
     end = deal.taken(self.rank, deal.even())[w] if self.even else None
     if not worker: self._settle(workers, n)
