@@ -14,11 +14,13 @@ from ..core.settings import UserError
 from .cache import PageCache
 
 # %% auto #0
-__all__ = ['CHECKS', 'OtherLayout', 'DamagedFile', 'Compact', 'read_value', 'read_list', 'read_struct', 'MappedFile',
-           'read_footer', 'leaf_index', 'PageTable', 'read_header', 'check_header', 'check_page', 'check_pages',
-           'chunk_layout', 'index_struct', 'level_counts', 'header_counts', 'chunk_pages', 'page_table',
-           'unpack_tokens', 'TokenFile', 'page_parts', 'Resident', 'PageSet', 'pages_of', 'hold', 'need', 'publish_use',
-           'ready', 'prefetch']
+__all__ = ['DEPTH', 'FIELD', 'KIND', 'VALUE', 'LENGTH', 'NEXT', 'TRUE', 'FALSE', 'BYTE', 'I16', 'I32', 'I64', 'DOUBLE', 'BINARY',
+           'LIST', 'SET', 'MAP', 'STRUCT', 'FACTS', 'ROWS', 'COLUMNS', 'TYPE', 'CODEC', 'VALUES', 'RAW', 'SIZE',
+           'FIRST', 'DICTIONARY', 'OFFSETS', 'OFFSETS_SIZE', 'LEVELS', 'LEVELS_SIZE', 'ENCODINGS', 'EMPTY', 'FULL',
+           'PATH', 'CHECKS', 'OtherLayout', 'DamagedFile', 'as_python', 'read_struct', 'MappedFile', 'read_footer',
+           'leaf_index', 'column_facts', 'PageTable', 'read_header', 'check_header', 'check_page', 'check_pages',
+           'index_bytes', 'header_counts', 'chunk_pages', 'page_table', 'unpack_tokens', 'TokenFile', 'page_parts',
+           'Resident', 'PageSet', 'pages_of', 'hold', 'need', 'publish_use', 'ready', 'prefetch']
 
 # %% ../../nbs/02c_pages.ipynb #c006
 class OtherLayout(Exception):
@@ -28,116 +30,223 @@ class DamagedFile(UserError):
     "A Parquet file that contradicts itself; the text names file, page and byte offset."
 
 # %% ../../nbs/02c_pages.ipynb #c008
-class Compact:
-    "Reader of Thrift's compact protocol over bytes; raises `ValueError` or `IndexError` on nonsense."
-    def __init__(self,
-        data, # bytes-like
-        pos: int = 0 # where the struct begins
-    ): self.data, self.pos = data, pos
+try: from numba import njit
+except ImportError: njit = None
 
-    def byte(self) -> int:
-        self.pos += 1
-        return int(self.data[self.pos - 1])
+DEPTH, FIELD, KIND, VALUE, LENGTH, NEXT = range(6) # columns of the table of values
+TRUE, FALSE, BYTE, I16, I32, I64, DOUBLE, BINARY, LIST, SET, MAP, STRUCT = range(1, 13) # compact types
 
-    def varint(self) -> int:
-        result = 0
-        for shift in range(0, 70, 7):
-            b = self.byte()
-            result |= (b & 127) << shift
-            if b < 128: return result
-        raise ValueError("an integer of more than 10 bytes")
+def _fast(signature: str):
+    "Compile with numba where it is installed."
+    return njit(signature, nogil=True, cache=True) if njit else (lambda f: f)
 
-    def zigzag(self) -> int: # signed integer
-        n = self.varint()
-        return (n >> 1) ^ -(n & 1)
+# %% ../../nbs/02c_pages.ipynb #c009
+@_fast("UniTuple(int64, 2)(uint8[::1], int64)")
+def _varint(data, pos):
+    "An unsigned integer and the position after it."
+    n = shift = 0
+    while True:
+        if pos >= len(data): raise ValueError("it ends in the middle of a number")
+        if shift > 63: raise ValueError("an integer of more than 10 bytes")
+        b = int(data[pos])
+        n |= (b & 127) << shift
+        pos, shift = pos + 1, shift + 7
+        if b < 128: return n, pos
 
-    def take(self, n: int) -> bytes: # the next n bytes
-        if n < 0 or self.pos + n > len(self.data): raise ValueError(f"{n} bytes wanted, {len(self.data) - self.pos} left")
-        self.pos += n
-        return bytes(self.data[self.pos - n:self.pos])
+@_fast("int64(int64)")
+def _zigzag(n): return ((n >> 1) & 0x7FFFFFFFFFFFFFFF) ^ -(n & 1)
 
 # %% ../../nbs/02c_pages.ipynb #c010
-def read_value(r: Compact, kind: int, depth: int = 0):
-    "One value of a compact type; structs become dicts, lists become lists."
-    if kind in (1, 2): return kind == 1
-    if kind == 3: return struct.unpack("b", r.take(1))[0]
-    if kind in (4, 5, 6): return r.zigzag()
-    if kind == 7: return struct.unpack("<d", r.take(8))[0]
-    if kind == 8: return r.take(r.varint())
-    if depth > 16: raise ValueError("structs nested too deep")
-    if kind in (9, 10): return read_list(r, depth + 1)
-    if kind == 12: return read_struct(r, depth + 1)
-    raise ValueError(f"unknown type {kind}")
-
-# %% ../../nbs/02c_pages.ipynb #c011
-def read_list(r: Compact, depth: int = 0) -> list:
-    "A list or set: one byte of (length, type), a longer length as varint."
-    head = r.byte()
-    n, kind = head >> 4, head & 15
-    if n == 15: n = r.varint()
-    if n > len(r.data) - r.pos: raise ValueError(f"a list of {n} values in {len(r.data) - r.pos} bytes")
-    if kind in (1, 2): return [r.byte() == 1 for _ in range(n)]
-    return [read_value(r, kind, depth) for _ in range(n)]
+@_fast("UniTuple(int64, 3)(uint8[::1], int64, int64, boolean)")
+def _value(data, pos, kind, in_list):
+    "(value, length, position after it); of a list: elements and their type. Booleans of a struct live in the type, those of a list are bytes."
+    if kind == TRUE or kind == FALSE:
+        if not in_list: return int(kind == TRUE), 0, pos
+        if pos >= len(data): raise ValueError("it ends in the middle of a list")
+        return int(data[pos] == 1), 0, pos + 1
+    if kind == BYTE: return pos, 1, pos + 1
+    if kind == I16 or kind == I32 or kind == I64:
+        n, pos = _varint(data, pos)
+        return _zigzag(n), 0, pos
+    if kind == DOUBLE: return pos, 8, pos + 8
+    if kind == BINARY:
+        n, pos = _varint(data, pos)
+        if n < 0 or n > len(data) - pos: raise ValueError("a text longer than its bytes")
+        return pos, n, pos + n
+    if kind == LIST or kind == SET:
+        if pos >= len(data): raise ValueError("it ends in the middle of a list")
+        n, element, pos = int(data[pos]) >> 4, int(data[pos]) & 15, pos + 1
+        if n == 15: n, pos = _varint(data, pos)
+        if n < 0 or n > len(data) - pos or (n > 0 and element == 0): raise ValueError("a list longer than its bytes")
+        return n, element, pos
+    if kind != STRUCT: raise ValueError("an unknown type")
+    return 0, 0, pos
 
 # %% ../../nbs/02c_pages.ipynb #c012
-def read_struct(r: Compact, depth: int = 0) -> dict: # field id -> value
-    "A struct; fields that the file does not have are absent."
-    out, field = {}, 0
-    while head := r.byte():
-        field = field + (head >> 4) if head >> 4 else r.zigzag()
-        out[field] = read_value(r, head & 15, depth)
-    return out
+@_fast("Tuple((int64[:,::1], int64))(uint8[::1], int64)")
+def _parse(data, pos):
+    "All values of the struct at `pos`, and the position after it."
+    rows, stack = np.empty((len(data) - pos + 1, 6), np.int64), np.zeros((20, 4), np.int64)
+    rows[0, :], rows[0, KIND] = 0, STRUCT
+    k, top = 1, 0
+    while top >= 0:
+        in_list = stack[top, 1] != 0
+        if in_list:
+            kind, field, done = stack[top, 1], stack[top, 3], stack[top, 2] == 0
+            stack[top, 2] -= 1; stack[top, 3] += 1
+        else:
+            if pos >= len(data): raise ValueError("it ends in the middle of a struct")
+            head = int(data[pos])
+            kind, field, pos, done = head & 15, stack[top, 3] + (head >> 4), pos + 1, head == 0
+            if not done and head >> 4 == 0:
+                n, pos = _varint(data, pos)
+                field = _zigzag(n)
+            stack[top, 3] = field
+        if done: rows[stack[top, 0], NEXT] = k; top -= 1; continue
+        if k >= len(rows): raise ValueError("more values than bytes")
+        value, length, pos = _value(data, pos, kind, in_list)
+        if pos > len(data): raise ValueError("it ends in the middle of a value")
+        rows[k, DEPTH], rows[k, FIELD], rows[k, KIND], rows[k, VALUE], rows[k, LENGTH], rows[k, NEXT] = top + 1, field, kind, value, length, k + 1
+        if kind == STRUCT or (kind != BINARY and kind >= LIST and value > 0):
+            top += 1
+            if top > 18: raise ValueError("structs nested too deep")
+            stack[top, 0], stack[top, 1], stack[top, 2], stack[top, 3] = k, length, value, 0
+        k += 1
+    return rows[:k], pos
 
-# %% ../../nbs/02c_pages.ipynb #c016
+# %% ../../nbs/02c_pages.ipynb #c013
+def as_python(
+    rows: np.ndarray, # from `_parse`
+    data, # the bytes that were parsed
+    at: int = 0 # row
+):
+    "One value with all it contains: structs become dicts from field id, lists lists, texts bytes."
+    kind, value, length, end = rows[at, KIND:].tolist()
+    if kind in (LIST, SET, STRUCT):
+        inside, k = [], at + 1
+        while k < end: inside.append((int(rows[k, FIELD]), as_python(rows, data, k))); k = int(rows[k, NEXT])
+        return dict(inside) if kind == STRUCT else [v for _, v in inside]
+    if kind in (TRUE, FALSE): return bool(value)
+    return bytes(data[value:value + length]) if kind in (BYTE, DOUBLE, BINARY) else value
+
+def read_struct(data) -> tuple[dict, int]: # (field id -> value, bytes it takes)
+    "The struct at the beginning of some bytes. Raises `ValueError` for nonsense."
+    data = np.frombuffer(bytes(data), np.uint8).copy()
+    rows, end = _parse(data, 0)
+    return as_python(rows, data), end
+
+# %% ../../nbs/02c_pages.ipynb #c017
 class MappedFile:
     "A local file, mapped into memory; or bytes that are there already."
     def __init__(self, path): # local path, or bytes-like
-        self.data = np.memmap(path, mode="r", dtype=np.uint8) if isinstance(path, (str, Path)) else np.frombuffer(path, dtype=np.uint8)
+        self.data = np.memmap(path, mode="r", dtype=np.uint8).view(np.ndarray) if isinstance(path, (str, Path)) else np.frombuffer(path, dtype=np.uint8)
         self.size = len(self.data)
     def read(self, offset: int, length: int) -> np.ndarray: # uint8, without a copy
         return self.data[offset:offset + length]
 
-# %% ../../nbs/02c_pages.ipynb #c018
+# %% ../../nbs/02c_pages.ipynb #c019
 def read_footer(
     source, # `MappedFile` or `CachedObject`: `size` and `read(offset, length)`
     name: str # for the message
-) -> dict: # FileMetaData
-    "The footer of a Parquet file as nested dicts. Raises `DamagedFile`."
+) -> tuple[np.ndarray, np.ndarray]: # (table of its values, its bytes)
+    "The footer of a Parquet file. Raises `DamagedFile`."
     n = source.size
     tail = bytes(source.read(max(0, n - 8), min(n, 8)))
     if n < 12 or tail[-4:] != b"PAR1": raise DamagedFile(f"{name}: not a complete Parquet file (it must end with PAR1; {n} bytes)")
     size = int.from_bytes(tail[:4], "little")
     if size > n - 12: raise DamagedFile(f"{name}: the footer would be {size} bytes in a file of {n}")
-    reader = Compact(bytes(source.read(n - 8 - size, size)))
+    data = np.array(source.read(n - 8 - size, size))
     try:
-        footer = read_struct(reader)
-        if reader.pos != size: raise ValueError(f"it ends after {reader.pos} of {size} bytes")
-    except (ValueError, IndexError) as e: raise DamagedFile(f"{name}: footer at byte {n - 8 - size}: {e}") from None
-    return footer
+        rows, end = _parse(data, 0)
+        if end != size: raise ValueError(f"it ends after {end} of {size} bytes")
+    except ValueError as e: raise DamagedFile(f"{name}: footer at byte {n - 8 - size}: {e}") from None
+    return rows, data
 
-# %% ../../nbs/02c_pages.ipynb #c020
+# %% ../../nbs/02c_pages.ipynb #c021
 def leaf_index(
-    footer: dict, # from `read_footer`
+    schema: list[dict], # SchemaElements, depth first
     column: str # name of the list column
-) -> int: # position of its leaf among the column chunks
-    "Find the leaf of a list column of required INT32. Raises `OtherLayout` when it is not that, `UserError` when there is no such column."
+) -> tuple[int, list[bytes]]: # (position of its leaf among the column chunks, path of names)
+    "Find the leaf of a list column of required INT32. Raises `OtherLayout` when it is not that, `KeyError` when there is no such column."
     def walk(i, path, repetitions):
-        node = footer[2][i]
-        path, repetitions = path + [node[4].decode()], repetitions + [node.get(3, 0)]
+        node = schema[i]
+        path, repetitions = path + [node[4]], repetitions + [node.get(3, 0)]
         if not node.get(5): leaves.append((path, repetitions, node.get(1))); return i + 1
         i += 1
         for _ in range(node[5]): i = walk(i, path, repetitions)
         return i
     leaves: list = []
-    walk(0, [], [])
-    found = [k for k, (path, *_) in enumerate(leaves) if path[1] == column]
+    if walk(0, [], []) != len(schema): raise ValueError("the schema is no tree")
+    found = [k for k, (path, *_) in enumerate(leaves) if path[1:2] == [column.encode()]]
     if not found: raise KeyError(column)
     path, repetitions, kind = leaves[found[0]]
     if len(path) != 4 or repetitions[1:] != [0, 2, 0]: raise OtherLayout(f"{column!r} is not a required list of required values")
     if kind != 1: raise OtherLayout(f"{column!r} is not INT32")
-    return found[0]
+    return found[0], path[1:]
 
-# %% ../../nbs/02c_pages.ipynb #c022
+# %% ../../nbs/02c_pages.ipynb #c023
+@_fast("int64(int64[:,::1], int64, int64)")
+def _child(rows, at, field):
+    "Row of a field of a struct (or of an element of a list); -1: not there."
+    if at < 0: return -1
+    k = at + 1
+    while k < rows[at, NEXT]:
+        if rows[k, FIELD] == field: return k
+        k = rows[k, NEXT]
+    return -1
+
+FACTS = ("rows", "columns", "kind", "codec", "values", "size_raw", "size", "first_page", "dictionary", "offset_index", "offset_index_size",
+         "column_index", "column_index_size", "encodings", "histogram_empty", "histogram_full", "path")
+(ROWS, COLUMNS, TYPE, CODEC, VALUES, RAW, SIZE, FIRST, DICTIONARY, OFFSETS, OFFSETS_SIZE, LEVELS, LEVELS_SIZE, ENCODINGS, EMPTY, FULL, PATH) = range(len(FACTS))
+
+# %% ../../nbs/02c_pages.ipynb #c024
+@_fast("void(int64[:,::1], int64, int64, int64[:,::1])")
+def _facts(rows, groups, leaf, out):
+    "Fill `out` [row groups, FACTS] from the list of row groups at row `groups`."
+    out[:] = -1
+    group = groups + 1
+    for g in range(len(out)):
+        chunk = _child(rows, _child(rows, group, 1), leaf)
+        meta = _child(rows, chunk, 3)
+        for to, struct, field in ((ROWS, group, 3), (COLUMNS, group, 1), (TYPE, meta, 1), (CODEC, meta, 4), (VALUES, meta, 5), (RAW, meta, 6), (SIZE, meta, 7), (FIRST, meta, 9), (DICTIONARY, meta, 11),
+                                  (OFFSETS, chunk, 4), (OFFSETS_SIZE, chunk, 5), (LEVELS, chunk, 6), (LEVELS_SIZE, chunk, 7)):
+            at = _child(rows, struct, field)
+            if at >= 0: out[g, to] = rows[at, VALUE]
+        out[g, PATH], encodings = _child(rows, meta, 3), _child(rows, meta, 2)
+        if encodings >= 0:
+            out[g, ENCODINGS] = 0
+            for k in range(encodings + 1, rows[encodings, NEXT]): out[g, ENCODINGS] |= 1 << min(62, max(0, rows[k, VALUE]))
+        histogram = _child(rows, _child(rows, meta, 16), 3)
+        if histogram >= 0:
+            out[g, EMPTY] = out[g, FULL] = -2
+            if rows[histogram, VALUE] == 2: out[g, EMPTY], out[g, FULL] = rows[histogram + 1, VALUE], rows[histogram + 2, VALUE]
+        group = rows[group, NEXT]
+
+# %% ../../nbs/02c_pages.ipynb #c026
+def column_facts(
+    rows: np.ndarray, # of the footer
+    data: np.ndarray, # its bytes
+    schema: list[dict],
+    column: str
+) -> np.ndarray: # int64 [row groups, FACTS]
+    "What the footer says of a list column. Raises `OtherLayout` when it cannot be read in place, `KeyError` when there is none, `ValueError` for damage."
+    leaf, path = leaf_index(schema, column)
+    groups = _child(rows, 0, 4)
+    if groups < 0 or rows[groups, KIND] != LIST: raise ValueError("no list of row groups")
+    facts = np.empty((int(rows[groups, VALUE]), len(FACTS)), np.int64)
+    if not len(facts): return facts
+    _facts(rows, groups, leaf, facts)
+    leaves = sum(not node.get(5) for node in schema)
+    if (facts[:, COLUMNS] != leaves).any() or any(p < 0 or as_python(rows, data, p) != path for p in facts[:, PATH]): raise ValueError("schema and row groups disagree about the columns")
+    if (facts[:, TYPE] != 1).any(): raise ValueError("schema and column disagree about the type")
+    if (facts[:, CODEC] != 0).any(): raise OtherLayout("tokens are compressed")
+    if (facts[:, DICTIONARY] > 0).any() or (facts[:, ENCODINGS] & (1 << 2 | 1 << 8)).any(): raise OtherLayout("tokens are dictionary-coded")
+    if (facts[:, ENCODINGS] & ~(1 << 0 | 1 << 3 | 1 << 4)).any(): raise OtherLayout("values are not PLAIN")
+    if (facts[:, [OFFSETS, OFFSETS_SIZE]] < 0).any(): raise OtherLayout("the file has no page index")
+    if (facts[:, [ROWS, VALUES, RAW, SIZE, FIRST]] < 0).any() or (facts[:, RAW] != facts[:, SIZE]).any(): raise ValueError("sizes of the column contradict each other")
+    return facts
+
+# %% ../../nbs/02c_pages.ipynb #c028
 @dataclass
 class PageTable:
     "The pages of one column of one file, as parallel int64 arrays."
@@ -157,15 +266,15 @@ class PageTable:
         "CRC-32 of each page's body, from its header."
         return np.array([read_header(self.source.read(int(o), min(int(e - o), 256)))[0].get(4, -1) for o, e in zip(self.offset, self.end)], np.int64)
 
-# %% ../../nbs/02c_pages.ipynb #c024
+# %% ../../nbs/02c_pages.ipynb #c030
 def read_header(
     page # bytes-like: the page, or its beginning
 ) -> tuple[dict, int]: # (PageHeader with the checksum as unsigned, bytes it takes)
     "The header at the beginning of a page. Raises `ValueError` or `IndexError`."
-    reader = Compact(bytes(page[:65536]))
-    head = read_struct(reader)
+    try: head, size = read_struct(page[:512])
+    except ValueError: head, size = read_struct(page[:65536]) # statistics may be long
     if 4 in head: head[4] &= 0xFFFFFFFF
-    return head, reader.pos
+    return head, size
 
 def check_header(
     page, # bytes-like: the page, or its beginning
@@ -184,7 +293,7 @@ def check_header(
     if checksums and 4 not in head: raise ValueError("the page's checksum is missing, the first page has one")
     return count, v2[3], body, body + levels, head.get(4, -1)
 
-# %% ../../nbs/02c_pages.ipynb #c026
+# %% ../../nbs/02c_pages.ipynb #c032
 def check_page(
     page, # bytes-like: the whole page
     k: int, # its number
@@ -212,88 +321,89 @@ def check_pages(
     "Compare every page with the index and its checksum. Raises `DamagedFile` naming the first page that differs."
     return sum(check_page(data[o:e], k, table, name) for k, (o, e) in enumerate(zip(table.offset, table.end)))
 
-# %% ../../nbs/02c_pages.ipynb #c028
-def chunk_layout(
-    chunk: dict # ColumnChunk
-) -> dict: # its ColumnMetaData
-    "Can this chunk be read in place? Raises `OtherLayout` saying why not, `ValueError` for damage."
-    meta = chunk[3]
-    if meta[4] != 0: raise OtherLayout("tokens are compressed")
-    if meta.get(11) or set(meta[2]) & {2, 8}: raise OtherLayout("tokens are dictionary-coded")
-    if set(meta[2]) - {0, 3, 4}: raise OtherLayout("values are not PLAIN")
-    if 4 not in chunk or 5 not in chunk: raise OtherLayout("the file has no page index")
-    if meta[1] != 1: raise ValueError("schema and column disagree about the type")
-    if meta[6] != meta[7]: raise ValueError("an uncompressed column of two sizes")
-    if min(meta[5], meta[7], meta[9]) < 0: raise ValueError("a negative number")
-    return meta
+# %% ../../nbs/02c_pages.ipynb #c034
+@_fast("int64[:,::1](uint8[::1], uint8[::1])")
+def _index_pages(offsets, levels):
+    "int64 [pages, 5]: offset, size, first row, rows, values (-1: `levels` does not say) of one column chunk."
+    rows, end = _parse(offsets, 0)
+    pages = _child(rows, 0, 1)
+    if end != len(offsets) or pages < 0 or rows[pages, KIND] != LIST: raise ValueError("the offset index is damaged")
+    out = np.full((rows[pages, VALUE], 5), -1, np.int64)
+    page = pages + 1
+    for k in range(len(out)):
+        for i in range(3):
+            at = _child(rows, page, i + 1)
+            if at < 0: raise ValueError("the offset index is damaged")
+            out[k, i] = rows[at, VALUE]
+        page = rows[page, NEXT]
+    if not len(levels): return out
+    rows, end = _parse(levels, 0)
+    repetition, definition = _child(rows, 0, 6), _child(rows, 0, 7)
+    if end != len(levels): raise ValueError("the column index is damaged")
+    if repetition < 0 or definition < 0: return out
+    if rows[repetition, VALUE] != 2 * len(out) or rows[definition, VALUE] != 2 * len(out) or rows[repetition, NEXT] - repetition != 2 * len(out) + 1 or rows[definition, NEXT] - definition != 2 * len(out) + 1:
+        raise ValueError("the column index describes other pages")
+    for k in range(len(out)):
+        r, d = rows[repetition + 1 + 2 * k:repetition + 3 + 2 * k, VALUE], rows[definition + 1 + 2 * k:definition + 3 + 2 * k, VALUE]
+        if min(r.min(), d.min()) < 0 or r.sum() != d.sum(): raise ValueError("the column index contradicts itself")
+        out[k, 3], out[k, 4] = r[0], d[1]
+    return out
 
-# %% ../../nbs/02c_pages.ipynb #c029
-def index_struct(
-    source, # `MappedFile` or `CachedObject`
-    at: int, # where it begins
-    length: int # bytes
-) -> dict:
-    "OffsetIndex or ColumnIndex; it must fill its bytes exactly."
-    if at < 4 or length < 1 or at + length > source.size: raise ValueError(f"an index at byte {at} of {length} bytes")
-    reader = Compact(bytes(source.read(at, length)))
-    index = read_struct(reader)
-    if reader.pos != length: raise ValueError(f"an index of {length} bytes ends after {reader.pos}")
-    return index
-
-# %% ../../nbs/02c_pages.ipynb #c030
-def level_counts(
+# %% ../../nbs/02c_pages.ipynb #c035
+def index_bytes(
     source,
-    chunk: dict, # ColumnChunk
-    n: int # pages
-) -> tuple[np.ndarray, np.ndarray] | None: # (rows, values) of each page; None when the file does not say
-    "Rows and values of each page, from the histograms of repetition and definition levels in the ColumnIndex."
-    if 6 not in chunk or 7 not in chunk: return None
-    index = index_struct(source, chunk[6], chunk[7])
-    if 6 not in index or 7 not in index: return None
-    if len(index[6]) != 2 * n or len(index[7]) != 2 * n: raise ValueError(f"the column index does not describe {n} pages")
-    repetition, definition = (np.array(index[i], np.int64).reshape(n, 2) for i in (6, 7))
-    if (repetition < 0).any() or (repetition.sum(1) != definition.sum(1)).any(): raise ValueError("the column index contradicts itself")
-    return repetition[:, 0], definition[:, 1]
+    facts: np.ndarray, # from `column_facts`
+    at: int, # OFFSETS or LEVELS
+) -> list[np.ndarray]: # uint8 of each row group; empty where there is none
+    "The bytes of one kind of index of all row groups, in one read where they stand together."
+    begin, size = facts[:, at], facts[:, at + 1]
+    there = (begin >= 0) & (size >= 0)
+    if not there.any(): return [np.zeros(0, np.uint8)] * len(facts)
+    if (begin[there] < 4).any() or (size[there] < 1).any() or (begin[there] + size[there] > source.size - 8).any(): raise ValueError("an index outside the file")
+    low, high = int(begin[there].min()), int((begin + size)[there].max())
+    if high - low > 1 << 24: return [np.array(source.read(b, n)) if ok else np.zeros(0, np.uint8) for b, n, ok in zip(begin.tolist(), size.tolist(), there)]
+    whole = np.array(source.read(low, high - low))
+    return [whole[b - low:b - low + n] if ok else whole[:0] for b, n, ok in zip(begin.tolist(), size.tolist(), there)]
 
-# %% ../../nbs/02c_pages.ipynb #c032
+# %% ../../nbs/02c_pages.ipynb #c037
 def header_counts(
     source,
-    offset: np.ndarray, # int64 [pages]
-    end: np.ndarray, # int64 [pages]
+    pages: np.ndarray, # int64 [pages, 5] from the indexes
     name: str # for messages
-) -> tuple[np.ndarray, np.ndarray]: # (rows, values) of each page
-    "Rows and values of each page, from its header."
-    out = []
-    for k, (o, e) in enumerate(zip(offset.tolist(), end.tolist())):
-        try: count, rows, *_ = check_header(source.read(o, min(e - o, 4096)), e - o, False)
-        except (ValueError, IndexError, KeyError, TypeError) as error: raise DamagedFile(f"{name}: page {k} at byte {o}: {_reason(error)}") from None
-        out.append((rows, count))
-    return tuple(np.array(c, np.int64) for c in zip(*out)) if out else (np.zeros(0, np.int64),) * 2
+) -> None:
+    "Fill in rows and values of pages from their headers, where the index does not say."
+    for k in np.flatnonzero(pages[:, 4] < 0).tolist():
+        o, n = pages[k, :2].tolist()
+        try: pages[k, 4], pages[k, 3] = check_header(source.read(o, min(n, 4096)), n, False)[:2]
+        except (ValueError, IndexError, KeyError, TypeError) as e: raise DamagedFile(f"{name}: page {k} at byte {o}: {_reason(e)}") from None
 
-# %% ../../nbs/02c_pages.ipynb #c033
+# %% ../../nbs/02c_pages.ipynb #c039
 def chunk_pages(
     source,
-    chunk: dict, # ColumnChunk
-    group_rows: int, # rows of its row group
-    row0: int, # first row of the row group
+    facts: np.ndarray, # int64 [row groups, FACTS]
     name: str # for messages
 ) -> np.ndarray: # int64 [6, pages]: rows of a PageTable
-    "All pages of one column chunk, through its indexes. Raises `OtherLayout`, `DamagedFile` or `ValueError`."
-    meta = chunk_layout(chunk)
-    index = index_struct(source, chunk[4], chunk[5])[1]
-    offset, size, row = (np.array([p[i] for p in index], np.int64) for i in (1, 2, 3))
-    end = offset + size
-    whole = len(index) and offset[0] == meta[9] and end[-1] == meta[9] + meta[7] <= source.size and (size > 0).all() and (offset[1:] == end[:-1]).all()
-    if not whole and (len(index) or meta[5]): raise ValueError(f"the pages of the index do not fill the column at byte {meta[9]}")
-    rows, count = level_counts(source, chunk, len(index)) or header_counts(source, offset, end, name)
-    at = end - 4 * count
-    if (row != np.cumsum(rows) - rows).any() or rows.sum() != group_rows: raise ValueError(f"column at byte {meta[9]}: pages of {rows.sum()} rows, the row group has {group_rows}")
-    if (count < 0).any() or (at <= offset).any() or count.sum() > meta[5]: raise ValueError(f"column at byte {meta[9]}: pages of {count.sum()} values, the footer says {meta[5]}")
-    histogram = meta.get(16, {}).get(3)
-    if histogram and (len(histogram) != 2 or histogram[1] != count.sum() or sum(histogram) != meta[5]): raise ValueError(f"column at byte {meta[9]}: pages of {count.sum()} values, its statistics say {histogram}")
-    return np.stack([at, count, row0 + row, rows, offset, end])
+    "All pages of the column, through its indexes. Raises `OtherLayout`, `DamagedFile` or `ValueError`."
+    groups = [_index_pages(o, l) for o, l in zip(index_bytes(source, facts, OFFSETS), index_bytes(source, facts, LEVELS))]
+    if not groups: return np.zeros((6, 0), np.int64)
+    n = np.array([len(g) for g in groups])
+    pages, of = np.concatenate(groups), np.repeat(np.arange(len(n)), n) # row group of each page
+    offset, end = pages[:, 0], pages[:, 0] + pages[:, 1]
+    edge = np.append(True, of[1:] != of[:-1])[:len(of)]
+    begins = np.where(edge, facts[of, FIRST], np.append(0, end)[:-1])
+    filled = np.bincount(of, pages[:, 1], len(n)).astype(np.int64)
+    if (pages[:, 1] <= 0).any() or (offset != begins).any() or (filled != facts[:, SIZE]).any() or (end > source.size).any() or (offset < 4).any(): raise ValueError("the pages of the index do not fill the column")
+    header_counts(source, pages, name)
+    rows, count, at = pages[:, 3], pages[:, 4], end - 4 * pages[:, 4]
+    sums = [np.bincount(of, v, len(n)).astype(np.int64) for v in (rows, count)]
+    first = np.cumsum(rows) - rows - (np.cumsum(sums[0]) - sums[0])[of]
+    if (pages[:, 2] != first).any() or (sums[0] != facts[:, ROWS]).any(): raise ValueError("rows of the pages and of the row groups differ")
+    empty, full = facts[:, EMPTY], facts[:, FULL]
+    said = (empty != -1) | (full != -1)
+    if (rows < 0).any() or (count < 0).any() or (at <= offset).any() or (sums[1] > facts[:, VALUES]).any() or (said & ((full != sums[1]) | (empty + full != facts[:, VALUES]))).any(): raise ValueError("values of the pages and of the column differ")
+    return np.stack([at, count, np.cumsum(rows) - rows, rows, offset, end])
 
-# %% ../../nbs/02c_pages.ipynb #c034
+# %% ../../nbs/02c_pages.ipynb #c040
 def page_table(
     source, # `MappedFile` or `CachedObject`; or the whole file as bytes
     name: str, # for messages
@@ -301,21 +411,21 @@ def page_table(
 ) -> tuple[PageTable, dict]: # (pages in file order, key-value metadata)
     "Where the values of a list column lie in a Parquet file. Raises `OtherLayout`, `DamagedFile` or `UserError`."
     if not hasattr(source, "read"): source = MappedFile(source)
-    footer = read_footer(source, name)
+    rows, data = read_footer(source, name)
     try:
-        metadata = {m[1].decode(): m.get(2, b"").decode("utf-8", "replace") for m in footer.get(5, [])}
-        try: leaf = leaf_index(footer, column)
-        except KeyError: raise UserError(f"{name}: no column {column!r}; token pages need a Parquet file written by `yunmin format`") from None
-        rows, pages = 0, [np.zeros((6, 0), np.int64)]
-        for group in footer[4]:
-            pages.append(chunk_pages(source, group[1][leaf], group[3], rows, name))
-            rows += group[3]
-        columns = np.ascontiguousarray(np.concatenate(pages, axis=1))
-        if rows != footer[3]: raise ValueError(f"row groups hold {rows} rows, the footer says {footer[3]}")
-        if (columns[4, 1:] < columns[5, :-1]).any(): raise ValueError("row groups overlap")
+        schema, total, pairs = (as_python(rows, data, _child(rows, 0, i)) if _child(rows, 0, i) >= 0 else [] for i in (2, 3, 5))
+        metadata = {m[1].decode(): m.get(2, b"").decode("utf-8", "replace") for m in pairs}
+        try: facts = column_facts(rows, data, schema, column)
+        except KeyError as e:
+            if e.args != (column,): raise
+            raise UserError(f"{name}: no column {column!r}; token pages need a Parquet file written by `yunmin format`") from None
+        if facts[:, ROWS].sum() != total: raise ValueError(f"row groups hold {facts[:, ROWS].sum()} rows, the footer says {total}")
+        pages = np.ascontiguousarray(chunk_pages(source, facts, name))
+        if (pages[4, 1:] < pages[5, :-1]).any(): raise ValueError("row groups overlap")
     except (ValueError, IndexError, KeyError, TypeError, AttributeError) as e: raise DamagedFile(f"{name}: footer or page index: {_reason(e)}") from None
-    return PageTable(*columns, checksums=_first_checksum(source, columns, name), source=source), metadata
+    return PageTable(*pages, checksums=_first_checksum(source, pages, name), source=source), metadata
 
+# %% ../../nbs/02c_pages.ipynb #c041
 def _first_checksum(source, columns, name: str) -> bool:
     "Is the first page of version 2, and does it carry a checksum?"
     if not columns.shape[1]: return False
@@ -323,7 +433,7 @@ def _first_checksum(source, columns, name: str) -> bool:
     try: return check_header(source.read(offset, min(end - offset, 4096)), end - offset, False)[4] >= 0
     except (ValueError, IndexError, KeyError, TypeError) as e: raise DamagedFile(f"{name}: page 0 at byte {offset}: {_reason(e)}") from None
 
-# %% ../../nbs/02c_pages.ipynb #c042
+# %% ../../nbs/02c_pages.ipynb #c049
 def unpack_tokens(
     path, # a Parquet file of any layout
     column: str = "tokens"
@@ -354,7 +464,7 @@ def _stated(file: pq.ParquetFile, column: str) -> tuple[int, int]: # rows, value
     leaf = next((i for i in range(file.metadata.num_columns) if file.schema.column(i).path.split(".")[0] == column), 0)
     return file.metadata.num_rows, sum(g.column(leaf).num_values for g in groups)
 
-# %% ../../nbs/02c_pages.ipynb #c043
+# %% ../../nbs/02c_pages.ipynb #c050
 CHECKS = ("first read", "always", "never")
 
 class TokenFile:
@@ -379,7 +489,7 @@ class TokenFile:
     def __reduce__(self): return (TokenFile, (self.path, self.column, False, self.cache, self.part_bytes))
     def __repr__(self): return f"TokenFile({Path(self.path).name!r}: {len(self)} tokens, {len(self.pages)} pages, by {self.way}{': ' + self.reason if self.reason else ''})"
 
-# %% ../../nbs/02c_pages.ipynb #c044
+# %% ../../nbs/02c_pages.ipynb #c051
 def _open_source(self):
     "The file's bytes. Raises `UserError` when there is none."
     if self.remote:
@@ -403,7 +513,7 @@ class _Decoded:
 
 TokenFile._open, TokenFile._decode = _open_source, _decode_file
 
-# %% ../../nbs/02c_pages.ipynb #c046
+# %% ../../nbs/02c_pages.ipynb #c053
 def page_parts(
     table: PageTable,
     part_bytes: int
@@ -416,7 +526,7 @@ def page_parts(
     last = np.append(start[1:], len(table)) - 1
     return np.stack([table.offset[start], table.end[last] - table.offset[start]], axis=1), np.cumsum(begins) - 1
 
-# %% ../../nbs/02c_pages.ipynb #c048
+# %% ../../nbs/02c_pages.ipynb #c055
 def _load(self,
     pages, # page numbers
     crc: bool = True # compare checksums of local pages
@@ -441,7 +551,7 @@ def _arrived(self, offset: int, part: np.ndarray) -> None:
 
 TokenFile.load, TokenFile._arrived = _load, _arrived
 
-# %% ../../nbs/02c_pages.ipynb #c050
+# %% ../../nbs/02c_pages.ipynb #c057
 class Resident:
     "Where pages stand in memory: `address` uint64 [pages], 0 = not at hand. Keeps what it points to alive."
     def __init__(self, address: np.ndarray, maps: dict): self.address, self.maps = address, maps
@@ -469,7 +579,7 @@ class PageSet:
     def __reduce__(self): return (type(self), (self.paths, self.column, self.check, self.cache, self.part_bytes))
     def __repr__(self): return f"{type(self).__name__}({len(self)} tokens, {len(self.counts)} pages, {len(self.files)} files)"
 
-# %% ../../nbs/02c_pages.ipynb #c051
+# %% ../../nbs/02c_pages.ipynb #c058
 def _open_all(self) -> list[TokenFile]:
     "Open the files; those on S3 side by side."
     def one(path): return TokenFile(path, self.column, cache=self.cache, part_bytes=self.part_bytes)
@@ -497,7 +607,7 @@ def _after_fork():
 os.register_at_fork(after_in_child=_after_fork)
 PageSet._open_all, PageSet._join, PageSet._fresh = _open_all, _join, _fresh
 
-# %% ../../nbs/02c_pages.ipynb #c052
+# %% ../../nbs/02c_pages.ipynb #c059
 def pages_of(self,
     starts, # int [n]: positions in the flat stream
     length: int # tokens in a window
@@ -514,7 +624,7 @@ def pages_of(self,
 
 PageSet.pages_of = pages_of
 
-# %% ../../nbs/02c_pages.ipynb #c053
+# %% ../../nbs/02c_pages.ipynb #c060
 def hold(self) -> Resident:
     "The present table. Keep the reference while reading from its addresses."
     if self.cache is not None and time.monotonic() > self._next_look: self._look()
@@ -539,7 +649,7 @@ def need(self,
 
 PageSet.hold, PageSet.need = hold, need
 
-# %% ../../nbs/02c_pages.ipynb #c054
+# %% ../../nbs/02c_pages.ipynb #c061
 def _take_in(self, now: Resident, f: int, pages: np.ndarray) -> None:
     "Load pages of file f into a table; a part brings all its pages."
     file, base = self.files[f], int(self.page0[f])
@@ -568,7 +678,7 @@ def _look(self) -> None:
 
 PageSet._take_in, PageSet._drop, PageSet._look = _take_in, _drop, _look
 
-# %% ../../nbs/02c_pages.ipynb #c055
+# %% ../../nbs/02c_pages.ipynb #c062
 def publish_use(self) -> None:
     "Renew the files of parts used since the last call, in the order of use: eviction goes by their modification time."
     news = []
@@ -583,10 +693,8 @@ def publish_use(self) -> None:
 
 PageSet.publish_use = publish_use
 
-# %% ../../nbs/02c_pages.ipynb #c056
-try: from numba import njit
-except ImportError: njit = None
-
+# %% ../../nbs/02c_pages.ipynb #c063
+@_fast("boolean(int64[::1], int64, int64[::1], uint64[::1], int64[::1], int64)")
 def _touch(starts, length, first, address, used, clock):
     "Note the use of all pages of these windows. False when one of them is not at hand; windows outside the stream are passed over."
     good = True
@@ -603,9 +711,7 @@ def _touch(starts, length, first, address, used, clock):
             page += 1
     return good
 
-if njit: _touch = njit("boolean(int64[::1], int64, int64[::1], uint64[::1], int64[::1], int64)", nogil=True, cache=True)(_touch)
-
-# %% ../../nbs/02c_pages.ipynb #c057
+# %% ../../nbs/02c_pages.ipynb #c064
 def ready(self,
     starts: np.ndarray, # int64 [n], contiguous: positions in the flat stream
     length: int # tokens in a window
@@ -616,7 +722,7 @@ def ready(self,
 
 PageSet.ready = ready
 
-# %% ../../nbs/02c_pages.ipynb #c059
+# %% ../../nbs/02c_pages.ipynb #c066
 def prefetch(self,
     starts, # int [n]: windows that will be taken soon
     length: int # tokens in a window
