@@ -17,9 +17,10 @@ from .parquet import documents, domain_keys, read_manifest
 # %% auto #0
 __all__ = ['HUB_LICENSES', 'LICENSE_FIELDS', 'OTHER', 'SPLITS', 'ALL', 'USE', 'INSTRUCTION_USE', 'CHECKSUMS', 'hub_license',
            'Census', 'census', 'licenses_csv', 'license_verdict', 'safe_name', 'planned', 'configs', 'place',
-           'front_matter', 'languages_of', 'md_table', 'contents', 'sources', 'license_text', 'stage_settings',
-           'read_json', 'cleaning', 'dedup_table', 'contamination', 'limits', 'loading', 'dataset_card', 'sha256',
-           'write_checksums', 'verify_share', 'check_counts', 'free_place', 'put', 'share', 'default_folder']
+           'front_matter', 'languages_of', 'escaped', 'md_table', 'contents', 'sources', 'license_text',
+           'stage_settings', 'read_json', 'cleaning', 'dedup_table', 'contamination', 'limits', 'loading',
+           'dataset_card', 'sha256', 'write_checksums', 'verify_share', 'check_counts', 'free_place', 'put', 'share',
+           'default_folder']
 
 # %% ../../nbs/02i_share.ipynb #c006
 HUB_LICENSES = frozenset("""apache-2.0 mit openrail bigscience-openrail-m bsd bsd-2-clause bsd-3-clause afl-3.0 artistic-2.0 bsl-1.0 cc cc0-1.0 cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0
@@ -52,7 +53,8 @@ class Census:
 
     def add(self, domain: str, doc: dict) -> None:
         "Count one document."
-        license = next((v if isinstance(v, str) else json.dumps(v, ensure_ascii=False, sort_keys=True) for k in LICENSE_FIELDS if (v := doc.get(k))), "").strip()[:200]
+        license = next((v if isinstance(v, str) else json.dumps(v, ensure_ascii=False, sort_keys=True) for k in LICENSE_FIELDS if (v := doc.get(k))), "")
+        license = " ".join(license.split())[:200]
         key = (domain, " ".join(str(doc.get("source") or "").split())[:200], hub_license(license) or license)
         if key not in self.rows and len(self.rows) >= self.limit: key = (domain, OTHER, hub_license(license) or (license and "other"))
         count = self.rows.setdefault(key, [0, 0])
@@ -92,6 +94,7 @@ def license_verdict(
     total, missing = sum(d for d, _ in by.values()), by.get("", [0, 0])[0]
     named = [n for n in by if n]
     known, warnings = chosen and (hub_license(chosen) or chosen), []
+    slug = lambda text: re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")[:60] or "custom"  # the Hub wants an identifier
     share = lambda n: f"{n:,} of {total:,} documents ({100 * n / max(total, 1):.1f} %)"
     if missing: warnings.append(f"{share(missing)} name no licence: nobody has said that they may be shared")
     if len(named) > 1: warnings.append(f"{len(named)} licences are mixed (share of the documents): " + ", ".join(f"{n} {100 * by[n][0] / total:.1f} %" for n in named[:6]) + (", …" if len(named) > 6 else ""))
@@ -99,9 +102,9 @@ def license_verdict(
     closed = [n for n in named if re.search(r"(^|-)(nc|nd)(-|$)", n)]
     if closed: warnings.append(f"{', '.join(closed)} forbid commercial use or changed copies: {share(sum(by[n][0] for n in closed))}")
     if chosen and (missing or named != [known]): warnings.append(f"share.license={chosen} is what the config says, the records do not all say so")
-    if chosen: return (known, "", warnings) if known in HUB_LICENSES else ("other", chosen, warnings)
+    if chosen: return (known, "", warnings) if known in HUB_LICENSES else ("other", slug(chosen), warnings)
     if len(named) == 1 and not missing and named[0] in HUB_LICENSES: return named[0], "", warnings
-    return "other", "mixed-or-unknown" if len(named) != 1 or missing else named[0], warnings
+    return "other", "mixed-or-unknown" if len(named) != 1 or missing else slug(named[0]), warnings
 
 # %% ../../nbs/02i_share.ipynb #c013
 SPLITS = ("train", "validation", "test")
@@ -164,9 +167,13 @@ def languages_of(counted: Census, chosen: list[str]) -> list[str]:
     total = sum(counted.languages.values())
     return sorted(code for code, n in counted.languages.items() if re.fullmatch(r"[a-z]{2,3}", code) and n * 100 >= total)
 
+def escaped(text) -> str:
+    "A text of the records as plain Markdown: no HTML, no links, no table borders."
+    return re.sub(r"([|\[\]])", r"\\\1", " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;"))
+
 def md_table(head: list[str], rows: list) -> str:
     "A Markdown table; numbers on the right, signs that would break it escaped."
-    cell = lambda v: f"{v:,}" if isinstance(v, int) else str(v).replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
+    cell = lambda v: f"{v:,}" if isinstance(v, int) else escaped(v)
     right = [bool(rows) and isinstance(rows[0][i], int) for i in range(len(head))]
     return "\n".join(["| " + " | ".join(head) + " |", "|" + "|".join("---:" if r else "---" for r in right) + "|", *("| " + " | ".join(map(cell, r)) + " |" for r in rows)]) + "\n"
 
@@ -199,7 +206,7 @@ def sources(counted: Census, limit: int) -> str:
 
 def license_text(counted: Census, warnings: list[str], limit: int) -> str:
     "LICENSE.md: what may be done with the whole is what each document allows."
-    loud = "".join(f"- **{w}.**\n" for w in warnings)
+    loud = "".join(f"- **{escaped(w)}.**\n" for w in warnings)
     return f"# Licences\n\nEach document keeps the licence of its source.\n\n{loud}\n{sources(counted, limit)}"
 
 # %% ../../nbs/02i_share.ipynb #c019
@@ -302,7 +309,7 @@ def dataset_card(
     languages = languages_of(counted, settings.language)
     rows = sum(e["rows"] for g in (manifest["domains"], *manifest["heldout"].values()) for e in g.values())
     parts = [front_matter(settings.title, languages, license, license_name, rows, plan), f"\n# {settings.title}\n"]
-    if warnings: parts.append("> [!WARNING]\n> **Licences: read this before you use or publish the data.**\n" + "".join(f"> - {w}.\n" for w in warnings))
+    if warnings: parts.append("> [!WARNING]\n> **Licences: read this before you use or publish the data.**\n" + "".join(f"> - {escaped(w)}.\n" for w in warnings))
     tokenizer = manifest["tokenizer"]
     parts += ["Text for language models: cleaned, deduplicated, split and tokenised; columns for SQL and tokens for training in the same Parquet files.\n",
               "## Contents\n", contents(manifest, instructions),
