@@ -4,8 +4,9 @@
 
 # %% ../../nbs/02g_cache.ipynb #c004
 from __future__ import annotations
-import errno, fcntl, hashlib, mmap, os, struct, tempfile, threading, time, weakref
+import fcntl, hashlib, mmap, os, struct, tempfile, threading, time, weakref
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 import numpy as np
 import xxhash
@@ -13,7 +14,7 @@ from ..core.settings import UserError
 from ..core.store import S3Store, Store, TEMP, _client, _make_temporary, _s3_code, _s3_errors, _sweep, scratch_folder
 
 # %% auto #0
-__all__ = ['MARK', 'TRAILER', 'part_hash', 'part_trailer', 'map_part', 'ChangedObject', 'fetch_range', 'cache_folder',
+__all__ = ['MARK', 'TRAILER', 'PATIENCE', 'part_hash', 'part_trailer', 'map_part', 'ChangedObject', 'fetch_range', 'cache_folder',
            'cache_limit', 'PageCache', 'CachedObject', 'make_room', 'used_bytes']
 
 # %% ../../nbs/02g_cache.ipynb #c006
@@ -136,7 +137,7 @@ class CachedObject:
         _, self.size, self.version = store.stat(key)
         place = "\0".join([_client().meta.endpoint_url, store.uri, key, str(self.size), self.version])
         self.name = hashlib.blake2b(place.encode(), digest_size=16).hexdigest()
-        self.folder = cache.folder/self.name
+        self.folder, self._recent = cache.folder/self.name, {} # blocks that `read` used last
 
     def path(self, offset: int, length: int) -> Path: # where a part is or would be kept
         return self.folder/f"{offset:x}-{length:x}"
@@ -165,7 +166,8 @@ def _stored(self, offset: int, length: int) -> np.ndarray | None:
     finally: os.close(fd)
     if data is not None: self.cache._count(hits=1, bytes_hit=length); return data
     self.cache._count(damaged=1)
-    path.unlink(missing_ok=True)
+    try: path.unlink(missing_ok=True)
+    except OSError: pass
     return None
 
 # %% ../../nbs/02g_cache.ipynb #c021
@@ -173,9 +175,11 @@ def _store(self, offset: int, body: bytes) -> np.ndarray:
     "Keep a part; returns it mapped, or as it is when the disk does not take it."
     temp = fd = None
     try:
-        self.cache.make_room(len(body) + TRAILER.size)
+        self.folder.mkdir(parents=True, exist_ok=True)
         temp, fd = _make_temporary(self.folder, False)
         with open(temp, "r+b") as f:
+            f.truncate(len(body) + TRAILER.size) # others see the room that it will take
+            self.cache.make_room(len(body) + TRAILER.size)
             f.write(body); f.write(part_trailer(body, self.name, offset)); f.flush()
             data = map_part(f.fileno(), len(body), self.name, offset)
         os.replace(temp, self.path(offset, len(body)))
@@ -187,20 +191,45 @@ def _store(self, offset: int, body: bytes) -> np.ndarray:
     finally:
         if fd is not None: os.close(fd)
 
-# %% ../../nbs/02g_cache.ipynb #c022
+# %% ../../nbs/02g_cache.ipynb #c023
+PATIENCE = 20 # seconds
+
+@contextmanager
+def _claim(self, offset: int, length: int):
+    "Be the one that fetches a part, or wait until the one that is has done so, died, or taken too long."
+    path, fd, mine, end = self.folder/f"{TEMP}{offset:x}-{length:x}", None, False, time.monotonic() + PATIENCE
+    try:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
+            while not mine and time.monotonic() < end and not self.path(offset, length).exists():
+                try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB); mine = True
+                except BlockingIOError: time.sleep(0.005)
+        except OSError: pass # no folder, no locks: fetch
+        yield
+    finally:
+        if mine: path.unlink(missing_ok=True)
+        if fd is not None: os.close(fd)
+
+# %% ../../nbs/02g_cache.ipynb #c024
 def _part(self, offset: int, length: int, check) -> np.ndarray:
     "One part, from the folder or from the server."
     data = _stored(self, offset, length)
     if data is not None: return data
+    with _claim(self, offset, length):
+        data = _stored(self, offset, length)
+        return data if data is not None else _store(self, offset, _fetch(self, offset, length, check))
+
+def _fetch(self, offset: int, length: int, check) -> bytes:
+    "A part from the server, checked by the caller's function. Damaged on the way? It is asked for again. Damaged on the server: its error is raised."
     for attempt in range(3):
         body = fetch_range(self.store, self.key, self.version, offset, length)
         self.cache._count(requests=1, bytes_fetched=length)
         try:
             if check is not None: check(offset, np.frombuffer(body, dtype=np.uint8))
-            break
-        except UserError: # damaged on the way? ask again; damaged on the server: say so
+            return body
+        except UserError:
             if attempt == 2: raise
-    return _store(self, offset, body)
 
 def _get(self,
     parts: list[tuple[int, int]], # (offset, length) of each
@@ -208,11 +237,11 @@ def _get(self,
 ) -> list[np.ndarray]: # uint8, read only
     "Parts of the object, fetched in parallel where they are not in the cache."
     if len(parts) == 1: return [_part(self, *parts[0], check)]
-    return list(self.cache._workers.map(lambda p: _part(self, *p, check), parts))
+    return [f.result() for f in [self.cache._workers.submit(_part, self, o, n, check) for o, n in parts]]
 
 CachedObject.get = _get
 
-# %% ../../nbs/02g_cache.ipynb #c024
+# %% ../../nbs/02g_cache.ipynb #c026
 def _read(self,
     offset: int,
     length: int
@@ -222,8 +251,11 @@ def _read(self,
     if not length: return np.zeros(0, np.uint8)
     step = self.cache.block_bytes
     first, last = offset // step, (offset + length - 1) // step
-    blocks = self.get([(b * step, min(step, self.size - b * step)) for b in range(first, last + 1)])
-    whole = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
+    got = {b: self._recent[b] for b in range(first, last + 1) if b in self._recent}
+    missing = [b for b in range(first, last + 1) if b not in got]
+    got |= zip(missing, self.get([(b * step, min(step, self.size - b * step)) for b in missing]))
+    self._recent = dict(list(got.items())[-4:])
+    whole = got[first] if first == last else np.concatenate([got[b] for b in range(first, last + 1)])
     return whole[offset - first * step:offset - first * step + length]
 
 def _prefetch(self,
@@ -235,7 +267,7 @@ def _prefetch(self,
 
 CachedObject.read, CachedObject.prefetch = _read, _prefetch
 
-# %% ../../nbs/02g_cache.ipynb #c026
+# %% ../../nbs/02g_cache.ipynb #c028
 def _listing(self) -> list[tuple[str, int]]: # (path, bytes) of every part
     "All parts in the folder, and temporary files of processes that live."
     found = []
@@ -251,17 +283,19 @@ def _scandir(path):
     try: return list(os.scandir(path))
     except OSError: return []
 
-# %% ../../nbs/02g_cache.ipynb #c027
-def _evict(self, need: int) -> None:
-    "Remove parts, those used longest ago first, until `need` bytes and a sixteenth of the limit are free."
+# %% ../../nbs/02g_cache.ipynb #c029
+def _evict(self, target: int) -> None:
+    "Remove parts, those used longest ago first, until at most `target` bytes are there."
     for user in list(self.users): user.publish_use()
     for folder in _scandir(self.folder):
-        try: _sweep(folder.path)
+        try:
+            _sweep(folder.path)
+            if time.time() - os.stat(folder.path).st_mtime > 3600: os.rmdir(folder.path) # of an older version, and empty
         except OSError: pass
     def when(item):
         try: return os.stat(item[0]).st_mtime_ns
         except OSError: return 0
-    listing, target = _listing(self), self.limit - self.limit // 16 - need
+    listing = _listing(self)
     total = sum(n for _, n in listing)
     for path, n in sorted((i for i in listing if i[0]), key=when):
         if total <= target: break
@@ -271,14 +305,15 @@ def _evict(self, need: int) -> None:
     self._known = total
 
 def make_room(self,
-    need: int # bytes about to be written
+    reserved: int # bytes about to be written, already reserved in the folder
 ) -> None:
     "Keep the folder below its limit."
     with self._lock:
-        if not self._scanned or self._since + need > self.limit // 64:
-            self._known, self._since, self._scanned = sum(n for _, n in _listing(self)), 0, True
-        if self._known + need > self.limit: _evict(self, need)
-        self._known += need; self._since += need
+        self._known += reserved; self._since += reserved
+        if self._scanned and self._since <= self.limit // 64 and self._known <= self.limit - self.limit // 16: return
+        self._known, self._since, self._scanned = sum(n for _, n in _listing(self)), 0, True
+        slack = self.limit // 16 if self.limit // 64 > reserved else 0 # a small folder is looked at every time, and may be full
+        if self._known > self.limit - slack: _evict(self, self.limit - 2 * slack)
 
 def used_bytes(self) -> int:
     "Bytes of all parts in the folder."

@@ -17,10 +17,10 @@ from .cache import PageCache
 __all__ = ['DEPTH', 'FIELD', 'KIND', 'VALUE', 'LENGTH', 'NEXT', 'TRUE', 'FALSE', 'BYTE', 'I16', 'I32', 'I64', 'DOUBLE', 'BINARY',
            'LIST', 'SET', 'MAP', 'STRUCT', 'FACTS', 'ROWS', 'COLUMNS', 'TYPE', 'CODEC', 'VALUES', 'RAW', 'SIZE',
            'FIRST', 'DICTIONARY', 'OFFSETS', 'OFFSETS_SIZE', 'LEVELS', 'LEVELS_SIZE', 'ENCODINGS', 'EMPTY', 'FULL',
-           'PATH', 'CHECKS', 'OtherLayout', 'DamagedFile', 'as_python', 'read_struct', 'MappedFile', 'read_footer',
-           'leaf_index', 'column_facts', 'PageTable', 'read_header', 'check_header', 'check_page', 'check_pages',
-           'index_bytes', 'header_counts', 'chunk_pages', 'page_table', 'unpack_tokens', 'TokenFile', 'page_parts',
-           'Resident', 'PageSet', 'pages_of', 'hold', 'need', 'publish_use', 'ready', 'prefetch']
+           'PATH', 'CHECKS', 'MAPS', 'OtherLayout', 'DamagedFile', 'as_python', 'read_struct', 'MappedFile',
+           'read_footer', 'leaf_index', 'column_facts', 'PageTable', 'read_header', 'check_header', 'check_page',
+           'check_pages', 'index_bytes', 'header_counts', 'chunk_pages', 'page_table', 'unpack_tokens', 'TokenFile',
+           'page_parts', 'Resident', 'PageSet', 'pages_of', 'hold', 'need', 'publish_use', 'ready', 'prefetch']
 
 # %% ../../nbs/02c_pages.ipynb #c006
 class OtherLayout(Exception):
@@ -552,6 +552,8 @@ def _arrived(self, offset: int, part: np.ndarray) -> None:
 TokenFile.load, TokenFile._arrived = _load, _arrived
 
 # %% ../../nbs/02c_pages.ipynb #c057
+MAPS = 30_000 # parts mapped at a time; Linux allows 65,530 mappings a process
+
 class Resident:
     "Where pages stand in memory: `address` uint64 [pages], 0 = not at hand. Keeps what it points to alive."
     def __init__(self, address: np.ndarray, maps: dict): self.address, self.maps = address, maps
@@ -644,8 +646,8 @@ def need(self,
         for f in np.unique(np.searchsorted(self.page0, todo, side="right") - 1).tolist():
             mine = todo[(todo >= self.page0[f]) & (todo < self.page0[f + 1])]
             self._take_in(now, f, mine)
-        if self.cache is not None and self._evictions != self.cache.counters["evicted"] and not always: self._drop(pages)
-        return now
+        if self.cache is not None and not always: self._drop(pages)
+        return self._now if not always else now
 
 PageSet.hold, PageSet.need = hold, need
 
@@ -659,10 +661,13 @@ def _take_in(self, now: Resident, f: int, pages: np.ndarray) -> None:
     now.address[pages] = address
 
 def _drop(self, keep: np.ndarray) -> None:
-    "Let go of parts that are no longer in the folder, except those of pages in `keep`; a new table takes the place of the present one."
-    self._evictions = self.cache.counters["evicted"]
+    "Let go of parts that are no longer in the folder (or of all, when they are too many to be mapped), except those of pages in `keep`; a new table takes the place of the present one."
+    many = len(self._now.maps) > MAPS
+    gone = self.cache.counters["evicted"] + self.cache.counters["not_stored"]
+    if gone == self._evictions and len(keep) and not many: return
+    self._evictions = gone
     stay = {(f, int(self.files[f].part_of[p - self.page0[f]])) for p in keep.tolist() for f in [int(np.searchsorted(self.page0, p, side="right")) - 1] if self.files[f].remote}
-    gone = [(f, p) for f, p in self._now.maps if (f, p) not in stay and not self.files[f].source.path(*self.files[f].parts[p].tolist()).exists()]
+    gone = [(f, p) for f, p in self._now.maps if (f, p) not in stay and (many or not self.files[f].source.path(*self.files[f].parts[p].tolist()).exists())]
     if not gone: return
     address, maps = self._now.address.copy(), dict(self._now.maps)
     for f, p in gone:
