@@ -168,7 +168,7 @@ def test_the_whole_benchmark_with_a_real_peer(tmp_path, monkeypatch):
     (tmp_path/"env/rensa.failed").write_text("ERROR: no wheel for this machine\n")
     monkeypatch.setenv("YUNMIN_BENCH", str(tmp_path/"env"))
     tables = bench_dedup(documents=250, peers=["datasketch", "rensa"], out=tmp_path/"out", repeats=1, planted=0.2, say=lambda line: None)
-    assert sorted(p.name for p in (tmp_path/"out").iterdir()) == [*(f"dedup-{i}.csv" for i in range(1, 6)), "dedup-quality.png", "dedup-speed.png", "dedup.md"]
+    assert sorted(p.name for p in (tmp_path/"out").iterdir()) == [*(f"dedup-{i}.csv" for i in range(1, 7)), "dedup-quality.png", "dedup-speed.png", "dedup.md"]
     text = (tmp_path/"out/dedup.md").read_text(encoding="utf-8")
     assert "no wheel for this machine" in text and "met" in text and str(tmp_path) not in text
     judged = tables["quality"].set_index("contestant")

@@ -8,7 +8,7 @@ import sys, tempfile
 from itertools import chain, islice
 from pathlib import Path
 from typing import Callable, Iterable, Iterator, NamedTuple
-import numpy as np, orjson, pandas as pd, pyarrow.parquet as pq
+import numpy as np, orjson, pandas as pd, pyarrow as pa, pyarrow.parquet as pq
 from numba import njit
 from ..core.figures import korean_style
 from ..core.ledger import Ledger
@@ -20,14 +20,17 @@ from . import peers as peers_module
 from .harness import Contestant, goal, machine, markdown, peer, plot_rates, run_once, summarise, take_turns, write_report
 from .peers import DEDUP, SIGN, components, peak_rss_mb, read_texts, timed
 from ..dedup.clean import FILTERS, RULES, Cleaner
+from ..dedup.cluster import components as cluster_components
+from ..dedup.lsh import bucket_pairs, split_buckets, with_company
 from ..dedup import minhash
 from ..dedup.minhash import N, shingle_hash, signatures, token_ngrams
 
 # %% auto #0
-__all__ = ['SAME_JOB', 'PEERS', 'NOTES', 'QUALITIES', 'SHOWN', 'ShingleSets', 'shingle_sets', 'exact_pairs', 'read_corpus',
-           'altered_copy', 'write_input', 'hash_only', 'dedup_ours', 'result_ours', 'run_ours', 'main', 'Truth',
-           'find_truth', 'quality', 'contestants', 'bit_equal', 'goals', 'plot_quality', 'bench_dedup', 'judge',
-           'stage_table', 'megabytes', 'report']
+__all__ = ['SAME_JOB', 'PEERS', 'NOTES', 'JOIN_ROWS', 'QUALITIES', 'SHOWN', 'ShingleSets', 'shingle_sets', 'exact_pairs',
+           'read_corpus', 'altered_copy', 'write_input', 'hash_only', 'dedup_ours', 'result_ours', 'run_ours', 'main',
+           'Truth', 'find_truth', 'quality', 'contestants', 'join_ours', 'join_duckdb', 'components_scipy',
+           'packed_keys', 'compare_steps', 'bit_equal', 'goals', 'plot_quality', 'bench_dedup', 'judge', 'stage_table',
+           'megabytes', 'report']
 
 # %% ../../nbs/06b_bench_dedup.ipynb #c006
 class ShingleSets(NamedTuple):
@@ -352,6 +355,64 @@ def contestants(
     return out
 
 # %% ../../nbs/06b_bench_dedup.ipynb #c035
+JOIN_ROWS = 2_000_000
+
+def join_ours(packed: np.ndarray, bits: int) -> int: # candidate pairs
+    "What `dedup.lsh.join_partition` does in memory."
+    doc, start, size = split_buckets(with_company(packed, bits), bits)
+    return sum(map(len, bucket_pairs(doc, start, size)))
+
+def join_duckdb(packed: np.ndarray, bits: int) -> int: # candidate pairs
+    "The same join in SQL, one thread."
+    import duckdb
+    with duckdb.connect(config={"threads": 1}) as db:
+        rows = pa.table({"key": packed >> np.uint64(bits), "doc": packed & np.uint64((1 << bits) - 1)})
+        db.register("rows", rows)
+        return len(db.sql("SELECT DISTINCT a.doc AS a, b.doc AS b FROM rows a JOIN rows b USING (key) WHERE a.doc < b.doc").to_arrow_table())
+
+def components_scipy(edges: np.ndarray, nodes: int) -> np.ndarray: # labels
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+    return connected_components(coo_matrix((np.ones(len(edges), np.int8), edges.T), (nodes, nodes)), directed=False)[1]
+
+# %% ../../nbs/06b_bench_dedup.ipynb #c036
+def packed_keys(rows: int, share: float = 0.05, bits: int = 21, seed: int = 0) -> np.ndarray: # uint64
+    "Band keys as a corpus has them: nearly all alone, some in pairs."
+    rng = np.random.default_rng(seed)
+    keys = rng.integers(0, 1 << (64 - bits), rows, np.uint64)
+    some = rng.permutation(rows)[:2 * int(rows * share / 2)].reshape(2, -1)
+    keys[some[0]] = keys[some[1]]
+    return keys << np.uint64(bits) | rng.integers(0, 1 << bits, rows, np.uint64)
+
+def compare_steps(
+    texts: list[str], # raw
+    repeats: int = 3, rows: int = JOIN_ROWS
+) -> pd.DataFrame: # step, ours and peer in CPU seconds, ratio (median of the turns), equal results, MB a CPU second where text is read
+    "Band join against DuckDB, components against scipy, cleaning against the same rules in plain Python."
+    rng, sample, size = np.random.default_rng(1), [], 0
+    for t in texts:
+        if size >= 2_000_000: break
+        sample.append(t); size += len(t.encode())
+    packed, edges = packed_keys(rows), rng.integers(0, max(2, rows // 2), (rows // 2, 2))
+    def clean(plain): cleaner = Cleaner(plain=plain); return [cleaner.process(t) for t in sample]
+    steps = {"band join": ("DuckDB", lambda: join_ours(packed, 21), lambda: join_duckdb(packed, 21)),
+             "components": ("scipy", lambda: cluster_components(edges, rows // 2), lambda: components_scipy(edges, rows // 2)),
+             "cleaning": ("the same rules in plain Python", lambda: clean(False), lambda: clean(True))}
+    return pd.DataFrame([_turns(name, other, ours, theirs, repeats, size) for name, (other, ours, theirs) in steps.items()])
+
+def _turns(name, other, ours, theirs, repeats, size) -> dict: # a row of `compare_steps`
+    ours()  # compiled
+    turns = [(timed(ours), timed(theirs)) for _ in range(repeats)]
+    a, b = (float(np.median([t[i][0]["cpu"] for t in turns])) for i in (0, 1))
+    ratio = float(np.median([t[1][0]["cpu"] / t[0][0]["cpu"] for t in turns]))
+    return {"step": name, "peer": other, "ours_cpu_s": a, "peer_cpu_s": b, "ratio": ratio, "equal": _same(turns[0][0][1], turns[0][1][1]), "mb_per_cpu_s": size / 1e6 / a if name == "cleaning" else float("nan")}
+
+def _same(a, b) -> bool:
+    "Equal results; of labels, equal groups."
+    if not isinstance(a, np.ndarray): return a == b
+    return len(np.unique(a)) == len(np.unique(b)) == len(np.unique(np.stack([a, b]), axis=1).T)
+
+# %% ../../nbs/06b_bench_dedup.ipynb #c039
 def bit_equal(texts: list[str]) -> bool:
     "Are our signatures datasketch's, bit for bit."
     from datasketch import MinHash
@@ -360,8 +421,8 @@ def bit_equal(texts: list[str]) -> bool:
         return m.hashvalues
     return bool(np.array_equal(signatures(texts), np.array([theirs(t) for t in texts])))
 
-def goals(sign, dedup, judged, equal: bool): # DataFrames of this run -> DataFrame
-    "The first three rows of the project's goals against this run."
+def goals(sign, dedup, judged, steps, equal: bool): # DataFrames of this run -> DataFrame
+    "The goals of deduplication against this run."
     def of(table, name, column):
         hit = table.loc[table.contestant == name, column] if column in table else []
         return float(hit.iloc[0]) if len(hit) else None
@@ -372,9 +433,11 @@ def goals(sign, dedup, judged, equal: bool): # DataFrames of this run -> DataFra
         goal("signatures: bit-equal to datasketch (1: yes)", 1, float(equal)),
         goal("end to end: times datatrove", 8, of(dedup, "datatrove", "ratio")), goal("end to end: times datasketch LSH loop, checked", 5, of(dedup, "datasketch", "ratio")),
         goal("pair recall, both in one component", 0.99, of(judged, "ours", "pair_recall")), goal("precision of reported pairs", 1, of(judged, "ours", "precision")),
-        goal("strangers removed", 0, of(judged, "ours", "strangers_removed"), most=True)])
+        goal("strangers removed", 0, of(judged, "ours", "strangers_removed"), most=True),
+        *(goal(f"{r.step}: times {r.peer}", {"band join": 4, "components": 3, "cleaning": 1}[r.step], r.ratio) for r in steps.itertuples()),
+        goal("cleaning: MB a CPU second, every default rule on", 10, float(steps.mb_per_cpu_s.max()))])
 
-# %% ../../nbs/06b_bench_dedup.ipynb #c037
+# %% ../../nbs/06b_bench_dedup.ipynb #c041
 QUALITIES = {"pairs_resolved": ("참 중복쌍 가운데 해소한 비율", "{:.1%}"), "precision": ("보고한 쌍의 정밀도", "{:.1%}"), "strangers_removed": ("닮은 글 없이 지운 문서", "{:,.0f}")}
 
 def plot_quality(
@@ -393,7 +456,7 @@ def plot_quality(
     fig.tight_layout()
     return fig
 
-# %% ../../nbs/06b_bench_dedup.ipynb #c039
+# %% ../../nbs/06b_bench_dedup.ipynb #c043
 SHOWN = {"documents_per_cpu_s": "documents / CPU-s", "mb_per_cpu_s": "MB / CPU-s", "cpu_s": "CPU-s", "wall_s": "wall s", "process_cpu_s": "CPU-s of the process", "peak_mb": "peak MB", "ratio": "CPU time / ours", "ratio_low": "low", "ratio_high": "high", "not_run": "not run"}
 
 def bench_dedup(
@@ -403,7 +466,7 @@ def bench_dedup(
     out: str | Path = "bench-dedup", # where tables and figures go
     repeats: int = 3, threads: int = 1, planted: float = 0.05,
     say: Callable[[str], None] = print
-) -> dict: # DataFrames: goals, signatures, dedup, stages, quality
+) -> dict: # DataFrames: goals, signatures, dedup, stages, steps, quality
     "Run both benchmarks and the judgement; write dedup.md, CSV files and two figures. Raises `UserError` for an unusable corpus or an unknown peer."
     if unknown := set(peers) - set(PEERS): raise UserError(f"--peers {', '.join(sorted(unknown))}: unknown; choose from {', '.join(PEERS)}")
     with tempfile.TemporaryDirectory() as scratch:
@@ -420,11 +483,12 @@ def bench_dedup(
             tables[task] = (t := summarise(rows, "ours")).assign(remark=[notes[n] for n in t.contestant])
             if "cpu_s" in t: tables[task].insert(2, "mb_per_cpu_s", megabytes(texts) / t.cpu_s)
         judged = judge(folder/"dedup", fields["dedup"], truth)
-        tables |= {"stages": stage_table(rows), "quality": judged, "goals": goals(tables["signatures"], tables["dedup"], judged, bit_equal(texts[:100]))}
+        tables |= {"stages": stage_table(rows), "quality": judged, "steps": (steps := compare_steps(read_texts(str(folder/"raw/text.jsonl"))[1], repeats)),
+                   "goals": goals(tables["signatures"], tables["dedup"], judged, steps, bit_equal(texts[:100]))}
         report(tables, texts, truth, out, repeats, threads, corpus, planted, here)
     return tables
 
-# %% ../../nbs/06b_bench_dedup.ipynb #c040
+# %% ../../nbs/06b_bench_dedup.ipynb #c044
 def judge(folder: Path, field: list[Contestant], truth: Truth) -> pd.DataFrame: # a row a contestant that told its result
     "Quality of the first run of each. Phase 1 as a whole works on text that it cleaned itself, so the truth of the cleaned text does not judge it."
     rows = []
@@ -450,4 +514,4 @@ def report(tables: dict, texts: list[str], truth: Truth, out, repeats: int, thre
     speed = {name: tables[task].rename(columns=SHOWN).drop(columns="runs") for task, name in (("signatures", "Signatures: cleaned text to 128 slots"), ("dedup", "End to end: JSONL to survivors"))}
     figures = {"dedup-speed.png": plot_rates({"서명: 정제된 글에서 128칸까지": (tables["signatures"], "ours"), "전체: JSONL에서 남는 문서까지": (tables["dedup"], "ours")})}
     if len(tables["quality"]): figures["dedup-quality.png"] = plot_quality(tables["quality"])
-    write_report(out, "dedup", "Deduplication benchmark", {"Goals": tables["goals"], **speed, "Where phase 1 spends its CPU seconds": tables["stages"], "Quality against the exact truth": tables["quality"]}, lines, figures)
+    write_report(out, "dedup", "Deduplication benchmark", {"Goals": tables["goals"], **speed, "Where phase 1 spends its CPU seconds": tables["stages"], "Steps that others do too": tables["steps"], "Quality against the exact truth": tables["quality"]}, lines, figures)

@@ -15,8 +15,8 @@ from .prepare import Corpus, load_array, write_table
 __all__ = ['PARTITION_ROWS', 'SIGN_DOCUMENTS', 'HOT', 'CHUNK', 'LEADERS', 'FIRST', 'BEST', 'NEAR', 'SURE', 'BLOCK_BYTES', 'PAIRS',
            'candidate_probability', 'mean_recall', 'choose_bands', 'resolve_bands', 'partition_of', 'write_buckets',
            'read_bucket', 'partition_count', 'band_keys', 'number_bits', 'rows_of_part', 'left_out', 'contaminated',
-           'sign_part', 'split_buckets', 'bucket_pairs', 'unpack', 'keeper_order', 'read_signatures', 'star_pairs',
-           'join_partition', 'blocks', 'verify_pairs', 'write_pairs', 'verify_range', 'rejoin_partition']
+           'sign_part', 'with_company', 'split_buckets', 'bucket_pairs', 'unpack', 'keeper_order', 'read_signatures',
+           'star_pairs', 'join_partition', 'blocks', 'verify_pairs', 'write_pairs', 'verify_range', 'rejoin_partition']
 
 # %% ../../nbs/01c_lsh.ipynb #c005
 def candidate_probability(
@@ -163,6 +163,28 @@ def sign_part(
     return {"docs": len(numbers)}
 
 # %% ../../nbs/01c_lsh.ipynb #c021
+@_jit
+def _count_and_keep(packed, bits, seen, out):
+    "Rows whose slot was met more than once, into `out`; returns their number."
+    mask, count = np.uint64(len(seen) - 1), 0
+    for i in range(len(packed)):
+        slot = (packed[i] >> bits) & mask
+        if seen[slot] < 2: seen[slot] += 1
+    for i in range(len(packed)):
+        out[count] = packed[i]
+        count += seen[(packed[i] >> bits) & mask] > 1
+    return count
+
+def with_company(
+    packed: np.ndarray, # uint64: key bits above, document number in the low bits
+    bits: int # of the document number
+) -> np.ndarray: # sorted; all rows whose key occurs twice or more, and a few others
+    "Drop most of the keys that occur once, and sort the rest."
+    if njit is None: return np.sort(packed)
+    out, slots = np.empty(len(packed) + 1, np.uint64), 1 << max(10, (8 * len(packed)).bit_length())
+    return np.sort(out[:_count_and_keep(packed, np.uint64(bits), np.zeros(min(slots, 1 << 24), np.uint8), out)])
+
+# %% ../../nbs/01c_lsh.ipynb #c023
 HOT = 64           # members from which a bucket is hot
 CHUNK = 1 << 21    # candidate pairs in memory at once
 
@@ -199,7 +221,7 @@ def unpack(pairs: np.ndarray) -> np.ndarray: # int64 [n, 2]
     "Pairs as two columns."
     return np.stack([pairs >> np.uint64(32), pairs & np.uint64(0xFFFFFFFF)], axis=1).astype(np.int64)
 
-# %% ../../nbs/01c_lsh.ipynb #c024
+# %% ../../nbs/01c_lsh.ipynb #c026
 def keeper_order(
     corpus: Corpus,
     docs: np.ndarray, # sorted document numbers
@@ -215,7 +237,7 @@ def keeper_order(
         columns["priority"] = pc.min_element_wise(*best); keys.insert(0, ("priority", "ascending"))
     return docs[pc.sort_indices(pa.table(columns), sort_keys=keys).to_numpy()]
 
-# %% ../../nbs/01c_lsh.ipynb #c025
+# %% ../../nbs/01c_lsh.ipynb #c027
 LEADERS = 256     # of a hot bucket at most
 FIRST, BEST = 2, 2  # candidates of a member: the first leaders, who will probably be kept, and the most similar ones
 NEAR, SURE = 0.12, 0.02  # estimate - threshold from which a leader is worth an exact check, and from which it covers a member
@@ -240,7 +262,7 @@ def _follow(sign, leaders, count, need, sure, limit, out):
             count += 1
     return count
 
-# %% ../../nbs/01c_lsh.ipynb #c026
+# %% ../../nbs/01c_lsh.ipynb #c028
 def _follow_numpy(sign, leaders, count, need, sure, limit, out):
     "The same without numba."
     for i, row in enumerate(sign):
@@ -252,7 +274,7 @@ def _follow_numpy(sign, leaders, count, need, sure, limit, out):
         if not len(early) and count < limit: leaders[count] = row; out[i, -1] = count; count += 1
     return count
 
-# %% ../../nbs/01c_lsh.ipynb #c027
+# %% ../../nbs/01c_lsh.ipynb #c029
 def read_signatures(corpus: Corpus, docs: np.ndarray) -> np.ndarray: # uint32 [documents, num_perm] of sorted numbers
     "Rows of the signature files."
     return np.concatenate([load_array(corpus.store, f"minhash_lsh/signatures/{corpus.parts[p]['name']}.npy")[rows] for p, rows in corpus.groups(docs)])
@@ -277,14 +299,14 @@ def star_pairs(
         pairs.append(np.minimum(a, b).astype(np.uint64) << np.uint64(32) | np.maximum(a, b).astype(np.uint64))
     return np.unique(np.concatenate(pairs))
 
-# %% ../../nbs/01c_lsh.ipynb #c031
+# %% ../../nbs/01c_lsh.ipynb #c033
 def join_partition(
     task: dict # workspace, settings, number (of the partition), partitions, parts
 ) -> dict: # keys of candidate files, their number, hot buckets
     "Candidates of one partition of band keys, to minhash_lsh/spill/candidates/."
     corpus, s, number = Corpus(task["workspace"]), DedupSettings(**task["settings"]), task["number"]
     store, bits, written, total = corpus.store, number_bits(len(corpus)), [], 0
-    packed = np.sort(read_bucket(store, [f"minhash_lsh/spill/bands/{p:05d}.bin" for p in range(task["parts"])], number, task["partitions"])[:, 0])
+    packed = with_company(read_bucket(store, [f"minhash_lsh/spill/bands/{p:05d}.bin" for p in range(task["parts"])], number, task["partitions"])[:, 0], bits)
     doc, start, size = split_buckets(packed, bits)
     hot = size > HOT
     def found():
@@ -306,7 +328,7 @@ def _gathered(arrays) -> Iterator[np.ndarray]: # sorted unique arrays of up to C
         if rows >= CHUNK: yield np.unique(np.concatenate(batch)); batch, rows = [], 0
     if batch: yield np.unique(np.concatenate(batch))
 
-# %% ../../nbs/01c_lsh.ipynb #c033
+# %% ../../nbs/01c_lsh.ipynb #c035
 BLOCK_BYTES = 16 << 20  # of text in memory at once
 
 def blocks(
@@ -333,7 +355,7 @@ def verify_pairs(
         out.append(jaccard_pairs(*shingle_sets(corpus.texts(docs), shingle), np.searchsorted(docs, block)))
     return np.concatenate(out)
 
-# %% ../../nbs/01c_lsh.ipynb #c034
+# %% ../../nbs/01c_lsh.ipynb #c036
 PAIRS = {"a": pa.string(), "b": pa.string(), "jaccard": pa.float64()}
 
 def write_pairs(
@@ -347,7 +369,7 @@ def write_pairs(
     a, b = (ids.take(pa.array(np.searchsorted(docs, side))) for side in pairs.T)
     write_table(corpus.store, key, {"a": a, "b": b, "jaccard": j}, PAIRS)
 
-# %% ../../nbs/01c_lsh.ipynb #c036
+# %% ../../nbs/01c_lsh.ipynb #c038
 def verify_range(
     task: dict # workspace, settings, number, low, high (document numbers), candidates (keys), round
 ) -> dict: # edges: key, number of candidates and edges, candidates by similarity
@@ -366,7 +388,7 @@ def verify_range(
     histogram = np.bincount(np.floor(similarity * 100 + 1e-9).astype(np.int64), minlength=101).tolist()
     return {"key": f"minhash_lsh/spill/edges/{name}.npy", "pairs": f"minhash_lsh/pairs/near-{name}.parquet", "candidates": len(pairs), "edges": int(edge.sum()), "histogram": histogram}
 
-# %% ../../nbs/01c_lsh.ipynb #c038
+# %% ../../nbs/01c_lsh.ipynb #c040
 def rejoin_partition(
     task: dict # workspace, settings, number (of the partition), documents (key of sorted document numbers), round
 ) -> dict: # keys of candidate files, their number
