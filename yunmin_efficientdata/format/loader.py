@@ -4,7 +4,7 @@
 
 # %% ../../nbs/02d_loader.ipynb #c004
 from __future__ import annotations
-import ctypes, hashlib, json, os, re, warnings, zlib
+import ctypes, hashlib, json, os, re, threading, warnings, zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import islice
@@ -17,7 +17,7 @@ from ..core.settings import UserError
 from .pages import PageSet, TokenFile
 
 # %% auto #0
-__all__ = ['TokenPages', 'domain_of', 'round_keys', 'permute', 'WindowGrid', 'WindowOrder', 'file_domains', 'mix_for',
+__all__ = ['TokenPages', 'UnderWay', 'domain_of', 'round_keys', 'permute', 'WindowGrid', 'WindowOrder', 'file_domains', 'mix_for',
            'boundaries', 'cu_seqlens', 'Windows', 'WindowBatches', 'process_place', 'TokenLoader', 'mixture', 'skip',
            'made_of', 'fingerprint', 'state_dict', 'load_state_dict', 's3_filesystem', 'open_parquet', 'Deal',
            'TextRows', 'local_order', 'ngram_model', 'order_perplexity']
@@ -105,40 +105,54 @@ def _take_numpy(pages: TokenPages, starts: np.ndarray, length: int) -> np.ndarra
     return out
 
 # %% ../../nbs/02d_loader.ipynb #c015
+class UnderWay:
+    "Parts that are being fetched by this process, so that no two threads ask for the same one."
+    def __init__(self): self.lock, self.futures, self.pid = threading.Lock(), {}, os.getpid()
+
+    def begin(self, file: TokenFile, f: int, parts: list[int]) -> list: # futures
+        "Start what is neither under way nor in the folder."
+        with self.lock:
+            for key in [k for k, v in self.futures.items() if v.done()]: del self.futures[key]
+            for p in parts:
+                if (f, p) not in self.futures: self.futures.update({(f, p): x for x in file.source.prefetch([tuple(file.parts[p].tolist())], file._arrived)})
+            return [self.futures[f, p] for p in parts if (f, p) in self.futures]
+
+def _under_way(self) -> UnderWay:
+    "This process's: a fork begins anew."
+    if (found := self.__dict__.get("_under_way")) is None or found.pid != os.getpid(): found = self.__dict__["_under_way"] = UnderWay()
+    return found
+
+def _begin(self, pages: np.ndarray) -> list: # futures
+    "Begin to fetch those of these pages that are not at hand."
+    pages = pages[self._now.address[pages] == 0]
+    owner = np.searchsorted(self.page0, pages, side="right") - 1
+    return [x for f in np.unique(owner).tolist() if self.files[f].remote
+            for x in _under_way(self).begin(self.files[f], f, np.unique(self.files[f].part_of[pages[owner == f] - self.page0[f]]).tolist())]
+
+# %% ../../nbs/02d_loader.ipynb #c016
 def _prefetch(self,
     starts, # int [n]: windows that will be taken soon
     length: int # tokens in a window
 ) -> None:
     "Begin to fetch the pages of these windows; does nothing for local files."
-    if self.local: return
-    pages = self.pages_of(starts, length)
-    for f in np.unique(np.searchsorted(self.page0, pages, side="right") - 1).tolist():
-        file, mine = self.files[f], pages[(pages >= self.page0[f]) & (pages < self.page0[f + 1])]
-        if not file.remote: continue
-        mine = mine[self._now.address[mine] == 0]
-        for p in np.unique(file.part_of[mine - self.page0[f]]).tolist():
-            if (f, p) in self._coming: continue
-            for future in file.source.prefetch([tuple(file.parts[p].tolist())], file._arrived): self._coming[f, p] = future
+    if not self.local: self._begin(self.pages_of(starts, length))
 
 def _arrive(self, pages: np.ndarray) -> None:
-    "Wait for parts of these pages that are under way. What went wrong there is tried again, and raised, by `need`."
-    if not self._coming: return
-    for f, p in {(f, int(self.files[f].part_of[k - self.page0[f]])) for k in pages.tolist() for f in [int(np.searchsorted(self.page0, k, side="right")) - 1]}:
-        if future := self._coming.get((f, p)): future.exception()
-    for key in [k for k, v in list(self._coming.items()) if v.done()]: self._coming.pop(key, None)
+    "Wait until pages are in the cache's folder. What went wrong on the way is tried again, and raised, by `need`."
+    if not self.local:
+        for future in self._begin(pages): future.exception()
 
-TokenPages.prefetch, TokenPages._arrive = _prefetch, _arrive
+TokenPages.prefetch, TokenPages._begin, TokenPages._arrive = _prefetch, _begin, _arrive
 TokenPages.local = property(lambda self: not any(f.remote for f in self.files))
-TokenPages._coming = property(lambda self: self.__dict__.setdefault("_under_way", {}).setdefault(os.getpid(), {}))
 
-# %% ../../nbs/02d_loader.ipynb #c017
+# %% ../../nbs/02d_loader.ipynb #c018
 def domain_of(
     path # a file's path or address
 ) -> str:
     "The domain that a file's name states: `web` for web.parquet and web-00000-of-00004.parquet."
     return re.sub(r"-\d+-of-\d+$", "", re.split(r"[\\/]", str(path))[-1].removesuffix(".parquet"))
 
-# %% ../../nbs/02d_loader.ipynb #c025
+# %% ../../nbs/02d_loader.ipynb #c026
 def _mix(x: np.ndarray) -> np.ndarray: # uint64 -> uint64
     "splitmix64's finaliser."
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -151,7 +165,7 @@ def round_keys(*parts: int) -> np.ndarray: # uint64 [8]
     digest = hashlib.blake2b(repr(tuple(int(p) for p in parts)).encode(), digest_size=64).digest()
     return np.array(np.frombuffer(digest, dtype="<u8"), dtype=np.uint64)
 
-# %% ../../nbs/02d_loader.ipynb #c026
+# %% ../../nbs/02d_loader.ipynb #c027
 def _permute_numpy(out: np.ndarray, n: int, half: int, keys: np.ndarray) -> None:
     "Permute numbers below n in place, all at once."
     shift, mask, todo = np.uint64(half), np.uint64((1 << half) - 1), np.arange(len(out))
@@ -161,7 +175,7 @@ def _permute_numpy(out: np.ndarray, n: int, half: int, keys: np.ndarray) -> None
         out[todo] = (left << shift) | right
         todo = todo[out[todo] >= n]
 
-# %% ../../nbs/02d_loader.ipynb #c028
+# %% ../../nbs/02d_loader.ipynb #c029
 if njit:
     @njit("void(uint64[::1], uint64, uint64, uint64[::1])", nogil=True, cache=True)
     def _permute_numba(out, n, half, keys):
@@ -180,7 +194,7 @@ if njit:
                 if x < n: break
             out[i] = x
 
-# %% ../../nbs/02d_loader.ipynb #c029
+# %% ../../nbs/02d_loader.ipynb #c030
 def permute(
     x, # int [k]: positions, 0 <= x < n
     n: int, # size of the range
@@ -192,7 +206,7 @@ def permute(
     (_permute_numba if njit else _permute_numpy)(out, n, half, keys)
     return out.astype(np.int64)
 
-# %% ../../nbs/02d_loader.ipynb #c032
+# %% ../../nbs/02d_loader.ipynb #c033
 class WindowGrid:
     "The windows of a stream by number, and which domain each belongs to."
     def __init__(self,
@@ -213,7 +227,7 @@ class WindowGrid:
 
     def __len__(self): return int(self.window[-1])
 
-# %% ../../nbs/02d_loader.ipynb #c033
+# %% ../../nbs/02d_loader.ipynb #c034
 def _starts(self, windows) -> np.ndarray: # int64: first token of each window
     "Where windows begin in the flat stream."
     windows = np.asarray(windows, np.int64)
@@ -225,21 +239,24 @@ def _nth(self, domain: int, k) -> np.ndarray: # int64: window numbers
     at = np.searchsorted(self.before[domain], k, side="right") - 1
     return self.window[self.runs_of[domain][at]] + k - self.before[domain][at]
 
-def _units(self, pages: TokenPages) -> tuple: # domain, low, high: int64 [units]
-    "Which windows begin in each unit that is fetched at once, a large page or several small ones: `low <= window < high`."
-    parts = np.append(0, np.cumsum([len(f.parts) for f in pages.files]))
-    unit = np.concatenate([f.part_of + n for f, n in zip(pages.files, parts)])
-    begin = pages.first[np.searchsorted(unit, np.arange(parts[-1]))]
+def _units(self,
+    pages: TokenPages,
+    run: int = 1 # parts in a unit
+) -> tuple: # domain, low, high: int64 [units]
+    "Which windows begin in each unit, a run of adjacent parts of a file (a part is what one request fetches: a large page or several small ones): `low <= window < high`."
+    before = np.append(0, np.cumsum([-(-len(f.parts) // run) for f in pages.files]))
+    unit = np.concatenate([f.part_of // run + n for f, n in zip(pages.files, before)])
+    begin = pages.first[np.searchsorted(unit, np.arange(before[-1]))]
     end = np.append(begin[1:], len(pages))
-    run = np.searchsorted(self.token, begin, side="right") - 1
-    def first_from(t): return np.clip(self.window[run] - (self.token[run] - t) // self.seq_len, self.window[run], self.window[run + 1])
+    at = np.searchsorted(self.token, begin, side="right") - 1
+    def first_from(t): return np.clip(self.window[at] - (self.token[at] - t) // self.seq_len, self.window[at], self.window[at + 1])
     domain = np.zeros(len(self.token), np.int64)
     for d, runs in enumerate(self.runs_of): domain[runs] = d
-    return domain[run], first_from(begin), first_from(end)
+    return domain[at], first_from(begin), first_from(end)
 
 WindowGrid.starts, WindowGrid.nth, WindowGrid.units = _starts, _nth, _units
 
-# %% ../../nbs/02d_loader.ipynb #c036
+# %% ../../nbs/02d_loader.ipynb #c037
 class WindowOrder:
     "Which window stands at which position of an epoch. Shuffle is 'window', 'page' or 'none'."
     def __init__(self,
@@ -258,11 +275,12 @@ class WindowOrder:
         self.draws = np.array([round((mix or {}).get(d, 1.) * int(n)) for d, n in zip(self.grid.domains, self.grid.counts)], np.int64)
         self.ends, self.n = np.append(0, np.cumsum(self.draws)), int(self.draws.sum())
         self.salt = [zlib.crc32(d.encode()) for d in self.grid.domains]
-        if shuffle == "page": self._unit = self.grid.units(pages)
+        self.run = 2 if group > 3 else 1 # adjacent pages that stay together
+        if shuffle == "page": self._unit = self.grid.units(pages, self.run)
 
     def __len__(self): return self.n
 
-# %% ../../nbs/02d_loader.ipynb #c037
+# %% ../../nbs/02d_loader.ipynb #c038
 def file_domains(
     paths: list[str], # files
     mix: dict[str, float] # weights by domain or by file name
@@ -275,7 +293,7 @@ def file_domains(
     if bad is not None: raise UserError(f"mix: the weight of {bad!r} is {mix[bad]}; expected a number from 0 up")
     return names
 
-# %% ../../nbs/02d_loader.ipynb #c039
+# %% ../../nbs/02d_loader.ipynb #c040
 def _at(self,
     positions, # int [k]
     epoch: int
@@ -305,7 +323,7 @@ def _keys(self, domain: int, turn: int, *more: int) -> np.ndarray:
 
 WindowOrder.at, WindowOrder._drawn, WindowOrder._keys = _at, _drawn, _keys
 
-# %% ../../nbs/02d_loader.ipynb #c041
+# %% ../../nbs/02d_loader.ipynb #c042
 def _domain_pages(self, d: int, epoch: int) -> list[tuple]: # (first window, windows) of each page in turn
     "The stretches of pages that a domain gives to an epoch."
     domain, low, high = self._unit
@@ -326,10 +344,11 @@ def _page_table(self, epoch: int) -> None:
     first, count = np.concatenate([p for d in range(len(self.draws)) for p in self._domain_pages(d, epoch)] or [np.zeros((2, 0), np.int64)], axis=1)
     if len(self.draws) > 1: first, count = (x[permute(np.arange(len(first)), len(first), round_keys(self.seed, epoch, 3))] for x in (first, count))
     self._first, self._before = first, np.append(0, np.cumsum(count))
-    self._groups = self._before[np.minimum(np.arange(0, len(first) + self.group, self.group), len(first))]
+    k = self.group // self.run
+    self._groups = self._before[np.minimum(np.arange(0, len(first) + k, k), len(first))]
     self._epoch = epoch
 
-# %% ../../nbs/02d_loader.ipynb #c042
+# %% ../../nbs/02d_loader.ipynb #c043
 def _by_page(self, positions: np.ndarray, epoch: int) -> np.ndarray:
     "Window numbers at these positions in page order."
     self._page_table(epoch)
@@ -344,7 +363,7 @@ def _by_page(self, positions: np.ndarray, epoch: int) -> np.ndarray:
 
 WindowOrder._domain_pages, WindowOrder._page_table, WindowOrder._by_page = _domain_pages, _page_table, _by_page
 
-# %% ../../nbs/02d_loader.ipynb #c047
+# %% ../../nbs/02d_loader.ipynb #c048
 def mix_for(
     shares: dict[str, float], # domain -> wanted share; any positive numbers
     windows: dict[str, int], # domain -> windows it has, as `TokenLoader.mixture` tells
@@ -357,7 +376,7 @@ def mix_for(
     size = size or min(windows[d] * total / s for d, s in shares.items() if s)
     return {d: shares.get(d, 0) * size / total / n if n else 0. for d, n in windows.items()}
 
-# %% ../../nbs/02d_loader.ipynb #c050
+# %% ../../nbs/02d_loader.ipynb #c051
 def _boundaries_numpy(ids: np.ndarray, eos_id: int, position: np.ndarray, index: np.ndarray) -> None:
     "Fill position and index with array operations."
     begins = np.zeros(ids.shape, dtype=bool)
@@ -377,7 +396,7 @@ if njit:
                 p += 1
                 if ids[i, t] == eos_id: p = 0; s += 1
 
-# %% ../../nbs/02d_loader.ipynb #c051
+# %% ../../nbs/02d_loader.ipynb #c052
 def boundaries(
     ids: np.ndarray, # int [n, length]
     eos_id: int | None # None: each window is one document
@@ -395,7 +414,7 @@ def cu_seqlens(
     flat = np.asarray(position_ids).reshape(-1)
     return np.append(np.flatnonzero(flat == 0), len(flat)).astype(np.int32)
 
-# %% ../../nbs/02d_loader.ipynb #c054
+# %% ../../nbs/02d_loader.ipynb #c055
 class Windows(Dataset):
     "Windows of `seq_len` tokens, by number: map-style, without state, cheap to send to workers."
     def __init__(self,
@@ -423,7 +442,7 @@ class Windows(Dataset):
         ids = torch.from_numpy(self.take(indices).astype(np.int64))
         return [{"input_ids": row, "labels": row.clone()} for row in ids]
 
-# %% ../../nbs/02d_loader.ipynb #c055
+# %% ../../nbs/02d_loader.ipynb #c056
 def _eos_of(pages: TokenPages) -> int | None:
     "The eos id that `format.parquet` wrote into the files; all must agree."
     found = {f.metadata.get("yunmin.eos_id") for f in pages.files}
@@ -431,7 +450,7 @@ def _eos_of(pages: TokenPages) -> int | None:
     value = found.pop()
     return None if value is None else int(value)
 
-# %% ../../nbs/02d_loader.ipynb #c058
+# %% ../../nbs/02d_loader.ipynb #c059
 class WindowBatches(Sampler):
     "Batches of window numbers of one rank. `epoch` and `step` say where iteration begins."
     def __init__(self,
@@ -451,7 +470,7 @@ class WindowBatches(Sampler):
     def __len__(self): return self.steps - sum(e == self.epoch for e, _ in self.skipped)
     def set_epoch(self, epoch: int) -> None: self.epoch, self.step = epoch, 0
 
-# %% ../../nbs/02d_loader.ipynb #c059
+# %% ../../nbs/02d_loader.ipynb #c060
 def _windows_of_step(self, epoch: int, step: int) -> list[int]: # this rank's windows
     "The windows of one step, computed from nothing but (epoch, step)."
     share = self.batch_size // self.world_size
@@ -467,7 +486,7 @@ def _batches(self):
 
 WindowBatches.batch, WindowBatches.plan, WindowBatches.__iter__ = _windows_of_step, _plan, _batches
 
-# %% ../../nbs/02d_loader.ipynb #c061
+# %% ../../nbs/02d_loader.ipynb #c062
 def process_place(
     rank: int | None = None, # None: from torchrun's RANK
     world_size: int | None = None # None: from torchrun's WORLD_SIZE
@@ -480,7 +499,7 @@ def process_place(
     if world_size == 1 and found[1] > 1: warnings.warn(f"{found[1]} processes run, but this loader has world_size=1: each of them gets the same batches; pass rank=None, world_size=None to share them")
     return rank, world_size
 
-# %% ../../nbs/02d_loader.ipynb #c062
+# %% ../../nbs/02d_loader.ipynb #c063
 class TokenLoader:
     "Batches of token windows in a deterministic, elastic, resumable order."
     def __init__(self,
@@ -511,7 +530,7 @@ class TokenLoader:
     def skipped(self) -> set: return self.batch_sampler.skipped # of (epoch, step)
     def __len__(self): return self.batch_sampler.steps - sum(e == self.epoch for e, _ in self.skipped)
 
-# %% ../../nbs/02d_loader.ipynb #c063
+# %% ../../nbs/02d_loader.ipynb #c064
 def _order(self, epoch: int) -> np.ndarray: # int64 [windows drawn in an epoch]
     "The global order of all windows in an epoch, the same for every rank and world size."
     return self.batch_sampler.order.at(np.arange(len(self.batch_sampler.order)), epoch)
@@ -523,7 +542,7 @@ def mixture(self) -> list[dict]: # a row for each domain: domain, windows, weigh
 
 TokenLoader.order, TokenLoader.mixture = _order, mixture
 
-# %% ../../nbs/02d_loader.ipynb #c065
+# %% ../../nbs/02d_loader.ipynb #c066
 def _make(self, plan: list[int]):
     "The batches of these steps of this epoch, made here or by workers."
     batches = self._announced(plan)
@@ -545,7 +564,7 @@ def _announced(self, plan: list[int]):
 
 TokenLoader._make, TokenLoader._announced = _make, _announced
 
-# %% ../../nbs/02d_loader.ipynb #c066
+# %% ../../nbs/02d_loader.ipynb #c067
 def _iterate(self):
     epoch, plan = self.epoch, self.batch_sampler.plan(self.epoch, self.step)
     for step, batch in zip(plan, self._make(plan)):
@@ -568,7 +587,7 @@ def skip(self,
 
 TokenLoader.__iter__, TokenLoader.skip = _iterate, skip
 
-# %% ../../nbs/02d_loader.ipynb #c068
+# %% ../../nbs/02d_loader.ipynb #c069
 def _file_digest(file: TokenFile) -> str: # 16 hexadecimal digits
     "Digest of one file's tokens: its footer, which holds a hash of them (`yunmin.token_hash`) where `format.parquet` wrote it; else some page checksums too; the tokens themselves where pyarrow decoded them."
     if file.way != "pages": return f"{zlib.crc32(file.data[:4 * len(file)]):016x}"
@@ -592,7 +611,7 @@ def fingerprint(self) -> str: # 16 hexadecimal digits
 
 TokenLoader.made_of, TokenLoader.fingerprint = made_of, fingerprint
 
-# %% ../../nbs/02d_loader.ipynb #c069
+# %% ../../nbs/02d_loader.ipynb #c070
 def state_dict(self) -> dict: # JSON-able
     "Where the loader is: the next step of this epoch, what was skipped, and what the order is made of."
     return {"epoch": self.epoch, "step": self.step, "seed": self.seed, "fingerprint": self.fingerprint(), "skipped": sorted(map(list, self.skipped)), "made_of": self.made_of()}
@@ -611,7 +630,7 @@ def load_state_dict(self, state: dict) -> None:
 
 TokenLoader.state_dict, TokenLoader.load_state_dict = state_dict, load_state_dict
 
-# %% ../../nbs/02d_loader.ipynb #c080
+# %% ../../nbs/02d_loader.ipynb #c081
 def s3_filesystem() -> pyarrow.fs.S3FileSystem:
     "pyarrow's S3 client on the server that AWS_ENDPOINT_URL names, with the usual AWS variables."
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
@@ -622,7 +641,7 @@ def s3_filesystem() -> pyarrow.fs.S3FileSystem:
     if region := os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION"): options["region"] = region
     return pyarrow.fs.S3FileSystem(**options)
 
-# %% ../../nbs/02d_loader.ipynb #c081
+# %% ../../nbs/02d_loader.ipynb #c082
 def open_parquet(
     path # a local path or an s3://bucket/key address
 ) -> pq.ParquetFile:
@@ -633,7 +652,7 @@ def open_parquet(
     except FileNotFoundError: raise UserError(f"{path}: no such file; `yunmin format` makes the Parquet files") from None
     except (pa.ArrowException, OSError) as e: raise UserError(f"{path}: not readable as Parquet: {str(e).splitlines()[0]}") from None
 
-# %% ../../nbs/02d_loader.ipynb #c083
+# %% ../../nbs/02d_loader.ipynb #c084
 class Deal:
     "What is left of each row group, dealt to `parts` (ranks x workers) in turn."
     def __init__(self,
@@ -679,7 +698,7 @@ class Deal:
     def even(self) -> int: # batches that every rank has
         return min(sum(self.batches[i] for w in range(self.workers) for i in self.mine(r * self.workers + w)) for r in range(self.world_size))
 
-# %% ../../nbs/02d_loader.ipynb #c086
+# %% ../../nbs/02d_loader.ipynb #c087
 class TextRows(IterableDataset):
     "Batches of rows with only the columns asked for: {column: list}. Row groups are shared over ranks and workers."
     def __init__(self,
@@ -706,7 +725,7 @@ class TextRows(IterableDataset):
                 self._groups += [(f, g, meta.row_group(g).num_rows) for g in range(meta.num_row_groups)]
         return self._groups
 
-# %% ../../nbs/02d_loader.ipynb #c087
+# %% ../../nbs/02d_loader.ipynb #c088
 def _deal(self, workers: int) -> tuple[Deal, int]: # (what is dealt, batches of it that this rank was given)
     "The deal that is under way with this many workers; a new one when ranks or workers are others than before."
     left = [(i, 0, rows) for i, (_, _, rows) in enumerate(self.groups()) if rows]
@@ -739,7 +758,7 @@ def _settle(self, workers: int, n: int) -> None:
 TextRows._deal, TextRows._iterate, TextRows._settle = _deal, _iterate_rows, _settle
 TextRows._mine_only, TextRows._counted, TextRows._own = False, False, None
 
-# %% ../../nbs/02d_loader.ipynb #c088
+# %% ../../nbs/02d_loader.ipynb #c089
 def _rows(self, deal: Deal, part: int, skip: int):
     "Batches of one part of the deal, from its `skip`-th on."
     opened: dict = {}
@@ -766,7 +785,7 @@ def _text_batches(file, group, columns, batch_size, first):
 
 TextRows._rows = _rows
 
-# %% ../../nbs/02d_loader.ipynb #c089
+# %% ../../nbs/02d_loader.ipynb #c090
 def _batches_of_rows(self,
     num_workers: int = 0 # of torch's DataLoader
 ):
@@ -793,7 +812,7 @@ def _load_state_of_rows(self, state: dict) -> None:
 
 TextRows.batches, TextRows.state_dict, TextRows.load_state_dict = _batches_of_rows, _state_of_rows, _load_state_of_rows
 
-# %% ../../nbs/02d_loader.ipynb #c094
+# %% ../../nbs/02d_loader.ipynb #c095
 def local_order(
     n: int, # windows
     size: int, # windows in a row group
@@ -814,7 +833,7 @@ def ngram_model(
         torch.manual_seed(seed)
         return torch.nn.Sequential(torch.nn.Embedding(vocab_size, width), torch.nn.Flatten(1), torch.nn.Linear(context * width, 2 * width), torch.nn.GELU(), torch.nn.Linear(2 * width, vocab_size))
 
-# %% ../../nbs/02d_loader.ipynb #c095
+# %% ../../nbs/02d_loader.ipynb #c096
 def order_perplexity(
     windows: np.ndarray, # int [n, length] in the order of training
     heldout: np.ndarray, # int [m, length]
