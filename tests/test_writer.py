@@ -415,3 +415,32 @@ def test_memory_of_tokenizing_is_flat(tmp_path, encode):
     print({k: round(v["peak"]) for k, v in dict(one=one, ten=ten, million=million, book=book).items()})
     assert ten["peak"] < 1.15 * one["peak"] + 10 and million["peak"] < 1.15 * one["peak"] + 60
     assert book["mb"] > 45 and book["peak"] < one["peak"] + 12 * book["mb"]  # line, text, tokens, columns and pages of the one row
+
+# -- JSONL straight into columns ----------------------------------------------------
+
+record_lines = st.lists(st.fixed_dictionaries({"id": st.text("abc", min_size=1), "text": st.text(st.characters(exclude_categories=["Cs"]), max_size=20)}, optional={c: any_json for c in ("source", "date", "other")}), max_size=12)
+
+@given(record_lines, st.sampled_from(["\n", "\n\n", " \n", "\r\n"]), st.booleans(), st.integers(1, 300), st.booleans())
+@quick
+def test_columns_and_records_give_the_same_file(records, end, ascii, block, bom):
+    with tempfile.TemporaryDirectory() as d:
+        text = end.join([json.dumps(r, ensure_ascii=ascii) for r in records])
+        Path(d, "x.jsonl").write_bytes((b"\xef\xbb\xbf" if bom else b"") + text.encode())
+        settings = FormatSettings(row_group_rows=5)
+        with P.FileWriter(Path(d, "a.parquet"), settings, {}, P.TEXT_COLUMNS) as w: P.write_rows(w, records)
+        with P.FileWriter(Path(d, "b.parquet"), settings, {}, P.TEXT_COLUMNS) as w:
+            for table in P.text_tables(open_store(d), "x.jsonl", block): w.add_table(table)
+        assert Path(d, "a.parquet").read_bytes() == Path(d, "b.parquet").read_bytes()
+
+@pytest.mark.parametrize("line", ['{"id": "1", "text": "a"}{"id": "2", "text": "b"}', '{"id": "1",', '"text": "a"}', '{"id": "1", "text": null}', '{"id": "1"}', '[1]', '{"id": "1", "text": "\\ud800"}', '{"id": "1", "text": 7}', '{"id": "1", "text": "a\tb"}'])
+def test_a_line_that_is_no_document_is_named(tmp_path, line):
+    good = ['{"id": "1", "text": "가"}'] * 5
+    (tmp_path/"x.jsonl").write_text("\n".join([*good, line, *good]) + "\n")
+    for encode in (None, lambda texts: [np.zeros(1, np.int32)] * len(texts)):
+        with pytest.raises(UserError, match="x.jsonl, line 6"): P.convert(tmp_path, ["x.jsonl"], tmp_path/"x.parquet", encode)
+
+def test_nesting_and_invalid_bytes(tmp_path):
+    (tmp_path/"deep.jsonl").write_text('{"id": "1", "text": "a", "x": ' + "[" * 10**5 + "]" * 10**5 + "}\n")
+    assert P.convert(tmp_path, ["deep.jsonl"], tmp_path/"x.parquet")["rows"] == 1
+    (tmp_path/"bytes.jsonl").write_bytes(b'{"id": "1", "text": "\xff"}\n')
+    with pytest.raises(UserError, match="line 1: invalid_utf8"): P.convert(tmp_path, ["bytes.jsonl"], tmp_path/"x.parquet")

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/02b_parquet.ipynb #c004
 from __future__ import annotations
-import json, os, re, tempfile
+import io, json, os, re, tempfile
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -12,21 +12,21 @@ from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 import numpy as np
-import pyarrow as pa, pyarrow.parquet as pq
+import pyarrow as pa, pyarrow.compute as pc, pyarrow.json as pj, pyarrow.parquet as pq
 import xxhash
-from ..core.records import JsonlWriter, Span, is_jsonl, read_jsonl
+from ..core.records import JsonlWriter, Span, is_jsonl, parse_line, read_jsonl
 from ..core.settings import FormatSettings, HeldoutSettings, UserError
 from ..core.store import Store, open_store
 from .pages import TokenFile, check_pages
 
 # %% auto #0
 __all__ = ['COLUMNS', 'TEXT_COLUMNS', 'TOKENS', 'SCHEMA', 'WRITE_BATCH', 'LONG', 'PIECE', 'AROUND', 'SPLITS', 'PIECE_BYTES',
-           'RULE', 'CLUSTERS', 'MANIFEST', 'SPILLS', 'schema_text', 'as_text', 'writer_options', 'ColumnHash',
+           'RULE', 'CLUSTERS', 'MANIFEST', 'SPILLS', 'BOM', 'schema_text', 'as_text', 'writer_options', 'ColumnHash',
            'FileWriter', 'verify_file', 'column_sizes', 'file_layout', 'cut_points', 'encode_long', 'batches',
            'encode_rows', 'write_rows', 'cluster_hash', 'threshold', 'smallest', 'Heldout', 'choose_heldout',
            'domain_keys', 'pieces', 'documents', 'write_clusters', 'Splitter', 'scan', 'shared_clusters',
            'bytes_per_char', 'file_key', 'read_manifest', 'parquet_files', 'FileTask', 'plan_files', 'task_documents',
-           'write_training', 'write_heldout', 'convert']
+           'write_training', 'write_heldout', 'parse_block', 'text_tables', 'convert']
 
 # %% ../../nbs/02b_parquet.ipynb #c006
 COLUMNS = ("id", "text", "source", "tokens", "lang", "domain", "date")
@@ -94,6 +94,8 @@ class FileWriter:
         self.path, self.settings, self.metadata = Path(path), settings, metadata
         self.schema = pa.schema([SCHEMA.field(c) for c in columns])
         self.columns, self.hashes = {c: [] for c in columns}, {c: ColumnHash() for c in columns}
+        self.tables: list[pa.Table] = []  # text columns that came as tables
+        self.appends, self.tokens = [(c, v.append) for c, v in self.columns.items() if c != "tokens"], self.columns.get("tokens")
         self.size = self.waiting = self.n_rows = self.n_tokens = 0
         self.writer = pq.ParquetWriter(self.path, self.schema, **writer_options(settings, columns))
 
@@ -102,9 +104,9 @@ class FileWriter:
         tokens: np.ndarray | None = None # int32, EOS last
     ) -> None:
         "Append one document."
-        for name, values in self.columns.items():
-            value = tokens if name == "tokens" else record.get(name)
-            values.append(value if name == "tokens" or type(value) is str else as_text(value))
+        get = record.get
+        for name, append in self.appends: append(get(name))
+        if self.tokens is not None: self.tokens.append(tokens)
         self.size += 4 * len(record["text"]) + (0 if tokens is None else tokens.nbytes); self.waiting += 1
         if self.waiting >= self.settings.row_group_rows or self.size >= self.settings.row_group_bytes: self.flush()
 
@@ -115,14 +117,22 @@ def _list_array(rows: list[np.ndarray]) -> pa.ListArray:
     np.cumsum([len(r) for r in rows], out=offsets[1:])
     return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(np.concatenate(rows).astype(np.int32, copy=False)), type=TOKENS.type)
 
+def _text_array(values: list) -> pa.StringArray:
+    "Values as one text column; `as_text` where something is no text."
+    try: array = pa.array(values, pa.string())
+    except (pa.ArrowInvalid, pa.ArrowTypeError): array = None
+    return array if array is not None and not array.null_count else pa.array(map(as_text, values), pa.string())
+
 def _flush(self) -> None:
     "Write the collected rows as one row group."
     if not self.waiting: return
     arrays = []
+    table = pa.concat_tables(self.tables).combine_chunks() if self.tables else None
     for name, values in self.columns.items():
-        arrays.append(_list_array(values) if name == "tokens" else pa.array(values, pa.string()))
+        arrays.append(table.column(name).chunk(0) if table else _list_array(values) if name == "tokens" else _text_array(values))
         values.clear()
         self.hashes[name].update(arrays[-1])
+    self.tables.clear()
     self.writer.write_table(pa.Table.from_arrays(arrays, schema=self.schema))
     self.n_rows += self.waiting
     self.n_tokens = self.hashes["tokens"].count if "tokens" in self.hashes else 0
@@ -134,7 +144,18 @@ def _close(self) -> None:
     self.writer.add_key_value_metadata({**self.metadata, "yunmin.rows": str(self.n_rows), "yunmin.tokens": str(self.n_tokens)})
     self.writer.close()
 
-FileWriter.flush, FileWriter.close = _flush, _close
+def _add_table(self, table: pa.Table) -> None:
+    "Append rows that are columns already, for files without tokens; row groups end where `add` would end them."
+    sizes, start = 4 * pc.utf8_length(table["text"]).to_numpy(), 0
+    while start < len(sizes):
+        room = self.settings.row_group_rows - self.waiting
+        filled = self.size + np.cumsum(sizes[start:start + room])
+        n = min(len(filled), int(np.searchsorted(filled, self.settings.row_group_bytes)) + 1)
+        self.tables.append(table.slice(start, n))
+        self.waiting, self.size, start = self.waiting + n, int(filled[n - 1]), start + n
+        if self.waiting >= self.settings.row_group_rows or self.size >= self.settings.row_group_bytes: self.flush()
+
+FileWriter.flush, FileWriter.close, FileWriter.add_table = _flush, _close, _add_table
 FileWriter.__enter__ = lambda self: self
 FileWriter.__exit__ = lambda self, kind, *rest: self.writer.close() if kind else self.close()
 
@@ -142,7 +163,7 @@ FileWriter.__exit__ = lambda self, kind, *rest: self.writer.close() if kind else
 def _read_back(path, names) -> tuple[int, dict[str, ColumnHash]]: # rows, hash of each column
     "Every column through pyarrow."
     rows, hashes = 0, {c: ColumnHash() for c in names}
-    with pq.ParquetFile(path, page_checksum_verification=True, buffer_size=1 << 20) as file:
+    with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
         for batch in file.iter_batches(batch_size=1024, columns=list(names), use_threads=False):
             rows += batch.num_rows
             for name, column in zip(batch.schema.names, batch.columns): hashes[name].update(column)
@@ -598,6 +619,52 @@ def write_heldout(
     return _write(store, file_key(SPLITS[code], task.domain), task, SPLITS[code], docs, False)
 
 # %% ../../nbs/02b_parquet.ipynb #c061
+BOM = b"\xef\xbb\xbf"
+_TEXTS = pa.schema([pa.field(c, pa.string()) for c in TEXT_COLUMNS])
+
+def _is_document(record, place: str) -> bool:
+    if isinstance(record, dict) and isinstance(record.get("text"), str): return True
+    raise UserError(f"{place}: {record if isinstance(record, str) else 'no text'}; every line must be an object with a text")
+
+def parse_block(
+    block: bytes, # whole lines
+    key: str, first: int # for errors: file, and lines before
+) -> pa.Table: # TEXT_COLUMNS without nulls
+    "Lines of JSON as columns. Raises `UserError` naming the line that is not a document."
+    try:
+        table = pj.read_json(io.BytesIO(block), pj.ReadOptions(use_threads=False, block_size=len(block) + 1), pj.ParseOptions(explicit_schema=_TEXTS, unexpected_field_behavior="ignore"))
+        table.validate(full=True)
+        if table.num_rows == block.count(b"\n") and not table["text"].null_count:
+            return pa.table([c if not c.null_count else pc.fill_null(c, "") for c in table.columns], TEXT_COLUMNS)
+    except pa.ArrowInvalid: pass
+    lines = ((number, line.strip(b" \t\r\n")) for number, line in enumerate(block.split(b"\n"), first + 1))
+    parsed = ((number, *parse_line(line)) for number, line in lines if line)
+    records = [record for number, record, reason in parsed if _is_document(record or reason, f"{key}, line {number}")]
+    return pa.table([_text_array([r.get(c) for r in records]) for c in TEXT_COLUMNS], TEXT_COLUMNS)
+
+# %% ../../nbs/02b_parquet.ipynb #c062
+def text_tables(
+    store: Store,
+    key: str, # .jsonl, .jsonl.gz or .jsonl.zst
+    block: int = 1 << 20 # bytes at a time
+) -> Iterator[pa.Table]: # TEXT_COLUMNS without nulls
+    "Stream the text columns of a JSONL file."
+    if not key.lower().endswith(".jsonl"):
+        for batch in batches(r for n, r in (item[:2] for item in read_jsonl(store, key)) if _is_document(r, f"{key}, line {n}")):
+            yield pa.table([_text_array([r.get(c) for r in batch]) for c in TEXT_COLUMNS], TEXT_COLUMNS)
+        return
+    rest, lines, first = [], 0, True  # the first line may begin with a byte order mark
+    with store.open(key) as f:
+        while piece := f.read(block):
+            cut = piece.rfind(b"\n") + 1
+            if not cut: rest.append(piece); continue
+            whole, rest = b"".join([*rest, piece[:cut]]), [piece[cut:]]
+            yield parse_block(whole.removeprefix(BOM) if first else whole, key, lines)
+            lines, first = lines + whole.count(b"\n"), False
+    last = b"".join(rest).removeprefix(BOM) if first else b"".join(rest)
+    if last: yield parse_block(last + b"\n", key, lines)
+
+# %% ../../nbs/02b_parquet.ipynb #c063
 def convert(
     source, # folder or store of the JSON lines
     keys: list[str], # its files
@@ -607,10 +674,9 @@ def convert(
 ) -> dict: # rows, tokens, bytes
     "JSONL to one verified Parquet file."
     store = open_store(source)
-    docs = (record for key in keys for number, record in (item[:2] for item in read_jsonl(store, key)) if _is_document(record, key, number))
-    with FileWriter(path, settings or FormatSettings(), {}, COLUMNS if encode else TEXT_COLUMNS) as w: write_rows(w, docs, encode)
+    with FileWriter(path, settings or FormatSettings(), {}, COLUMNS if encode else TEXT_COLUMNS) as w:
+        for key in keys:
+            if encode: write_rows(w, (r for n, r in (item[:2] for item in read_jsonl(store, key)) if _is_document(r, f"{key}, line {n}")), encode)
+            else:
+                for table in text_tables(store, key): w.add_table(table)
     return verify_file(path, w)
-
-def _is_document(record, key: str, number: int) -> bool:
-    if isinstance(record, dict) and isinstance(record.get("text"), str): return True
-    raise UserError(f"{key}, line {number}: {record if isinstance(record, str) else 'no text'}; every line must be an object with a text")

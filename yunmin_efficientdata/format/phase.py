@@ -18,12 +18,13 @@ from ..core.store import open_store
 from .parquet import (CLUSTERS, MANIFEST, RULE, SPILLS, SPLITS, FileTask, Splitter, bytes_per_char, choose_heldout, column_sizes, documents, domain_keys,
                                                  file_layout, parquet_files, pieces, plan_files, read_manifest, scan, schema_text, shared_clusters, smallest, write_clusters,
                                                  write_heldout, write_training)
-from .tokenizer import Encoder, as_pretrained, fertility, load_tokenizer, sampled, save_tokenizer, tokenizer_hash, train_bpe
+from .tokenizer import Encoder, as_pretrained, fertility, load_tokenizer, sample_plan, sampled, save_tokenizer, shortened, tokenizer_hash, train_bpe
 
 # %% auto #0
-__all__ = ['SMALL', 'SAMPLE', 'spread', 'all_pieces', 'split_work', 'sample_piece', 'sample_texts', 'bytes_per_token',
-           'tokenizer_work', 'file_tasks', 'run_parts', 'write_domains', 'parquet_work', 'benchmark_job',
-           'benchmark_work', 'fertility_table', 'profile_work', 'write_stages', 'run']
+__all__ = ['SMALL', 'SAMPLE', 'INSTRUCTIONS', 'spread', 'all_pieces', 'split_work', 'sample_piece', 'sample_texts',
+           'bytes_per_token', 'tokenizer_work', 'file_tasks', 'run_parts', 'write_domains', 'parquet_work',
+           'benchmark_job', 'benchmark_work', 'fertility_table', 'plot_columns', 'layout_work', 'profile_work',
+           'instruction_stage', 'write_stages', 'run']
 
 # %% ../../nbs/02_format.ipynb #c005
 SMALL = 32 << 20  # bytes of JSONL that are not worth starting workers for
@@ -57,21 +58,23 @@ def split_work(ctx, keys: dict[str, list[str]]) -> dict:
     return {"documents": sum(s["documents"] for s in sizes.values()), "with_duplicates": twins, "moved_clusters": len(rule.moved), "domains": sizes}
 
 # %% ../../nbs/02_format.ipynb #c009
+SAMPLE = "parquet_ready/heldout/sample/"
+
 def sample_piece(task: tuple) -> str: # key of the sample
     "Write the texts of a piece that are in the training split and in the sample."
     uri, number, domain, piece, share = task
     store = open_store(uri)
     with JsonlWriter(store, key := f"{SAMPLE}{number:05d}.jsonl") as out:
         for split, doc in Splitter(store)(domain, [piece]):
-            if split == "training" and sampled(doc["id"], share): out.write({"text": doc["text"]})
+            if split == "training" and sampled(doc["id"], share): out.write({"text": shortened(doc["text"], 1 << 18)})
     return key
 
-SAMPLE = "parquet_ready/heldout/sample/"
-
-def sample_texts(ctx, keys: dict[str, list[str]], share: float) -> Iterator[str]:
-    "Texts of the training split, a share of them chosen by a hash of the id."
-    tasks = [(ctx.store.uri, i, domain, piece, share) for i, (domain, piece) in enumerate(all_pieces(ctx, keys))]
-    for key in spread(ctx, sample_piece, tasks, keys, "sample"):
+def sample_texts(ctx, keys: dict[str, list[str]]) -> Iterator[str]:
+    "Texts of the training split of all domains, about `tokenizer.sample_bytes` of them."
+    named = {d: {f"{key}@{a}": ((key, a, b), ctx.store.size(key) if b is None else b - a) for key, a, b in pieces(ctx.store, files)} for d, files in keys.items()}
+    plan = sample_plan({d: {name: size for name, (_, size) in ps.items()} for d, ps in named.items()}, ctx.settings.tokenizer.sample_bytes)
+    chosen = [(d, named[d][name][0], share) for d, (names, share) in plan.items() for name in names]
+    for key in spread(ctx, sample_piece, [(ctx.store.uri, i, *c) for i, c in enumerate(chosen)], keys, "sample"):
         for _, record in read_jsonl(ctx.store, key): yield record["text"]
         ctx.store.delete(key)
 
@@ -87,12 +90,12 @@ def bytes_per_token(ctx, keys, encode: Encoder, limit: int = 1 << 19) -> dict[st
         found[domain] = round(size / max(1, sum(map(len, encode(texts)))), 4) if texts else 1.0
     return found
 
-def tokenizer_work(ctx, keys: dict[str, list[str]], total_bytes: int) -> dict:
+def tokenizer_work(ctx, keys: dict[str, list[str]]) -> dict:
     "Make the workspace's tokenizer/."
     settings = ctx.settings.tokenizer
     if settings.path: tokenizer = load_tokenizer(settings.path)
     else:
-        texts = sample_texts(ctx, keys, min(1.0, settings.sample_bytes / max(total_bytes, 1)))
+        texts = sample_texts(ctx, keys)
         first = list(islice(texts, 1))
         if not first: raise UserError("every document is held out, none is left to train a tokenizer on; lower heldout.validation and heldout.test, or add text")
         tokenizer = as_pretrained(train_bpe((t for part in (first, texts) for t in part), settings.vocab_size))
@@ -144,16 +147,19 @@ def write_domains(ctx, stage, keys: dict[str, list[str]], sizes: dict, tokenizer
     return found
 
 # %% ../../nbs/02_format.ipynb #c016
-def parquet_work(ctx, stage, keys: dict[str, list[str]], sizes: dict, tokenizer: dict) -> dict:
-    "Write every domain, then schema.txt and manifest.json."
+INSTRUCTIONS = "parquet_ready/instructions/"  # another stage's
+
+def parquet_work(ctx, stage, keys: dict[str, list[str]], sizes: dict, tokenizer: dict, outputs: list[str]) -> dict:
+    "Write every domain, then schema.txt and manifest.json; adds the files to `outputs`."
     found = write_domains(ctx, stage, keys, sizes, tokenizer)
     manifest = {"domains": found["training"], "heldout": {s: found[s] for s in SPLITS[1:]}, "tokenizer": {k: tokenizer[k] for k in ("hash", "vocab_size", "eos_id")}}
     wanted = {f for group in found.values() for e in group.values() for f in e["files"]}
     for key in ctx.store.list("parquet_ready/"):
-        if key.endswith(".parquet") and key not in wanted: ctx.store.delete(key)
+        if key.endswith(".parquet") and key not in wanted and not key.startswith(INSTRUCTIONS): ctx.store.delete(key)
     ctx.store.write("parquet_ready/schema.txt", schema_text())
     ctx.store.write(MANIFEST, json.dumps(manifest, ensure_ascii=False, indent=1, sort_keys=True))
     ctx.store.delete_prefix(SPILLS)
+    outputs += sorted(wanted)
     total = lambda split, k: sum(e[k] for e in found[split].values())
     return {**{k: total("training", k) for k in ("rows", "tokens", "bytes")}, "validation": total("validation", "rows"), "test": total("test", "rows"), "files": len(wanted)}
 
@@ -208,38 +214,64 @@ def fertility_table(ctx, keys, per_domain: int = 200) -> pd.DataFrame:
     return fertility({name: load_tokenizer(path) for name, path in names.items()}, texts)
 
 # %% ../../nbs/02_format.ipynb #c022
-def profile_work(ctx, keys) -> dict:
-    "Write results/profile/*.csv, queries.sql and the phase's figures."
-    from yunmin_efficientdata.format.profile import plot_fertility, plot_formats, plot_lengths, profile, queries_sql, sizes_by_format, workspace_files
-    tables = profile(workspace_files(ctx.store))
-    tokenizer = load_tokenizer(str(ctx.store.fetch("tokenizer")))
-    tables["top_tokens"].insert(2, "text", [tokenizer.decode([int(t)]) for t in tables["top_tokens"].token])
-    tables |= {"fertility": fertility_table(ctx, keys), "formats": sizes_by_format(ctx.store, [k for files in keys.values() for k in files])}
-    for name, table in tables.items(): ctx.store.write(f"results/profile/{name}.csv", table.round(6).to_csv(index=False))
-    ctx.store.write("results/profile/queries.sql", queries_sql())
-    korean_style()
-    with ctx.store.open("benchmark/io_speed_comparison.csv") as f: speed = pd.read_csv(f)
-    save_figure(ctx.store, plot_lengths(tables["histogram"]), "reports/figures/format_lengths.png")
-    save_figure(ctx.store, plot_fertility(tables["fertility"]), "reports/figures/format_fertility.png")
-    save_figure(ctx.store, plot_formats(tables["formats"], speed), "reports/figures/format_formats.png")
-    ours = tables["fertility"].query("tokenizer == 'ours' and domain == 'total'").iloc[0]
-    return {"tables": len(tables), "tokens_per_char": round(float(ours.tokens_per_char), 4), "bytes_per_token": round(float(ours.bytes_per_token), 4)}
+def plot_columns(
+    columns: pd.DataFrame # from `column_sizes`
+):
+    "Bytes of each column before and after compression."
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots(figsize=(7, 3.6))
+    at, table = np.arange(len(columns)), columns.sort_values("stored_mb")
+    ax.barh(at + .2, table.plain_mb, .38, label="압축 전", color="#b8c4d6"); ax.barh(at - .2, table.stored_mb, .38, label="파일에서", color="#2f5d8c")
+    for y, (plain, stored) in enumerate(zip(table.plain_mb, table.stored_mb)): ax.text(max(plain, stored), y, f"  {plain / max(stored, 1e-9):.1f}배", va="center", fontsize=9)
+    ax.set_yticks(at, table.column); ax.set_xlabel("MB"); ax.set_title("열별 크기: 압축 전과 Parquet 파일에서"); ax.legend(loc="lower right"); ax.margins(x=.12)
+    ax.grid(axis="y", visible=False); fig.tight_layout()
+    return fig
 
-# %% ../../nbs/02_format.ipynb #c024
+# %% ../../nbs/02_format.ipynb #c023
+def layout_work(ctx) -> None:
+    "Write results/profile/files.csv and columns.csv, and the figure of columns."
+    paths = [p for split in SPLITS for p in parquet_files(ctx.store, split=split)]
+    tables = {"files": pd.DataFrame(file_layout(paths)), "columns": pd.DataFrame(column_sizes(paths))}
+    for name, table in tables.items(): ctx.store.write(f"results/profile/{name}.csv", table.round(4).to_csv(index=False))
+    korean_style()
+    save_figure(ctx.store, plot_columns(tables["columns"]), "reports/figures/format_columns.png")
+
+def profile_work(ctx, keys) -> dict:
+    "Write results/profile/ and the phase's figures."
+    from yunmin_efficientdata.format.profile import write_profile
+    with ctx.store.open("benchmark/io_speed_comparison.csv") as f: speed = pd.read_csv(f)
+    counts = write_profile(ctx, [k for files in keys.values() for k in files], fertility_table(ctx, keys), speed)
+    layout_work(ctx)
+    return counts
+
+# %% ../../nbs/02_format.ipynb #c025
+def instruction_stage(ctx) -> dict: # counts; empty when off
+    "Make parquet_ready/instructions/."
+    s = ctx.settings.instructions
+    if not s.path:
+        if ctx.store.exists(INSTRUCTIONS): ctx.log("instructions.path is not set any more: parquet_ready/instructions/ is removed"); ctx.store.delete_prefix(INSTRUCTIONS)
+        return {}
+    from yunmin_efficientdata.format.instructions import instruction_inputs, write_instructions
+    template = [Path(s.chat_template).read_text(encoding="utf-8")] if s.chat_template and Path(s.chat_template).is_file() else []
+    layout = [s, template, ctx.settings.format.page_bytes, ctx.settings.format.file_bytes, ctx.settings.format.row_group_rows, ctx.settings.format.row_group_bytes]
+    return ctx.stage("format.instructions", lambda stage: write_instructions(ctx, stage), settings=layout, inputs=instruction_inputs(s.path)[1], after=["format.tokenizer"],
+                     outputs=[INSTRUCTIONS], code=["format.instructions", "format.tokenizer", "format.pages", "format.parquet"])
+
+# %% ../../nbs/02_format.ipynb #c027
 def write_stages(ctx, keys: dict[str, list[str]]) -> dict: # split, tokenizer, parquet: counts of each
     "Held-out rule, tokenizer and Parquet files."
     s, f = ctx.settings, ctx.settings.format
     inputs = [k for files in keys.values() for k in files] + ctx.store.list("minhash_lsh/clusters/")
     split = ctx.stage("format.split", lambda stage: split_work(ctx, keys), settings=[s.heldout], inputs=inputs, after=["dedup.write"], outputs=[RULE, CLUSTERS], code=["format.parquet", "format.phase"])
-    total = sum(d["bytes"] for d in split["domains"].values())
-    tokenizer = ctx.stage("format.tokenizer", lambda stage: tokenizer_work(ctx, keys, total), settings=[s.tokenizer], after=["format.split"], outputs=["tokenizer/"],
+    tokenizer = ctx.stage("format.tokenizer", lambda stage: tokenizer_work(ctx, keys), settings=[s.tokenizer], after=["format.split"], outputs=["tokenizer/"],
                           code=["format.tokenizer", "format.parquet", "format.phase"])
     layout = [f.file_bytes, f.page_bytes, f.zstd_level, f.row_group_rows, f.row_group_bytes]
-    parquet = ctx.stage("format.parquet", lambda stage: parquet_work(ctx, stage, keys, split["domains"], tokenizer), settings=layout, after=["format.split", "format.tokenizer"],
-                        outputs=[MANIFEST, "parquet_ready/"], code=["format.parquet", "format.pages", "format.tokenizer", "format.phase"])
+    outputs = [MANIFEST, "parquet_ready/schema.txt"]
+    parquet = ctx.stage("format.parquet", lambda stage: parquet_work(ctx, stage, keys, split["domains"], tokenizer, outputs), settings=layout, after=["format.split", "format.tokenizer"],
+                        outputs=outputs, code=["format.parquet", "format.pages", "format.tokenizer", "format.phase"])
     return {"split": split, "tokenizer": tokenizer, "parquet": parquet}
 
-# %% ../../nbs/02_format.ipynb #c025
+# %% ../../nbs/02_format.ipynb #c028
 def run(
     workspace: str = "workspace", # folder or s3://bucket/prefix
     config: str = "configs/demo", # config folder
@@ -252,8 +284,9 @@ def run(
     with open_phase("format", workspace, config=config, overrides=overrides, executor=executor, workers=workers) as ctx:
         keys, f = domain_keys(ctx.store), ctx.settings.format
         done = write_stages(ctx, keys)
+        instructions = instruction_stage(ctx)
         speed = ctx.stage("format.benchmark", lambda stage: benchmark_work(ctx, keys, done["tokenizer"]), settings=[f.benchmark_batch, f.benchmark_repeats, f.benchmark_rows],
                           after=["format.parquet"], outputs=["benchmark/io_speed_comparison.csv"], code=["format"])
-        profile = ctx.stage("format.profile", lambda stage: profile_work(ctx, keys), settings=[f.compare_tokenizers], after=["format.parquet", "format.benchmark"],
+        profile = ctx.stage("format.profile", lambda stage: profile_work(ctx, keys), settings=[f.compare_tokenizers, ctx.settings.report.quotes], after=["format.parquet", "format.benchmark"],
                             outputs=["results/profile/overview.csv", "reports/figures/format_lengths.png"], code=["format"])
-        return {**done, "benchmark": speed, "profile": profile}
+        return {**done, **({"instructions": instructions} if instructions else {}), "benchmark": speed, "profile": profile}
