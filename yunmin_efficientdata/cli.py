@@ -99,10 +99,21 @@ def status(ws: Workspace):
                       "peak MB": e.get("peak_rss_mb", 0.0), "error": e.get("error", "")[:80]} for e in entries])
 
 @app.command()
-def profile(target: Annotated[str, typer.Argument(metavar="WS|FILE.parquet", help="A workspace, or one Parquet file.")]):
-    "Profile the Parquet with DuckDB: lengths, tokens, languages, outliers."
-    from yunmin_efficientdata.format.profile import profile_tables
-    for name, frame in profile_tables(target).items(): table(name, frame.to_dict("records"))
+def profile(target: Annotated[Optional[str], typer.Argument(metavar="WS|FILE.parquet", help="A workspace, or one Parquet file (local or s3://…); not needed with --sql.")] = None,
+            sql: Annotated[Optional[str], typer.Option("--sql", metavar="NAME", help="Print a query to take away (all: every one, list: names and what they answer) and run nothing.")] = None,
+            only: Annotated[Optional[str], typer.Option(help="Some of the queries, separated by commas; default: all.")] = None,
+            out: Annotated[Optional[str], typer.Option(help="Also write CSV tables, the SQL and a page (profile.md) to this folder.")] = None,
+            sample: Annotated[int, typer.Option(min=1, help="Documents that the queries about tokens and words look at.")] = 5000,
+            memory: Annotated[str, typer.Option(help="Limit of DuckDB's memory.")] = "1GB"):
+    "Profile the Parquet with DuckDB: lengths, sources, languages, dates, outliers, duplicates left, frequent words."
+    from yunmin_efficientdata.core.store import open_store
+    from yunmin_efficientdata.format import profile as p
+    if sql == "list": return table("queries", [{"name": n, "answers": p.explain(q)} for n, q in p.QUERIES.items()])
+    if sql: return print(p.queries_sql(names=None if sql == "all" else [sql], files=p.sql_files(target)), end="")
+    if not target: raise UserError("yunmin profile needs a workspace or a Parquet file; `yunmin profile --sql list` shows the queries")
+    tables = p.profile_tables(target, sample, only.split(",") if only else None, memory)
+    for name, frame in tables.items(): table(f"{name}: {p.explain(p.QUERIES[name])}", frame.to_dict("records"))
+    if out: p.write_tables(open_store(out), tables, folder="")
 
 # %% ../nbs/07_cli.ipynb #c014
 @app.command()

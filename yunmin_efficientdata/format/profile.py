@@ -12,17 +12,15 @@ import numpy as np
 import pandas as pd
 from ..core.settings import UserError
 from ..core.store import Store, open_store
-from .loader import TokenPages
 from .parquet import parquet_files, read_manifest
-from .tokenizer import load_tokenizer, sequence_cost, vocabulary, vocabulary_extremes, vocabulary_findings, vocabulary_kinds
 
 # %% auto #0
 __all__ = ['COLUMN_TYPES', 'LENGTHS', 'ORIGINS', 'OUTLIERS', 'DUPLICATES', 'CONTENT', 'NGRAM', 'QUERIES', 'GLOBS', 'KINDS',
            'PAGE', 'QUOTING', 'column_sql', 'view_sql', 'ngram_sql', 'explain', 'open_corpus', 'chosen_queries',
-           'profile', 'sample_limit', 'workspace_files', 'target_files', 'profile_tables', 'with_texts', 'queries_sql',
-           'token_counts', 'gzip_ratio', 'sizes_by_format', 'plot_lengths', 'plot_fertility', 'plot_vocabulary',
-           'plot_origins', 'plot_scripts', 'plot_formats', 'markdown_table', 'profile_page', 'audit_tables',
-           'write_tables', 'write_profile']
+           'profile', 'run_query', 'sample_limit', 'workspace_files', 'target_files', 'profile_tables', 'with_texts',
+           'queries_sql', 'sql_files', 'token_counts', 'gzip_ratio', 'sizes_by_format', 'plot_lengths',
+           'plot_fertility', 'plot_vocabulary', 'plot_origins', 'plot_scripts', 'plot_formats', 'markdown_table',
+           'profile_page', 'audit_tables', 'write_tables', 'write_profile']
 
 # %% ../../nbs/02e_profile.ipynb #c006
 COLUMN_TYPES = {"id": "VARCHAR", "text": "VARCHAR", "source": "VARCHAR", "tokens": "INTEGER[]", "lang": "VARCHAR", "domain": "VARCHAR", "date": "VARCHAR"}
@@ -63,7 +61,7 @@ FROM corpus GROUP BY ALL ORDER BY domain""",
 SELECT domain, floor(2 * log2(greatest(len(tokens), 1)))::INT AS bin, count(*) AS documents, sum(len(tokens))::BIGINT AS tokens
 FROM corpus GROUP BY ALL ORDER BY domain, bin""",
 "windows": """-- how many documents, and how much of the tokens, are longer than a training window
-SELECT domain, w AS seq_len, count(*) FILTER (WHERE len(tokens) > w) AS longer_documents, round(sum(len(tokens)) FILTER (WHERE len(tokens) > w) / sum(len(tokens)), 3) AS share_of_tokens
+SELECT domain, w AS seq_len, count(*) FILTER (WHERE len(tokens) > w) AS longer_documents, round(coalesce(sum(len(tokens)) FILTER (WHERE len(tokens) > w) / sum(len(tokens)), 0), 3) AS share_of_tokens
 FROM corpus, (VALUES (512), (2048), (8192)) AS t(w) GROUP BY ALL ORDER BY domain, seq_len""",
 }
 
@@ -94,7 +92,7 @@ FROM corpus GROUP BY ALL ORDER BY domain""",
 OUTLIERS = {
 "outliers": r"""-- the five documents of each domain that are longest, have most signs, fewest or most tokens a character
 WITH sized AS (SELECT domain, id, len(tokens) AS tokens, length(text) AS characters, len(tokens) / length(text) AS density, left(text, 4000) AS head, replace(left(text, 40), chr(10), ' ') AS begins FROM corpus WHERE text <> ''),
-     scored AS (SELECT * EXCLUDE (head), length(regexp_replace(head, '[\p{L}\p{M}\p{N}\s]+', '', 'g')) / length(head) AS signs FROM sized),
+     scored AS MATERIALIZED (SELECT * EXCLUDE (head), length(regexp_replace(head, '[\p{L}\p{M}\p{N}\s]+', '', 'g')) / length(head) AS signs FROM sized),
      ranked AS (SELECT domain, 'longest' AS reason, tokens AS score, * EXCLUDE (domain) FROM scored
       UNION ALL SELECT domain, 'most signs', signs, * EXCLUDE (domain) FROM scored WHERE characters >= 100
       UNION ALL SELECT domain, 'fewest tokens a character', -density, * EXCLUDE (domain) FROM scored WHERE characters >= 100
@@ -108,11 +106,11 @@ FROM corpus GROUP BY ALL ORDER BY domain, documents DESC, last_token""",
 
 # %% ../../nbs/02e_profile.ipynb #c014
 DUPLICATES = {
-"duplicates_left": r"""-- documents whose text is that of another one: the same, the same but for white space, the same in their first 100 characters
-SELECT CASE WHEN grouping(domain) = 1 THEN 'total' ELSE domain END AS domain, count(*) AS documents, count(*) - count(DISTINCT md5(text)) AS same_text,
-       count(*) - count(DISTINCT md5(regexp_replace(text, '\s+', '', 'g'))) AS same_without_space,
-       count(*) FILTER (WHERE length(text) > 100) - count(DISTINCT CASE WHEN length(text) > 100 THEN left(text, 100) END) AS same_beginning
-FROM corpus GROUP BY ROLLUP (domain) ORDER BY grouping(domain), domain""",
+"duplicates_left": """-- documents whose text is that of another one: the same, the same but for spaces and line ends, the same in their first 100 characters
+WITH keys AS (SELECT domain, md5(text) AS whole, md5(replace(replace(text, ' ', ''), chr(10), '')) AS dense, CASE WHEN length(text) > 100 THEN md5(left(text, 100)) END AS beginning FROM corpus)
+SELECT CASE WHEN grouping(domain) = 1 THEN 'total' ELSE domain END AS domain, count(*) AS documents, count(*) - count(DISTINCT whole) AS same_text,
+       count(*) - count(DISTINCT dense) AS same_without_space, count(beginning) - count(DISTINCT beginning) AS same_beginning
+FROM keys GROUP BY ROLLUP (domain) ORDER BY grouping(domain), domain""",
 "leaks": """-- held-out documents whose text is also in the training part (should be 0)
 WITH held AS (SELECT domain, split, md5(text) AS h FROM corpus WHERE split <> 'training'),
      copied AS (SELECT DISTINCT md5(text) AS h FROM corpus WHERE split = 'training' AND md5(text) IN (SELECT h FROM held))
@@ -206,9 +204,21 @@ def profile(
         with db:
             total = db.execute("SELECT count(*) FROM corpus").fetchall()[0][0]
             lacking = re.compile("|".join(rf"\b{c}\b" for c in missing & {"text", "tokens"}) or r"(?!)")
-            return {name: db.execute(sql.replace("{limit}", sample_limit(total, sample))).df() for name, sql in queries.items() if not lacking.search(sql.split("\n", 1)[1])}
+            return {name: run_query(db, name, sql.replace("{limit}", sample_limit(total, sample)), memory) for name, sql in queries.items() if not lacking.search(sql.split("\n", 1)[1])}
+    except duckdb.OutOfMemoryException: raise UserError(f"{memory} of memory are not enough to open the Parquet files; raise --memory") from None
     except duckdb.Error as e:
         raise UserError(f"the Parquet files cannot be profiled: {str(e).splitlines()[0]}; `yunmin format` writes the columns that this needs") from None
+
+def run_query(db: duckdb.DuckDBPyConnection, name: str, sql: str, memory: str) -> pd.DataFrame:
+    "Run a query; one that does not fit in the memory limit is tried again in a single thread, which needs least."
+    for threads in (None, 1):
+        try:
+            if threads: db.execute(f"SET threads={threads}")
+            return db.execute(sql).df()
+        except duckdb.OutOfMemoryException: pass
+        finally:
+            if threads: db.execute("RESET threads")
+    raise UserError(f"the query {name!r} needs more than {memory} of memory; raise --memory, or leave it out with --only")
 
 def sample_limit(total: int, sample: int) -> str:
     "The md5 below which a share of sample / total of all ids lies, as hexadecimal text."
@@ -247,6 +257,7 @@ def profile_tables(
     tables = profile(target_files(target), sample, names, memory)
     if "top_tokens" not in tables or str(target).endswith(".parquet"): return tables
     store = open_store(str(target))
+    from yunmin_efficientdata.format.tokenizer import load_tokenizer  # seconds to import: only where it is used
     return with_texts(tables, load_tokenizer(str(store.fetch("tokenizer")))) if store.exists("tokenizer/tokenizer.json") else tables
 
 def with_texts(tables: dict[str, pd.DataFrame], tokenizer) -> dict[str, pd.DataFrame]:
@@ -263,15 +274,25 @@ def queries_sql(
     files: dict[str, list[str]] = GLOBS # split -> files or globs
 ) -> str:
     "Queries as one script that runs in the workspace folder: `duckdb < results/profile/queries.sql`."
-    about = "run in the workspace folder" if files is GLOBS else "run anywhere"
-    return f"-- {about}\n" + ";\n\n".join([view_sql(files)] + [f"-- {name}\n{sql.replace('{limit}', sample_hex)}" for name, sql in chosen_queries(names).items()]) + ";\n"
+    about = "-- run in the workspace folder\n" if files is GLOBS else ""
+    return about + ";\n\n".join([view_sql(files)] + [f"-- {name}\n{sql.replace('{limit}', sample_hex)}" for name, sql in chosen_queries(names).items()]) + ";\n"
 
-# %% ../../nbs/02e_profile.ipynb #c033
+# %% ../../nbs/02e_profile.ipynb #c031
+def sql_files(
+    target: str | None # what a user names; None: the workspace that one stands in
+) -> dict[str, list[str]]: # split -> files or globs, as they go into the script
+    "Where a script for people finds the files of a target; nothing is opened."
+    if target is None: return GLOBS
+    if str(target).endswith(".parquet"): return {"training": [str(target)]}
+    return {split: [f"{str(target).rstrip('/')}/{p}" for p in paths] for split, paths in GLOBS.items()}
+
+# %% ../../nbs/02e_profile.ipynb #c034
 def token_counts(
     paths, # Parquet files
     block: int = 1 << 20 # tokens read at once
 ) -> np.ndarray: # int64: how often each token id occurs
     "Count all tokens of Parquet files, in bounded memory."
+    from yunmin_efficientdata.format.loader import TokenPages
     counts, pages = np.zeros(0, np.int64), TokenPages(paths)
     for start in range(0, len(pages), block):
         found = np.bincount(pages.take([start], min(block, len(pages) - start))[0])
@@ -279,7 +300,7 @@ def token_counts(
         counts[:len(found)] += found
     return counts
 
-# %% ../../nbs/02e_profile.ipynb #c036
+# %% ../../nbs/02e_profile.ipynb #c037
 def gzip_ratio(
     store: Store,
     keys: list[str], # JSONL files
@@ -305,7 +326,7 @@ def sizes_by_format(
     sizes = {"jsonl": raw, "jsonl.gz": round(raw * gzip_ratio(store, jsonl)), "parquet": parquet, "parquet, tokens only": 4 * tokens, "parquet, without tokens": parquet - 4 * tokens}
     return pd.DataFrame([{"format": f, "bytes": b, "documents": rows, "bytes_per_document": round(b / max(rows, 1), 1)} for f, b in sizes.items()])
 
-# %% ../../nbs/02e_profile.ipynb #c038
+# %% ../../nbs/02e_profile.ipynb #c039
 def plot_lengths(
     histogram: pd.DataFrame # the query `histogram`
 ): # matplotlib figure
@@ -320,7 +341,7 @@ def plot_lengths(
     ax.legend(title=None, loc="upper left", bbox_to_anchor=(1, 1))
     return fig
 
-# %% ../../nbs/02e_profile.ipynb #c039
+# %% ../../nbs/02e_profile.ipynb #c040
 def plot_fertility(
     table: pd.DataFrame, # from `format.tokenizer.fertility`
     seq_len: int = 2048 # tokens of a window
@@ -338,11 +359,12 @@ def plot_fertility(
         ax.margins(y=.2 if several else .12)
     axes[0].set(xlabel=None, ylabel="글자당 토큰 수", title="글자당 토큰 (낮을수록 짧은 시퀀스)")
     axes[1].set(xlabel=None, ylabel="글자 수", title=f"토큰 {seq_len:,}개에 들어가는 글자")
+    axes[1].yaxis.set_major_formatter("{x:,.0f}")
     axes[0].legend(title=None, loc="upper left", bbox_to_anchor=(1, 1))
     fig.tight_layout()
     return fig
 
-# %% ../../nbs/02e_profile.ipynb #c040
+# %% ../../nbs/02e_profile.ipynb #c041
 KINDS = {"hangul": "한글", "fragment": "글자 조각", "latin": "로마자", "signs": "기호", "digits": "숫자", "mixed": "혼합", "space": "공백", "special": "특수 토큰", "han": "한자", "other letters": "기타 문자"}
 
 def plot_vocabulary(
@@ -363,7 +385,7 @@ def plot_vocabulary(
     fig.tight_layout()
     return fig
 
-# %% ../../nbs/02e_profile.ipynb #c041
+# %% ../../nbs/02e_profile.ipynb #c042
 def plot_origins(
     sources: pd.DataFrame, # the query `sources`
     years: pd.DataFrame # the query `years`
@@ -373,17 +395,17 @@ def plot_origins(
     fig, axes = plt.subplots(1, 2, figsize=(10.4, 4.4))
     domains = sorted(set(sources.domain) | set(years.domain))
     colors = dict(zip(domains, sns.color_palette("colorblind", len(domains))))
-    top = sources.head(15).assign(source=lambda t: t.source.where(t.source != "", "(미상)").str.slice(0, 28), m=sources.tokens / 1e6)
+    top = sources.head(15).assign(source=lambda t: t.source.where(t.source != "", "(미상)").map(lambda s: s if len(s) < 30 else s[:28] + "…"), m=sources.tokens / 1e6)
     sns.barplot(top, y="source", x="m", hue="domain", dodge=False, palette=colors, errorbar=None, ax=axes[0])
     axes[0].set(xlabel="토큰 (백만)", ylabel=None, title="출처별 토큰"); axes[0].tick_params(axis="y", labelsize=8); axes[0].legend().remove()
     table = years.assign(year=years.year.replace("unknown", "미상")).pivot_table(index="year", columns="domain", values="tokens", aggfunc="sum", fill_value=0).sort_index() / 1e6
     table.tail(20).plot.bar(stacked=True, ax=axes[1], color=[colors[c] for c in table.columns], width=.85)
-    axes[1].set(xlabel=None, ylabel="토큰 (백만)", title="연도별 토큰" + (" (최근 20개)" if len(table) > 20 else "")); axes[1].tick_params(axis="x", labelsize=8, rotation=60 if len(table) > 6 else 0)
-    axes[1].legend(title=None, loc="upper left", bbox_to_anchor=(1, 1))
+    axes[1].set(xlabel=None, ylabel="토큰 (백만)", title="연도별 토큰" + (" (최근)" if len(table) > 20 else "")); axes[1].tick_params(axis="x", labelsize=8, rotation=60 if len(table) > 6 else 0)
+    axes[1].legend(title=None, loc="upper left", bbox_to_anchor=(1, 1)); axes[1].grid(False, axis="x")
     fig.tight_layout()
     return fig
 
-# %% ../../nbs/02e_profile.ipynb #c042
+# %% ../../nbs/02e_profile.ipynb #c043
 def plot_scripts(
     scripts: pd.DataFrame # the query `scripts`
 ): # matplotlib figure
@@ -397,7 +419,7 @@ def plot_scripts(
     ax.legend(title=None, loc="upper left", bbox_to_anchor=(1, 1))
     return fig
 
-# %% ../../nbs/02e_profile.ipynb #c043
+# %% ../../nbs/02e_profile.ipynb #c044
 def plot_formats(
     sizes: pd.DataFrame, # from `sizes_by_format`
     speed: pd.DataFrame | None = None # benchmark/io_speed_comparison.csv
@@ -418,7 +440,7 @@ def plot_formats(
     fig.tight_layout()
     return fig
 
-# %% ../../nbs/02e_profile.ipynb #c046
+# %% ../../nbs/02e_profile.ipynb #c047
 PAGE = {"overview": "규모", "lengths": "문서 길이 (토큰)", "windows": "학습 창보다 긴 문서", "sources": "출처", "languages": "언어", "years": "연도", "unknown": "빠진 값", "scripts": "문자 구성", "outliers": "이상치",
         "endings": "문서 끝 토큰", "duplicates_left": "남은 중복", "leaks": "평가용 문서와 학습 문서의 겹침", "repeated_share": "반복되는 줄의 비율", "repeated_lines": "반복되는 줄", "token_use": "토큰 사용",
         "top_tokens": "자주 나오는 토큰", "top_words": "자주 나오는 어절", "top_bigrams": "자주 나오는 어절 쌍", "top_trigrams": "자주 나오는 어절 세 개", "fertility": "토크나이저 효율", "sequence": "창 하나에 들어가는 글과 비용",
@@ -446,11 +468,12 @@ def profile_page(
         out += [f"## {title} (`{name}`)", "", markdown_table(table.head(rows)), ""] + ([f"… {len(table) - rows:,}행 더: `{name}.csv`", ""] if len(table) > rows else [])
     return "\n".join(out)
 
-# %% ../../nbs/02e_profile.ipynb #c047
+# %% ../../nbs/02e_profile.ipynb #c048
 def audit_tables(
     store: Store # workspace with tokenizer/
 ) -> tuple[dict[str, pd.DataFrame], np.ndarray]: # tables, token counts of the training part
     "Audit of the workspace's vocabulary on its training text."
+    from yunmin_efficientdata.format.tokenizer import load_tokenizer, vocabulary, vocabulary_extremes, vocabulary_findings, vocabulary_kinds
     counts = token_counts([str(p) for p in parquet_files(store)])
     table = vocabulary(load_tokenizer(str(store.fetch("tokenizer"))), counts)
     findings = pd.DataFrame(vocabulary_findings(table).items(), columns=["finding", "value"])
@@ -458,11 +481,12 @@ def audit_tables(
 
 def write_tables(store: Store, tables: dict[str, pd.DataFrame], quotes: bool = True, folder: str = "results/profile") -> None:
     "Write CSV files, the SQL script and the page."
-    for name, table in tables.items(): store.write(f"{folder}/{name}.csv", table.round(6).to_csv(index=False))
-    store.write(f"{folder}/queries.sql", queries_sql())
-    store.write(f"{folder}/profile.md", profile_page(tables, quotes))
+    at = f"{folder}/" if folder else ""
+    for name, table in tables.items(): store.write(f"{at}{name}.csv", table.round(6).to_csv(index=False))
+    store.write(f"{at}queries.sql", queries_sql())
+    store.write(f"{at}profile.md", profile_page(tables, quotes))
 
-# %% ../../nbs/02e_profile.ipynb #c048
+# %% ../../nbs/02e_profile.ipynb #c049
 def write_profile(
     ctx, # context of phase 2
     jsonl: list[str], # keys of deduped/
@@ -471,6 +495,7 @@ def write_profile(
 ) -> dict: # summary for the ledger
     "All of `results/profile/` and the figures `reports/figures/format_*.png`."
     from yunmin_efficientdata.core.figures import korean_style, save_figure
+    from yunmin_efficientdata.format.tokenizer import load_tokenizer, sequence_cost
     audit, counts = audit_tables(ctx.store)
     tables = with_texts(profile(workspace_files(ctx.store)), load_tokenizer(str(ctx.store.fetch("tokenizer")))) | audit
     tables |= {"fertility": fertility, "sequence": sequence_cost(fertility), "formats": sizes_by_format(ctx.store, jsonl)}
