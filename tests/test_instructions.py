@@ -139,7 +139,7 @@ def test_templates_of_models(name, tokenizer):
     assert [n for n in r.check() if not any(m in n for m in missing)] == []
     for messages in CONVERSATIONS:
         if messages[0]["role"] == "system" and missing: continue
-        tokens, labels, _ = encode(r, messages)
+        tokens, labels, *_ = encode(r, messages)
         answers = [m["content"] for m in messages if m["role"] == "assistant"]
         said = learned(t, labels)
         for a in answers: assert a in said
@@ -158,7 +158,7 @@ def test_generation_keyword_and_incremental_rendering_agree(tokenizer):
     plain = bpe_tokenizer(CHATML.replace("{% generation %}", "").replace("{% endgeneration %}", ""))
     marked = bpe_tokenizer(CHATML)
     for messages in CONVERSATIONS:
-        (a, b, _), (c, d, _) = encode(Renderer(plain), messages), encode(Renderer(marked), messages)
+        (a, b, *_), (c, d, *_) = encode(Renderer(plain), messages), encode(Renderer(marked), messages)
         assert np.array_equal(a, c) and np.array_equal(b, d)
         theirs = marked.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
         assert theirs["input_ids"] == c[:-1].tolist() and theirs["assistant_masks"] == (d[:-1] != -100).astype(int).tolist()
@@ -183,7 +183,7 @@ def test_a_dropped_system_prompt_is_not_lost_in_silence(tokenizer):
 def test_reasoning_is_learned_where_it_stands():
     t = bpe_tokenizer(QWEN3); r = Renderer(t)
     messages = [U("가"), A("나") | {"reasoning_content": "생각 하나"}, U("다"), A("라") | {"reasoning_content": "생각 둘"}]
-    tokens, labels, _ = encode(r, messages)
+    tokens, labels, *_ = encode(r, messages)
     said = learned(t, labels)
     assert "생각 둘" in said and "라" in said and "나" not in said  # the first answer stands without its thoughts, so it is not learned
     with pytest.raises(BadRecord, match="reasoning"): Renderer(t, CHATML).spans(messages[2:])
@@ -219,8 +219,9 @@ korean = st.text(st.sampled_from(list("가나다서울의 인구는약ㅋㅎ한\
 def test_round_trip_and_prefix_hold_for_any_text(tokenizer, pairs):
     r = Renderer_of(tokenizer)
     messages = [m for q, a in pairs for m in (U(q), A(a))]
-    try: tokens, labels, cut = encode(r, messages)
+    try: tokens, labels, cut, exact = encode(r, messages)
     except BadRecord as e: assert e.reason == "control_token"; return
+    assert exact
     assert tokenizer.decode(tokens[:-1]) == r.text(messages)  # exact, to the last blank
     assert learned(tokenizer, labels) == "".join(a + "<|end|>" for _, a in pairs)
     prompt = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=True)["input_ids"]
@@ -230,7 +231,7 @@ def test_a_token_across_the_border_is_cut(tokenizer):
     r = Renderer_of(tokenizer)
     messages = [U("가"), A("\n\n서울\n\n")]
     whole = r.fast.encode(r.text(messages), add_special_tokens=False).ids
-    tokens, labels, cut = encode(r, messages)
+    tokens, labels, cut, exact = encode(r, messages)
     assert cut and list(tokens[:-1]) != whole and tokenizer.decode(tokens[:-1]) == tokenizer.decode(whole)
     assert learned(tokenizer, labels) == "\n\n서울\n\n<|end|>"
     assert not encode(r, [U("가"), A("서울")])[2]
@@ -241,7 +242,7 @@ def test_sentencepiece_like_tokenizers(metaspace, template):
     r = Renderer(metaspace)
     r.check()
     for messages in CONVERSATIONS[:2] + [[U("가"), A(" 앞에 빈칸")], [U("가"), A("\n줄")]]:
-        try: tokens, labels, cut = encode(r, messages)
+        try: tokens, labels, cut, exact = encode(r, messages)
         except BadRecord as e: assert e.reason == "border" and (prepend == "always" or messages[-1]["content"][0].isspace()), e; continue  # such a tokenizer writes a blank before any piece
         for i, m in enumerate(messages):
             if m["role"] == "assistant" and not cut:

@@ -25,8 +25,8 @@ from .tokenizer import load_tokenizer, tokenizer_hash
 
 # %% auto #0
 __all__ = ['ROLES', 'TURNS', 'PROMPT', 'EXTRA', 'ANSWER', 'SCORE', 'KINDS', 'REASONING', 'NEXT', 'CHATML', 'SMALL', 'LISTS',
-           'INSTRUCTION_SCHEMA', 'LAYOUT', 'EMPTY', 'FOLDER', 'INSTRUCTION_MANIFEST', 'SECTION', 'BadRecord', 'Example',
-           'first', 'text_of', 'turn', 'turns', 'opening', 'answered', 'with_system', 'number', 'recognise',
+           'INSTRUCTION_SCHEMA', 'LAYOUT', 'EMPTY', 'FOLDER', 'INSTRUCTION_MANIFEST', 'COUNTS', 'SECTION', 'BadRecord',
+           'Example', 'first', 'text_of', 'turn', 'turns', 'opening', 'answered', 'with_system', 'number', 'recognise',
            'check_turns', 'check_example', 'template_of', 'pin_date', 'Renderer', 'InstructionWriter',
            'verify_instructions', 'small', 'row_of', 'prepare', 'rows_of', 'instruction_inputs', 'output_names',
            'record_batches', 'Outputs', 'convert_file', 'write_instructions', 'InstructionRows', 'collate',
@@ -356,7 +356,7 @@ def _tails(self, text: str, ids: list[int], starts: np.ndarray, spans) -> Iterat
 
 def _encode(self,
     rendered: list[tuple] # (text, spans, learned) of `spans`
-) -> list: # (tokens, labels, was it cut) of each, or the `BadRecord`
+) -> list: # (tokens, labels, was it cut, does it decode to the same text) of each, or the `BadRecord`
     "Tokens and labels of a batch, each prompt compared with how it is tokenised alone."
     whole = [(e.ids, np.array([o[0] for o in e.offsets], np.int64)) for e in self.fast.encode_batch([t for t, *_ in rendered], add_special_tokens=False)]
     tails = [list(self._tails(t, ids, starts, spans)) for (t, spans, _), (ids, starts) in zip(rendered, whole)]
@@ -366,7 +366,7 @@ def _encode(self,
         same = all([next(alone).ids == seen for _, seen in group])
         try:
             if not same: ids, starts = self._cut(text, spans)
-            out.append((*self._label(ids, np.asarray(starts), spans, learned), not same))
+            out.append((*self._label(ids, np.asarray(starts), spans, learned), not same, self.fast.decode(ids, skip_special_tokens=False) == text))
         except BadRecord as e: out.append(e)
     return out
 
@@ -457,7 +457,7 @@ def row_of(
     record: dict,
     example: Example,
     texts: list[str], # rendered: the conversation, for a preference also the rejected one
-    coded: list[tuple], # (tokens, labels, cut) of each
+    coded: list[tuple], # (tokens, labels, ...) of each, from `Renderer.encode`
     source: str # when the record names none
 ) -> dict: # a row of the Parquet file
     "All columns of one record."
@@ -490,7 +490,7 @@ def rows_of(
     max_tokens: int,
     source: str = "",
     system: str | None = None
-) -> list: # for each record (row, was it cut), or the `BadRecord`
+) -> list: # for each record (row, {"cut", "inexact"}), or the `BadRecord`
     "Records to rows, one batch."
     ready: list = []
     for record in records:
@@ -500,15 +500,16 @@ def rows_of(
     return [p if isinstance(p, BadRecord) else _finish_row(record, p, [next(coded) for _ in p[1]], max_tokens, source) for record, p in zip(records, ready)]
 
 def _finish_row(record, prepared, coded, max_tokens, source):
-    "A row and whether it was cut; or why there is none."
+    "A row and what is odd about it; or why there is none."
     if bad := next((c for c in coded if isinstance(c, BadRecord)), None): return bad
     longest = max(len(c[0]) for c in coded)
     if longest > max_tokens: return BadRecord("too_long", f"{longest} tokens; instructions.max_tokens={max_tokens}")
-    return row_of(record, prepared[0], [r[0] for r in prepared[1]], coded, source), any(c[2] for c in coded)
+    return row_of(record, prepared[0], [r[0] for r in prepared[1]], coded, source), {"cut": any(c[2] for c in coded), "inexact": not all(c[3] for c in coded)}
 
 # %% ../../nbs/02h_instructions.ipynb #c041
 FOLDER = "parquet_ready/instructions"
 INSTRUCTION_MANIFEST = f"{FOLDER}/manifest.json"
+COUNTS = ("read", "written", "left_out", "cut", "inexact")
 SECTION = {"instruction": "sft", "conversation": "sft", "preference": "preference", "scored": "scored"}
 
 def instruction_inputs(
@@ -544,7 +545,7 @@ class Outputs:
         self.ctx, self.name, self.metadata, self.open, self.bad = ctx, name, metadata, {}, []
         self.counts: Counter = Counter(); self.reasons: Counter = Counter(); self.kinds: Counter = Counter()
 
-    def write(self, row: dict, cut: bool) -> None:
+    def write(self, row: dict, flags: dict[str, bool]) -> None:
         "One row to the file of its section."
         section = SECTION[row["kind"]]
         if section not in self.open:
@@ -553,7 +554,7 @@ class Outputs:
             writer = InstructionWriter(output.__enter__(), {**self.metadata, "yunmin.section": section}, f.page_bytes, f.row_group_rows, f.row_group_bytes)
             self.open[section] = (key, output, writer)
         self.open[section][2].add(row)
-        self.counts["written"] += 1; self.counts["cut"] += cut; self.kinds[row["kind"]] += 1
+        self.counts.update({"written": 1, **flags}); self.kinds[row["kind"]] += 1
 
     def refuse(self, key: str, line: int, reason: str, detail: str, raw: bytes, quarantine: JsonlWriter) -> None:
         "One record to the quarantine."
@@ -571,7 +572,7 @@ def _finish(self) -> dict: # files and counts
             files.append({"key": key, "section": section, **verify_instructions(writer.path, writer)})
         except BaseException as e: output.__exit__(type(e), e, e.__traceback__); raise
         output.__exit__(None, None, None)
-    return {"files": files, "kinds": dict(sorted(self.kinds.items())), "reasons": dict(sorted(self.reasons.items())), **{k: self.counts[k] for k in ("read", "written", "left_out", "cut")}}
+    return {"files": files, "kinds": dict(sorted(self.kinds.items())), "reasons": dict(sorted(self.reasons.items())), **{k: self.counts[k] for k in COUNTS}}
 
 def _abandon(self, error: BaseException) -> None:
     "Throw open files away."
@@ -634,7 +635,7 @@ def _publish(ctx, parts: dict[str, dict], renderer: Renderer, template: dict, me
     "Remove what belongs to older inputs, write template and manifest; returns the counts."
     total, reasons, kinds = Counter(), Counter(), Counter()
     for p in parts.values():
-        total.update({k: p[k] for k in ("read", "written", "left_out", "cut")}); reasons.update(p["reasons"]); kinds.update(p["kinds"])
+        total.update({k: p[k] for k in COUNTS}); reasons.update(p["reasons"]); kinds.update(p["kinds"])
         total.update({k: sum(f[k] for f in p["files"]) for k in ("tokens", "learned", "bytes")})
     files = [f for p in parts.values() for f in p["files"]]
     wanted = {f["key"] for f in files} | {f"{FOLDER}/quarantine/{n}.jsonl" for k, n in output_names(list(parts)).items() if parts[k]["left_out"]}
