@@ -277,12 +277,14 @@ def load_array(
 def spill_slice(
     store: Store, key: str, # a spill
     low: int, high: int # places: low <= place < high
-) -> pa.Table: # of SPILL, mapped from the file
-    "What a spill holds in a range of places."
+) -> pa.Table: # of SPILL
+    "What a spill holds in a range of places, copied: pages of the file that stay mapped would count as memory, more with every spill."
     with pa.memory_map(str(store.fetch(key + ".arrow"))) as f: table = pa.ipc.open_file(f).read_all()
     places = table["place"].to_numpy()
     i, j = (len(places) if h >> 64 else int(np.searchsorted(places, np.uint64(h))) for h in (low, high))
-    return table.slice(i, j - i)
+    with pa.BufferOutputStream() as out:
+        with pa.ipc.new_stream(out, table.schema) as w: w.write_table(table.slice(i, j - i))
+        return pa.ipc.open_stream(out.getvalue()).read_all()
 
 # %% ../../nbs/01f_prepare.ipynb #c031
 def new_tally() -> dict: # counts of one domain
