@@ -4,36 +4,51 @@
 
 # %% ../../nbs/02f_benchmark.ipynb #c004
 from __future__ import annotations
-import json, os, subprocess, sys, threading, time, tracemalloc
+import json, os, subprocess, sys, tempfile, threading, time, tracemalloc
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 import numpy as np
+import orjson
 import pandas as pd
+import pyarrow.parquet as pq
 from tokenizers import Tokenizer
 from torch.utils.data import DataLoader, IterableDataset
+from ..core.figures import korean_style
 from .loader import TextRows, TokenLoader
 
 # %% auto #0
-__all__ = ['READERS', 'JsonlRows', 'read_jsonl_text', 'read_parquet_text', 'read_jsonl_tokens', 'read_parquet_windows',
-           'memory_mb', 'PeakMemory', 'measure', 'serve', 'ask', 'benchmark']
+__all__ = ['READERS', 'MEASURES', 'JsonlRows', 'read_jsonl_text', 'read_jsonl_orjson', 'read_jsonl_carrying', 'read_parquet_text',
+           'read_jsonl_tokens', 'read_jsonl_windows', 'read_parquet_windows', 'carry_tokens', 'memory_mb', 'PeakMemory',
+           'measure', 'serve', 'ask', 'benchmark', 'summary', 'plot_readings']
 
 # %% ../../nbs/02f_benchmark.ipynb #c006
 class JsonlRows(IterableDataset):
-    "Batches of text from JSONL files, line by line: what a plain training script does."
-    def __init__(self, paths: list[str], batch_size: int): self.paths, self.batch_size = paths, batch_size
+    "Batches of one field from JSONL files, line by line: what a plain training script does."
+    def __init__(self, paths: list[str], batch_size: int, field: str = "text", loads=json.loads): self.paths, self.batch_size, self.field, self.loads = paths, batch_size, field, loads
 
     def __iter__(self):
         batch = []
         for path in self.paths:
-            with open(path, encoding="utf-8") as f:
+            with open(path, "rb") as f:
                 for line in f:
-                    batch.append(json.loads(line)["text"])
-                    if len(batch) == self.batch_size: yield {"text": batch}; batch = []
-        if batch: yield {"text": batch}
+                    batch.append(self.loads(line)[self.field])
+                    if len(batch) == self.batch_size: yield {self.field: batch}; batch = []
+        if batch: yield {self.field: batch}
+
+def _lines(job: dict, files: str = "jsonl", field: str = "text", loads=json.loads) -> Iterator[list]:
+    for batch in DataLoader(JsonlRows(job[files], job["batch"], field, loads), batch_size=None, collate_fn=_as_is): yield batch[field]
+
+def _as_is(batch): return batch # DataLoader would make a tensor of every number
 
 def read_jsonl_text(job: dict) -> Iterator[tuple[int, int]]: # (rows, tokens) of each batch
-    for batch in DataLoader(JsonlRows(job["jsonl"], job["batch"]), batch_size=None): yield len(batch["text"]), 0
+    for texts in _lines(job): yield len(texts), 0
+
+def read_jsonl_orjson(job: dict) -> Iterator[tuple[int, int]]:
+    for texts in _lines(job, loads=orjson.loads): yield len(texts), 0
+
+def read_jsonl_carrying(job: dict) -> Iterator[tuple[int, int]]:
+    for texts in _lines(job, "jsonl_tokens"): yield len(texts), 0
 
 def read_parquet_text(job: dict) -> Iterator[tuple[int, int]]:
     for path, rows in zip(job["parquet"], job["rows"]):
@@ -43,22 +58,48 @@ def read_parquet_text(job: dict) -> Iterator[tuple[int, int]]:
             if not rows: break
 
 # %% ../../nbs/02f_benchmark.ipynb #c007
-def read_jsonl_tokens(job: dict) -> Iterator[tuple[int, int]]:
-    tokenizer, size, rest = Tokenizer.from_file(job["tokenizer"]), job["batch"] * job["seq_len"], []
-    for batch in DataLoader(JsonlRows(job["jsonl"], job["batch"]), batch_size=None):
-        for e in tokenizer.encode_batch_fast(batch["text"], add_special_tokens=False): rest += e.ids + [job["eos_id"]]
+def _windows(documents: Iterator[list[list[int]]], job: dict) -> Iterator[tuple[int, int]]: # (rows, tokens) of each batch of windows
+    "Cut tokens of documents, EOS included, into full batches."
+    size, rest = job["batch"] * job["seq_len"], []
+    for batch in documents:
+        for ids in batch: rest += ids
         while len(rest) >= size:
             window = np.array(rest[:size], dtype=np.int64).reshape(job["batch"], -1); rest = rest[size:]
             yield window.shape[0], window.size
+
+def read_jsonl_tokens(job: dict) -> Iterator[tuple[int, int]]:
+    tokenizer = Tokenizer.from_file(job["tokenizer"])
+    return _windows(([e.ids + [job["eos_id"]] for e in tokenizer.encode_batch_fast(texts, add_special_tokens=False)] for texts in _lines(job)), job)
+
+def read_jsonl_windows(job: dict) -> Iterator[tuple[int, int]]: return _windows(_lines(job, "jsonl_tokens", "tokens"), job)
 
 def read_parquet_windows(job: dict) -> Iterator[tuple[int, int]]:
     loader = TokenLoader(job["parquet"], job["seq_len"], job["batch"], eos_id=job["eos_id"])
     for batch in islice(loader, max(1, job["tokens"] // (job["batch"] * job["seq_len"]))):
         yield batch["input_ids"].shape[0], batch["input_ids"].numel()
 
-READERS = {"jsonl": read_jsonl_text, "parquet": read_parquet_text, "jsonl, tokenized": read_jsonl_tokens, "parquet, windows": read_parquet_windows}
+READERS = {"jsonl": read_jsonl_text, "jsonl, orjson": read_jsonl_orjson, "jsonl with tokens": read_jsonl_carrying, "parquet": read_parquet_text,
+           "jsonl, tokenized": read_jsonl_tokens, "jsonl with tokens, windows": read_jsonl_windows, "parquet, windows": read_parquet_windows}
 
 # %% ../../nbs/02f_benchmark.ipynb #c009
+def carry_tokens(
+    job: dict, # jsonl, parquet, rows
+    folder: Path # the files go here
+) -> list[str]: # paths, one for each of job["jsonl"]
+    "The same JSONL with a `tokens` field. Raises `ValueError` when the two files do not hold the same texts."
+    out = []
+    for i, (lines, parquet, rows) in enumerate(zip(job["jsonl"], job["parquet"], job["rows"])):
+        out.append(str(folder/f"{i}.jsonl"))
+        batches = pq.ParquetFile(parquet).iter_batches(batch_size=256, columns=["text", "tokens"], use_threads=False)
+        stored = islice((pair for b in batches for pair in zip(b["text"].to_pylist(), b["tokens"])), rows)
+        with open(lines, "rb") as f, open(out[-1], "wb") as target:
+            for line, (text, tokens) in zip(f, stored, strict=True):
+                record = orjson.loads(line)
+                if record["text"] != text: raise ValueError(f"{parquet}: its rows are not the lines of {lines}")
+                target.write(orjson.dumps(record | {"tokens": tokens.values.to_numpy()}, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE))
+    return out
+
+# %% ../../nbs/02f_benchmark.ipynb #c011
 def memory_mb() -> tuple[float, float]: # (resident, anonymous)
     "Memory of this process in MB, from the kernel; zeros where /proc is missing."
     try: status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
@@ -66,9 +107,9 @@ def memory_mb() -> tuple[float, float]: # (resident, anonymous)
     return tuple(int(status.get(k, "0 kB").split()[0]) / 1024 for k in ("VmRSS", "RssAnon"))
 
 class PeakMemory:
-    "Highest resident and anonymous memory while the block runs, sampled every 2 ms, as growth over its beginning."
+    "Highest resident and anonymous memory in MB while the block runs, sampled every 2 ms: `peak`."
     def __enter__(self):
-        self.start = self.peak = memory_mb()
+        self.peak = memory_mb()
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True); self.thread.start()
         return self
@@ -77,26 +118,29 @@ class PeakMemory:
     def _look(self): self.peak = tuple(map(max, self.peak, memory_mb()))
     def __exit__(self, *exc):
         self.stop.set(); self.thread.join(); self._look()
-        self.rss_mb, self.anonymous_mb = (p - s for p, s in zip(self.peak, self.start))
-
-# %% ../../nbs/02f_benchmark.ipynb #c010
-def measure(
-    name: str, # one of READERS
-    job: dict # jsonl, parquet, rows, tokens, tokenizer, eos_id, batch, seq_len
-) -> dict: # rows, tokens, seconds, tracemalloc_mb, rss_mb, anonymous_mb
-    "Read everything for time and memory, again and again for at least a quarter of a second, and once more under tracemalloc. `seconds` are of one pass."
-    with PeakMemory() as memory:
-        start, passes, seconds = time.perf_counter(), 0, 0.0
-        while seconds < 0.25:
-            rows, tokens = np.sum(list(READERS[name](job)) or [(0, 0)], axis=0)
-            passes, seconds = passes + 1, time.perf_counter() - start
-        seconds /= passes
-    tracemalloc.start()
-    for _ in READERS[name](job): pass
-    peak = tracemalloc.get_traced_memory()[1] / 2**20; tracemalloc.stop()
-    return {"rows": int(rows), "tokens": int(tokens), "seconds": seconds, "tracemalloc_mb": peak, "rss_mb": memory.rss_mb, "anonymous_mb": memory.anonymous_mb}
 
 # %% ../../nbs/02f_benchmark.ipynb #c012
+def measure(
+    name: str, # one of READERS
+    job: dict # jsonl, jsonl_tokens, parquet, rows, tokens, tokenizer, eos_id, batch, seq_len
+) -> dict: # rows, tokens, seconds, cpu_seconds, tracemalloc_mb, rss_mb, anonymous_mb
+    "Read everything: for time, again and again for at least a quarter of a second; for memory; under tracemalloc. `seconds` are of one pass."
+    before, passes = memory_mb(), 0
+    start, cpu = time.perf_counter(), time.process_time()
+    while not passes or time.perf_counter() - start < 0.25:
+        rows, tokens = np.sum(list(READERS[name](job)) or [(0, 0)], axis=0)
+        passes += 1
+    seconds, cpu = (time.perf_counter() - start) / passes, (time.process_time() - cpu) / passes
+    with PeakMemory() as memory: _exhaust(name, job)
+    tracemalloc.start(); _exhaust(name, job)
+    peak = tracemalloc.get_traced_memory()[1] / 2**20; tracemalloc.stop()
+    rss, anonymous = (p - b for p, b in zip(memory.peak, before))
+    return {"rows": int(rows), "tokens": int(tokens), "seconds": seconds, "cpu_seconds": cpu, "tracemalloc_mb": peak, "rss_mb": rss, "anonymous_mb": anonymous}
+
+def _exhaust(name: str, job: dict) -> None:
+    for _ in READERS[name](job): pass
+
+# %% ../../nbs/02f_benchmark.ipynb #c014
 def serve() -> None:
     "Read [reader, job] lines from stdin, measure each in a forked child, answer with one line of JSON each."
     for line in sys.stdin:
@@ -113,18 +157,47 @@ def ask(server: subprocess.Popen, name: str, job: dict) -> dict:
     if isinstance(answer, str): raise RuntimeError(f"benchmark of {name!r}: {answer}")
     return answer
 
-# %% ../../nbs/02f_benchmark.ipynb #c014
+# %% ../../nbs/02f_benchmark.ipynb #c016
+MEASURES = ("seconds", "cpu_seconds", "tracemalloc_mb", "rss_mb", "anonymous_mb")
+
 def benchmark(
-    job: dict, # as for `measure`
+    job: dict, # as for `measure`; jsonl_tokens is made when it is not there
     repeats: int = 3
 ) -> pd.DataFrame: # one row a format and repetition
     "Measure all readers `repeats` times, interleaved."
     command = [sys.executable, "-c", "from yunmin_efficientdata.format.benchmark import serve; serve()"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
-        rows = [{"format": name, "repeat": r, "batch": job["batch"], **ask(server, name, job)} for r in range(repeats) for name in READERS]
-        server.stdin.close()
+    with tempfile.TemporaryDirectory() as d:
+        job = {"jsonl_tokens": job.get("jsonl_tokens") or carry_tokens(job, Path(d))} | job
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+            rows = [{"format": name, "repeat": r, "batch": job["batch"], **ask(server, name, job)} for r in range(repeats) for name in READERS]
+            server.stdin.close()
     table = pd.DataFrame(rows)
     table["rows_per_second"] = table.rows / table.seconds
     table["tokens_per_second"] = table.tokens / table.seconds
-    grouped = table.groupby("format", sort=False).seconds
-    return table.assign(seconds_mean=grouped.transform("mean"), seconds_std=grouped.transform("std").fillna(0.0))
+    grouped = table.groupby("format", sort=False)
+    return table.assign(**{f"{m}_{f}": grouped[m].transform(f).fillna(0.0) for m in MEASURES for f in ("mean", "std")})
+
+# %% ../../nbs/02f_benchmark.ipynb #c017
+def summary(table: pd.DataFrame) -> pd.DataFrame: # a row a format: rows, tokens, mean ± deviation of every measure
+    "What people read."
+    first = table.groupby("format", sort=False).first()
+    def said(m): return [f"{a:.3g} ± {b:.2g}" for a, b in zip(first[f"{m}_mean"], first[f"{m}_std"])]
+    return pd.DataFrame({"rows": first.rows, "tokens": first.tokens} | {m: said(m) for m in MEASURES}, index=first.index)
+
+# %% ../../nbs/02f_benchmark.ipynb #c021
+def plot_readings(table: pd.DataFrame): # matplotlib figure
+    "Seconds (logarithmic) and memory by format, from `benchmark` or benchmark/io_speed_comparison.csv."
+    import matplotlib.pyplot as plt
+    colours = korean_style()
+    t = table.groupby("format", sort=False)[[m for m in MEASURES if m in table]].agg(["mean", "std"]).fillna(0.0).iloc[::-1]
+    fig, axes = plt.subplots(1, 2, figsize=(10, 1.5 + 0.42 * len(t)), sharey=True)
+    mine = [colours[1] if name.startswith("parquet") else colours[0] for name in t.index]
+    axes[0].barh(t.index, t.seconds["mean"], xerr=t.seconds["std"], color=mine, height=0.7)
+    for i, row in enumerate(t.seconds.itertuples()): axes[0].text(row[1] + row[2], i, f"  {row[1]:.3g}초", va="center", fontsize=9)
+    axes[0].set(xscale="log", title="한 번 읽는 시간 (초, 로그 눈금)"); axes[0].set_xlim(t.seconds["mean"].min() / 3, t.seconds["mean"].max() * 8)
+    for k, (m, label) in enumerate({"anonymous_mb": "익명 메모리", "rss_mb": "상주 메모리(RSS)", "tracemalloc_mb": "tracemalloc"}.items()):
+        axes[1].barh(np.arange(len(t)) + 0.25 * (1 - k), t[m]["mean"].clip(lower=0), xerr=t[m]["std"], height=0.23, label=label, color=colours[2 + k])
+    axes[1].set_title("읽는 동안 늘어난 메모리 (MB)"); axes[1].legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncol=3, fontsize=9)
+    for ax in axes: ax.grid(axis="y", visible=False)
+    fig.tight_layout()
+    return fig
