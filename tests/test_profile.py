@@ -240,5 +240,7 @@ def test_command(parts, tmp_path, capsys):
     code, out, _ = yunmin("profile", "--sql", "list"); assert all(n in out for n in P.QUERIES)
     code, out, _ = yunmin("profile", path, "--only", "overview,lengths", "--out", str(tmp_path/"o")); assert code == 0 and "overview" in out
     assert sorted(p.name for p in (tmp_path/"o").iterdir() if not p.name.startswith(".")) == ["lengths.csv", "overview.csv", "profile.md", "queries.sql"]
+    write(tmp_path/"odd.parquet", [{"id": "1", "text": "[/b] [red]가\x1b[31m 나\n", "domain": "[/x]", "source": "[bold]", "lang": "ko", "date": ""}] * 40)
+    code, out, _ = yunmin("profile", str(tmp_path/"odd.parquet")); assert code == 0 and "[/b] [red]가" in out and "\x1b[31m" not in out
     for args in (["profile"], ["profile", "--sql", "x"], ["profile", path, "--only", "x"], ["profile", str(tmp_path/"no.parquet")]):
         code, _, err = yunmin(*args); assert code == 2 and err.startswith("error: ") and err.count("\n") == 1

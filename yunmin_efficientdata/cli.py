@@ -14,8 +14,8 @@ from .core.settings import UserError
 
 # %% auto #0
 __all__ = ['app', 'console', 'Workspace', 'Raw', 'Config', 'Set', 'Kind', 'Workers', 'DEMO', 'bench', 'run', 'dedup', 'format_',
-           'dem', 'evaluate', 'report', 'table', 'status', 'profile', 'plan', 'show_plan', 'sample', 'parse_diff',
-           'merge', 'bench_dedup', 'share', 'serve_site', 'main']
+           'dem', 'evaluate', 'report', 'table', 'status', 'show_frame', 'profile', 'plan', 'show_plan', 'sample',
+           'parse_diff', 'merge', 'bench_dedup', 'bench_loader', 'share', 'serve_site', 'main']
 
 # %% ../nbs/07_cli.ipynb #c005
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False,
@@ -98,6 +98,19 @@ def status(ws: Workspace):
     table("stages", [{"stage": e["stage"], "status": e["status"], "started": e.get("started", ""), "seconds": e.get("seconds", 0.0), "CPU s": e.get("cpu_seconds", 0.0),
                       "peak MB": e.get("peak_rss_mb", 0.0), "error": e.get("error", "")[:80]} for e in entries])
 
+def show_frame(title: str, frame, rows: int = 30) -> None:
+    "Print a table of data: text as it is (no markup, no control characters), numbers never cut, at most `rows` rows."
+    from rich.text import Text
+    wide = console if console.is_terminal else Console(width=200)
+    grid = Table(title=Text(title), title_justify="left")
+    for name, kind in frame.dtypes.items():
+        number = kind.kind in "iuf"
+        grid.add_column(Text(str(name)), justify="right" if number else "left", no_wrap=number, overflow="fold")
+    for row in frame.head(rows).itertuples(index=False, name=None):
+        grid.add_row(*(Text(f"{v:,.4g}" if isinstance(v, float) else f"{v:,}" if hasattr(v, "__index__") else "".join(c if c.isprintable() else " " for c in str(v))) for v in row))
+    wide.print(grid)
+    if len(frame) > rows: wide.print(f"… {len(frame) - rows:,} more rows; --out FOLDER writes them all")
+
 @app.command()
 def profile(target: Annotated[Optional[str], typer.Argument(metavar="WS|FILE.parquet", help="A workspace, or one Parquet file (local or s3://…); not needed with --sql.")] = None,
             sql: Annotated[Optional[str], typer.Option("--sql", metavar="NAME", help="Print a query to take away (all: every one, list: names and what they answer) and run nothing.")] = None,
@@ -112,7 +125,7 @@ def profile(target: Annotated[Optional[str], typer.Argument(metavar="WS|FILE.par
     if sql: return print(p.queries_sql(names=None if sql == "all" else [sql], files=p.sql_files(target)), end="")
     if not target: raise UserError("yunmin profile needs a workspace or a Parquet file; `yunmin profile --sql list` shows the queries")
     tables = p.profile_tables(target, sample, only.split(",") if only else None, memory)
-    for name, frame in tables.items(): table(f"{name}: {p.explain(p.QUERIES[name])}", frame.to_dict("records"))
+    for name, frame in tables.items(): show_frame(f"{name}: {p.explain(p.QUERIES[name])}", frame)
     if out: p.write_tables(open_store(out), tables, folder="")
 
 # %% ../nbs/07_cli.ipynb #c014
@@ -186,6 +199,24 @@ def bench_dedup(corpus: Annotated[Optional[str], typer.Option(help="Folder or s3
     console.print(f"{out}/dedup.md: all tables and figures")
 
 # %% ../nbs/07_cli.ipynb #c022
+@bench.command("loader")
+def bench_loader(corpus: Annotated[Optional[str], typer.Option(help="Workspace with parquet_ready/, or folder or s3://… of JSONL; default: a sample corpus made for the occasion.")] = None,
+                 tokens: Annotated[int, typer.Option(min=1000, help="As many Parquet files are read as hold this many tokens.")] = 50_000_000,
+                 peers: Annotated[Optional[str], typer.Option(help="Some of the contestants, by name, such as 'Lance,LitData,numpy memmap stack'; default: all.")] = None,
+                 out: Annotated[str, typer.Option(help="Folder for tables and figures.")] = "bench-loader",
+                 repeats: Annotated[int, typer.Option(min=1, help="Repetitions; contestants take turns.")] = 3,
+                 seconds: Annotated[float, typer.Option(min=0.01, help="Timed in each run, after warming up.")] = 1.0,
+                 batch: Annotated[int, typer.Option(min=1, help="Windows in a batch.")] = 16,
+                 seq_len: Annotated[int, typer.Option("--seq-len", min=1, help="Tokens in a window.")] = 1024,
+                 quick: Annotated[bool, typer.Option("--quick", help="At most 2 million tokens, once, a quarter of a second each.")] = False):
+    "Token windows: speed, memory, opening time, own copies; every contestant's tokens are checked."
+    from yunmin_efficientdata.bench.loader import ALL, bench_loader as run
+    chosen = ALL if peers is None else [p.strip() for p in peers.split(",") if p.strip()]
+    tables = run(corpus, chosen, out, *((1, min(seconds, 0.25), min(tokens, 2_000_000)) if quick else (repeats, seconds, tokens)), batch, seq_len, say=console.print)
+    table("goals", tables["goals"].to_dict("records"))
+    console.print(f"{out}/loader.md: all tables and figures")
+
+# %% ../nbs/07_cli.ipynb #c024
 @app.command()
 def share(ws: Workspace,
           out: Annotated[Optional[str], typer.Argument(metavar="OUT", help="Folder to make; default: share/ in the workspace, ./NAME-share for one on S3.")] = None,
@@ -208,7 +239,7 @@ def share(ws: Workspace,
     for line in made["warnings"]: console.print(f"licence: {line}", style="bold red", markup=False, highlight=False, soft_wrap=True)
     console.print(f"configurations: {', '.join(made['configurations'])}\nRead README.md in that folder. Then, if it may be public:\n  {made['command']}", markup=False, highlight=False, soft_wrap=True)
 
-# %% ../nbs/07_cli.ipynb #c024
+# %% ../nbs/07_cli.ipynb #c026
 def serve_site(ws: str, port: int) -> None:
     "Serve reports/site of a workspace on localhost until Ctrl-C."
     import functools, http.server
@@ -222,7 +253,7 @@ def serve_site(ws: str, port: int) -> None:
     except KeyboardInterrupt: pass
     finally: server.server_close()
 
-# %% ../nbs/07_cli.ipynb #c026
+# %% ../nbs/07_cli.ipynb #c028
 def main(argv: list[str] | None = None) -> None:
     "Entry point: reads .env, runs a command, turns errors into exit codes."
     from dotenv import load_dotenv
