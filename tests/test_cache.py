@@ -103,9 +103,10 @@ def test_addresses_outlive_eviction(remote, tmp_path):
     assert pages._now.address[0] == 0 and not pages.files[0].source.path(*pages.files[0].parts[0].tolist()).exists()
     assert np.array_equal(np.frombuffer(ctypes.string_at(address, 400), "<i4"), flat[:100])
 
-@pytest.mark.parametrize("harm", ["flip", "cut", "grow", "empty", "other place", "folder"])
-def test_damaged_parts_on_disk_are_fetched_again(remote, tmp_path, harm):
-    uri, flat = remote; folder = tmp_path/"c"
+def test_damaged_parts_on_disk_are_fetched_again(remote, tmp_path):
+    for harm in ("flip", "cut", "grow", "empty", "other place", "folder"): damage_on_disk(*remote, tmp_path/harm, harm)
+
+def damage_on_disk(uri, flat, folder, harm):
     PageSet(uri, cache=PageCache(folder, 50 << 20), part_bytes=65536).need(np.arange(3))
     victims = sorted(p for p in folder.glob("*/*"))
     bodies = [p.read_bytes() for p in victims]
@@ -138,7 +139,7 @@ class Server:
     def __getattr__(self, name): return getattr(self.client, name)
     def get_object(self, **request):
         answer = self.client.get_object(**request); self.n += 1
-        if "Range" in request and self.when(self.n): self.harm(answer)
+        if "Range" in request and self.when(request["Range"]): self.harm(answer)
         return answer
 
 def harmed(monkeypatch, harm, when):
@@ -159,19 +160,21 @@ def broken(answer):
     answer["Body"] = Body(ReadTimeoutError(endpoint_url="x"))
 def another(answer): answer["ETag"] = '"0"'
 
-@pytest.mark.parametrize("harm", [flip, short, broken])
-def test_transport_damage_is_asked_for_again(remote, tmp_path, monkeypatch, harm):
-    uri, flat = remote; pages = PageSet(uri, cache=PageCache(tmp_path/"c", 50 << 20), part_bytes=65536)
-    fake = harmed(monkeypatch, harm, lambda n: n % 3 == 0)
-    assert np.array_equal(tokens(pages), flat) and fake.n > 20 and parts_are_whole(tmp_path/"c")
+def test_transport_damage_is_asked_for_again(remote, tmp_path, monkeypatch):
+    uri, flat = remote
+    for harm in (flip, short, broken):
+        pages, seen = PageSet(uri, cache=PageCache(tmp_path/harm.__name__, 50 << 20), part_bytes=65536), set()
+        with monkeypatch.context() as m:
+            fake = harmed(m, harm, lambda range: range not in seen and not seen.add(range))  # every range once
+            assert np.array_equal(tokens(pages), flat) and fake.n > 30 and parts_are_whole(tmp_path/harm.__name__)
 
 def test_lasting_damage_is_refused_and_not_stored(remote, tmp_path, monkeypatch):
     uri, flat = remote; pages = PageSet(uri, cache=PageCache(tmp_path/"c", 50 << 20), part_bytes=65536); before = parts_are_whole(tmp_path/"c")
-    harmed(monkeypatch, flip, lambda n: True)
+    harmed(monkeypatch, flip, lambda range: True)
     with pytest.raises(DamagedFile, match=r"a.parquet: page \d+ at byte \d+"): pages.need([3])
-    harmed(monkeypatch, short, lambda n: True)
+    harmed(monkeypatch, short, lambda range: True)
     with pytest.raises(UserError, match="bytes came for"): pages.need([3])
-    harmed(monkeypatch, another, lambda n: True)
+    harmed(monkeypatch, another, lambda range: True)
     with pytest.raises(ChangedObject): pages.need([3])
     assert parts_are_whole(tmp_path/"c") == before
 
@@ -182,13 +185,12 @@ def test_server_that_is_gone_is_one_line(remote, tmp_path, monkeypatch):
     with pytest.raises(UserError) as e: pages.need([40])
     assert "\n" not in str(e.value) and "cannot be reached" in str(e.value)
 
-@pytest.mark.parametrize("where", ["file in the way", "disk full"])
-def test_a_disk_that_takes_nothing_does_not_stop_reading(remote, tmp_path, monkeypatch, where):
-    uri, flat = remote; folder = tmp_path/"c"
-    if where == "file in the way": folder.write_text("x")
-    else:
-        def full(*a): raise OSError(28, "No space left on device")
-        monkeypatch.setattr(cache_module, "_make_temporary", full)
+def test_a_disk_that_takes_nothing_does_not_stop_reading(remote, tmp_path, monkeypatch):
+    (tmp_path/"file in the way").write_text("x"); read_without_disk(*remote, tmp_path/"file in the way")
+    def full(*a): raise OSError(28, "No space left on device")
+    monkeypatch.setattr(cache_module, "_make_temporary", full); read_without_disk(*remote, tmp_path/"c")
+
+def read_without_disk(uri, flat, folder):
     cache = PageCache(folder, 50 << 20); pages = PageSet(uri, cache=cache, part_bytes=16384)
     for s in range(0, len(flat) - 512, 8192): assert np.array_equal(gather(pages, [s], 512)[0], flat[s:s + 512])
     assert cache.counters["not_stored"] > 20 and len(pages._now.maps) < 8 # and memory stays bounded
@@ -220,7 +222,7 @@ READER = """if 1:
     for i in range(rounds):
         starts = rng.integers(0, len(flat) - 300, 4)
         assert np.array_equal(gather(pages, starts, 300), np.stack([flat[s:s + 300] for s in starts])), i
-        if i % 10 == 0: assert cache.used_bytes() <= limit + 2 * 20_000, (cache.used_bytes(), limit)  # two others have reserved a part and not yet made room
+        if i % 10 == 0: assert cache.used_bytes() <= limit + 20_000, (cache.used_bytes(), limit)  # the other has reserved a part and not yet made room
     print(cache.counters['requests'])"""
 
 def reader(uri, flat, folder, limit, seed, rounds, tmp_path):
@@ -229,7 +231,7 @@ def reader(uri, flat, folder, limit, seed, rounds, tmp_path):
 
 def test_processes_share_a_small_folder(remote, tmp_path):
     uri, flat = remote
-    running = [reader(uri, flat, tmp_path/"c", 300_000, seed, 50, tmp_path) for seed in range(3)]
+    running = [reader(uri, flat, tmp_path/"c", 300_000, seed, 40, tmp_path) for seed in range(2)]
     for p in running:
         out, err = p.communicate(timeout=120)
         assert p.returncode == 0, err[-2000:]
@@ -237,7 +239,7 @@ def test_processes_share_a_small_folder(remote, tmp_path):
 
 def test_killed_processes_leave_nothing_half_written(remote, tmp_path):
     uri, flat = remote; rng = np.random.default_rng(0); folder = tmp_path/"c"
-    for seed in range(3):
+    for seed in range(2):
         p = reader(uri, flat, folder, 250_000, seed, 10**6, tmp_path)
         assert p.stdout.readline() == "open\n"
         time.sleep(float(rng.uniform(0, .6))); p.send_signal(signal.SIGKILL); p.wait(); p.stdout.close(); p.stderr.close()
@@ -266,12 +268,14 @@ def test_a_stopped_claimant_is_not_waited_for_ever(remote, tmp_path, monkeypatch
 
 def child(pages, starts, queue): queue.put(gather(pages, starts, 200))
 
-def test_after_a_fork_and_after_a_spawn(remote, tmp_path):
+def test_after_a_fork(remote, tmp_path):
     uri, flat = remote; pages = PageSet(uri, cache=PageCache(tmp_path/"c", 400_000), part_bytes=16384); gather(pages, [0], 5000)
-    for method in ("fork", "spawn"):
-        context = multiprocessing.get_context(method); queue = context.Queue()
-        p = context.Process(target=child, args=(pages, [5, 100_000, 200_000], queue)); p.start()
-        assert np.array_equal(queue.get(timeout=60), np.stack([flat[s:s + 200] for s in (5, 100_000, 200_000)])); p.join()
+    context = multiprocessing.get_context("fork"); queue = context.Queue()  # spawn is tested with the page reader; a set travels by its addresses
+    p = context.Process(target=child, args=(pages, [5, 100_000, 200_000], queue)); p.start()
+    assert np.array_equal(queue.get(timeout=60), np.stack([flat[s:s + 200] for s in (5, 100_000, 200_000)])); p.join()
+    make, given = pages.__reduce__()  # what a spawned process is sent
+    again = make(*given)
+    assert again.cache.limit == 400_000 and np.array_equal(gather(again, [5], 200)[0], flat[5:205])
 
 def test_limits_come_from_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("YUNMIN_CACHE", str(tmp_path/"x")); monkeypatch.setenv("YUNMIN_CACHE_BYTES", "5e6")
