@@ -275,7 +275,7 @@ def made_records(n, seed=0):
     for i in range(n):
         k = (i * 7 + seed) % 5
         q, a = f"{i}번 질문: {SENTENCES[i % 3]}", f"{SENTENCES[(i + 1) % 3]} {i}"
-        out.append([{"instruction": q, "output": a, "id": f"d{seed}-{i}", "lang": "ko"}, {"messages": [U(q), A(a), U("더?"), A("끝.")]}, {"prompt": q, "chosen": a, "rejected": a[::-1]},
+        out.append([{"instruction": q, "output": a, "id": f"d{seed}-{i}", "lang": "ko", "license": "CC0"}, {"messages": [U(q), A(a), U("더?"), A("끝.")]}, {"prompt": q, "chosen": a, "rejected": a[::-1]},
                     {"prompt": q, "response": a, "score": i / 10}, {"prompt": q, "response": ""} if i % 2 else {"nothing": i}][k])
     return out
 
@@ -322,6 +322,7 @@ def test_files_counts_and_quarantine(workspace, capsys):
     lines = (source/"a.jsonl").read_bytes().split(b"\n")
     for b in (b for b in bad if b["file"] == "a.jsonl" and b["reason"] == "empty_response"): assert json.loads(lines[b["line"] - 1])["response"] == ""
     manifest = json.loads(store.read(INSTRUCTION_MANIFEST))
+    assert sum(n for _, _, n, _ in manifest["licenses"]) == c["written"] and any(l == "cc0-1.0" for _, l, *_ in manifest["licenses"])
     assert manifest["sections"]["sft"]["rows"] == c["kind_instruction"] + c["kind_conversation"] and store.read_text("parquet_ready/instructions/chat_template.jinja") == load_tokenizer(str(store.fetch("tokenizer"))).chat_template
     assert run(store, source)[1]  # nothing changed: skipped
 
@@ -417,6 +418,20 @@ def test_loss_is_that_of_the_answers(workspace):
     with torch.no_grad(): out = model(**batch)
     logp = torch.log_softmax(out.logits[:, :-1].float(), -1).gather(-1, batch["input_ids"][:, 1:, None])[..., 0]
     assert torch.isclose(out.loss, -logp[batch["labels"][:, 1:] != -100].mean(), atol=1e-5)
+
+def test_a_model_trained_on_the_rows_answers_and_stops(tokenizer):
+    from transformers import LlamaConfig, LlamaForCausalLM
+    pairs = [("수도는?", "서울이다."), ("인구는?", "약 940만 명이다.\n\n끝"), ("법원은?", "기각하였다.")]
+    rows = [row for row, _ in rows_of([{"prompt": q, "response": a} for q, a in pairs], Renderer_of(tokenizer), 100)]
+    batch = collate([{"input_ids": torch.from_numpy(r["tokens"].astype(np.int64)), "labels": torch.from_numpy(r["labels"].astype(np.int64))} for r in rows], tokenizer.pad_token_id)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, eos_token_id=0, pad_token_id=1, bos_token_id=0))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(80): loss = model(**batch).loss; optimizer.zero_grad(); loss.backward(); optimizer.step()
+    for q, a in pairs:
+        ids = tokenizer.apply_chat_template([U(q)], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        out = model.generate(**ids, max_new_tokens=40, do_sample=False, eos_token_id=tokenizer.convert_tokens_to_ids("<|end|>"))
+        assert tokenizer.decode(out[0, ids["input_ids"].shape[1]:]) == a + "<|end|>"
 
 def test_inference_uses_the_template_of_training(workspace):
     store, source = workspace

@@ -41,7 +41,7 @@ def build(folder, licenses=LICENSES, per=12, instructions=False):
         with store.output(key) as path:
             with InstructionWriter(path, {}) as w:
                 for i in range(5): w.add(row_of({"id": str(i)}, Example("instruction", []), [f"글 {i}"], [(np.array([3, 4, 0], np.int32), np.array([-100, 4, 0], np.int32), False)], "a"))
-        store.write(f"{FOLDER}/manifest.json", json.dumps({"sections": {"sft": {"files": [key], "rows": 5, "tokens": 15, "learned": 10, "bytes": store.size(key)}}, "left_out": 2, "read": 7, "reasons": {"too_long": 2}}))
+        store.write(f"{FOLDER}/manifest.json", json.dumps({"sections": {"sft": {"files": [key], "rows": 5, "tokens": 15, "learned": 10, "bytes": store.size(key)}}, "left_out": 2, "read": 7, "reasons": {"too_long": 2}, "licenses": [["a", "", 4, 40], ["a", "CC0", 1, 10]]}))
         store.write(f"{FOLDER}/chat_template.jinja", "{{ messages }}")
     return store
 
@@ -208,6 +208,7 @@ def test_instructions_come_along(tmp_path, offline):
     assert data.num_rows == 5 and data[0]["labels"] == [-100, 4, 0]
     assert datasets.load_dataset(str(tmp_path/"out"), split="train", cache_dir=str(tmp_path/"cache")).num_rows == 30  # not mixed into the corpus
     text = (tmp_path/"out/README.md").read_text()
+    assert "10 of 41 documents (24.4 %) name no licence" in text and "| a | **not stated** | 4 |" in text and "cc0-1.0" in text
     assert "| `instructions-sft` | 5 | 15 | 10 |" in text and "2 of 7 records were left out (too_long 2)" in text and (tmp_path/"out/chat_template.jinja").read_text() == "{{ messages }}"
 
 def test_the_cards_examples_work(store, tmp_path, monkeypatch, offline):

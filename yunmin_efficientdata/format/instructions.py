@@ -21,6 +21,7 @@ from ..core.settings import InstructionSettings, UserError
 from ..core.store import Stat, Store, source_keys
 from .loader import TokenPages
 from .pages import TokenFile
+from .share import Census, license_of
 from .tokenizer import load_tokenizer, tokenizer_hash
 
 # %% auto #0
@@ -544,8 +545,9 @@ class Outputs:
     def __init__(self, ctx, name: str, metadata: dict[str, str]):
         self.ctx, self.name, self.metadata, self.open, self.bad = ctx, name, metadata, {}, []
         self.counts: Counter = Counter(); self.reasons: Counter = Counter(); self.kinds: Counter = Counter()
+        self.licenses = Census(limit=1000)
 
-    def write(self, row: dict, flags: dict[str, bool]) -> None:
+    def write(self, row: dict, flags: dict[str, bool], license: str = "") -> None:
         "One row to the file of its section."
         section = SECTION[row["kind"]]
         if section not in self.open:
@@ -555,6 +557,7 @@ class Outputs:
             self.open[section] = (key, output, writer)
         self.open[section][2].add(row)
         self.counts.update({"written": 1, **flags}); self.kinds[row["kind"]] += 1
+        self.licenses.count("", row["source"], license, 1, len(row["text"].encode("utf-8", "surrogatepass")))
 
     def refuse(self, key: str, line: int, reason: str, detail: str, raw: bytes, quarantine: JsonlWriter) -> None:
         "One record to the quarantine."
@@ -572,7 +575,7 @@ def _finish(self) -> dict: # files and counts
             files.append({"key": key, "section": section, **verify_instructions(writer.path, writer)})
         except BaseException as e: output.__exit__(type(e), e, e.__traceback__); raise
         output.__exit__(None, None, None)
-    return {"files": files, "kinds": dict(sorted(self.kinds.items())), "reasons": dict(sorted(self.reasons.items())), **{k: self.counts[k] for k in COUNTS}}
+    return {"files": files, "kinds": dict(sorted(self.kinds.items())), "reasons": dict(sorted(self.reasons.items())), "licenses": sorted([source, license, *n] for (_, source, license), n in self.licenses.rows.items()), **{k: self.counts[k] for k in COUNTS}}
 
 def _abandon(self, error: BaseException) -> None:
     "Throw open files away."
@@ -603,7 +606,7 @@ def convert_file(
                     if isinstance(item, BadLine): out.refuse(key, item.line_no, item.reason, "", item.raw, bad); continue
                     result = next(results)
                     if isinstance(result, BadRecord): out.refuse(key, item[0], result.reason, result.detail, dump_line(item[1]).rstrip(b"\n")[:RAW_BYTES], bad)
-                    else: out.write(*result)
+                    else: out.write(*result, license_of(item[1]))
         info = out.finish()
     except BaseException as e: out.abandon(e); raise
     if not info["left_out"]: ctx.store.delete(quarantine)
@@ -633,17 +636,18 @@ def write_instructions(
 # %% ../../nbs/02h_instructions.ipynb #c046
 def _publish(ctx, parts: dict[str, dict], renderer: Renderer, template: dict, metadata: dict) -> dict:
     "Remove what belongs to older inputs, write template and manifest; returns the counts."
-    total, reasons, kinds = Counter(), Counter(), Counter()
+    total, reasons, kinds, licenses = Counter(), Counter(), Counter(), Census()
     for p in parts.values():
         total.update({k: p[k] for k in COUNTS}); reasons.update(p["reasons"]); kinds.update(p["kinds"])
         total.update({k: sum(f[k] for f in p["files"]) for k in ("tokens", "learned", "bytes")})
+        for source, license, records, size in p["licenses"]: licenses.count("", source, license, records, size)
     files = [f for p in parts.values() for f in p["files"]]
     wanted = {f["key"] for f in files} | {f"{FOLDER}/quarantine/{n}.jsonl" for k, n in output_names(list(parts)).items() if parts[k]["left_out"]}
     for key in ctx.store.list(f"{FOLDER}/"):
         if key not in wanted: ctx.store.delete(key)
     sections = {s: {"files": [f["key"] for f in files if f["section"] == s], **{k: sum(f[k] for f in files if f["section"] == s) for k in ("rows", "tokens", "learned", "bytes")}} for s in sorted({f["section"] for f in files})}
     ctx.store.write(f"{FOLDER}/chat_template.jinja", renderer.template)
-    ctx.store.write(INSTRUCTION_MANIFEST, json.dumps({"sections": sections, "inputs": parts, "template": template, "metadata": metadata, "kinds": dict(sorted(kinds.items())), "reasons": dict(sorted(reasons.items())), **dict(sorted(total.items()))}, ensure_ascii=False, indent=1, sort_keys=True))
+    ctx.store.write(INSTRUCTION_MANIFEST, json.dumps({"sections": sections, "inputs": parts, "licenses": sorted([source, license, *n] for (_, source, license), n in licenses.rows.items()), "template": template, "metadata": metadata, "kinds": dict(sorted(kinds.items())), "reasons": dict(sorted(reasons.items())), **dict(sorted(total.items()))}, ensure_ascii=False, indent=1, sort_keys=True))
     if reasons: ctx.log(f"instructions: left out {total['left_out']:,} of {total['read']:,} records: " + ", ".join(f"{k} {v:,}" for k, v in reasons.most_common()) + f"; see {FOLDER}/quarantine/")
     return {**dict(sorted(total.items())), **{f"kind_{k}": v for k, v in sorted(kinds.items())}, "reasons": dict(sorted(reasons.items()))}
 

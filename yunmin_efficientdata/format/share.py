@@ -16,8 +16,8 @@ from .parquet import documents, domain_keys, read_manifest
 
 # %% auto #0
 __all__ = ['HUB_LICENSES', 'LICENSE_FIELDS', 'OTHER', 'SPLITS', 'ALL', 'USE', 'INSTRUCTION_USE', 'CHECKSUMS', 'hub_license',
-           'Census', 'census', 'licenses_csv', 'license_verdict', 'safe_name', 'planned', 'configs', 'place',
-           'front_matter', 'languages_of', 'escaped', 'md_table', 'contents', 'sources', 'license_text',
+           'license_of', 'Census', 'census', 'licenses_csv', 'license_verdict', 'safe_name', 'planned', 'configs',
+           'place', 'front_matter', 'languages_of', 'escaped', 'md_table', 'contents', 'sources', 'license_text',
            'stage_settings', 'read_json', 'cleaning', 'dedup_table', 'contamination', 'limits', 'loading',
            'dataset_card', 'sha256', 'write_checksums', 'verify_share', 'check_counts', 'free_place', 'put', 'share',
            'default_folder']
@@ -44,6 +44,11 @@ def hub_license(
 LICENSE_FIELDS = ("license", "licence", "License", "licenses")
 OTHER = "(other sources)"
 
+def license_of(record: dict) -> str:
+    "What a record says of its licence, on one line; '' when it says nothing."
+    text = next((v if isinstance(v, str) else json.dumps(v, ensure_ascii=False, sort_keys=True) for k in LICENSE_FIELDS if (v := record.get(k))), "")
+    return " ".join(text.split())[:200]
+
 @dataclass
 class Census:
     "Documents and bytes by (domain, source, licence), and documents by language."
@@ -51,14 +56,16 @@ class Census:
     languages: Counter = field(default_factory=Counter)
     limit: int = 20_000 # rows kept apart
 
-    def add(self, domain: str, doc: dict) -> None:
-        "Count one document."
-        license = next((v if isinstance(v, str) else json.dumps(v, ensure_ascii=False, sort_keys=True) for k in LICENSE_FIELDS if (v := doc.get(k))), "")
-        license = " ".join(license.split())[:200]
-        key = (domain, " ".join(str(doc.get("source") or "").split())[:200], hub_license(license) or license)
+    def count(self, domain: str, source: str, license: str, documents: int, size: int) -> None:
+        "Add documents of one kind."
+        key = (domain, " ".join(source.split())[:200], hub_license(license) or license)
         if key not in self.rows and len(self.rows) >= self.limit: key = (domain, OTHER, hub_license(license) or (license and "other"))
         count = self.rows.setdefault(key, [0, 0])
-        count[0] += 1; count[1] += len(doc["text"].encode("utf-8", "surrogatepass"))
+        count[0] += documents; count[1] += size
+
+    def add(self, domain: str, doc: dict) -> None:
+        "Count one document."
+        self.count(domain, str(doc.get("source") or ""), license_of(doc), 1, len(doc["text"].encode("utf-8", "surrogatepass")))
         self.languages[str(doc.get("lang") or "").strip().lower()] += 1
 
     def by(self, part: int) -> dict[str, list[int]]: # 0 domain, 1 source, 2 licence -> documents, bytes; largest first
@@ -378,6 +385,7 @@ def share(
     free_place(out)
     plan, counted = planned(manifest, instructions), census(store)
     check_counts(counted, manifest)
+    for source, license, records, size in (instructions or {}).get("licenses", []): counted.count("instructions", source, license, records, size)
     made = out.with_name(f".{out.name}.unfinished")
     if made.exists(): shutil.rmtree(made)
     ways = Counter(place(store, key, made/path, link) for splits in plan.values() for files in splits.values() for key, path in files)
