@@ -320,7 +320,9 @@ def test_killed_run_goes_on_to_the_same_bytes(done, corpus_of_three, tmp_path, w
 def test_other_settings_leave_no_stale_file(done, corpus_of_three, tmp_path):
     shutil.copytree(done[0], tmp_path/"ws")
     (tmp_path/"ws"/P.SPILLS/"web").mkdir(parents=True); (tmp_path/"ws"/P.SPILLS/"web/00009.jsonl").write_text('{"split": 1, "id": "stale", "text": "x"}\n')
+    other = tmp_path/"ws/parquet_ready/instructions/a.parquet"; other.parent.mkdir(); other.write_bytes(b"another stage's")
     stages(tmp_path/"ws", [*FAST, "format.file_bytes=209715200"])
+    assert other.exists()
     assert sorted(p.name for p in (tmp_path/"ws/parquet_ready").glob("*.parquet")) == ["social.parquet", "web.parquet"]
     files = [f for e in json.loads((done[0]/"parquet_ready/manifest.json").read_text())["domains"].values() for f in e["files"]]
     assert pa.concat_tables([pq.read_table(done[0]/f) for f in files]).sort_by("id").equals(pa.concat_tables([pq.read_table(tmp_path/f"ws/parquet_ready/{d}.parquet") for d in ("social", "web")]).sort_by("id"))

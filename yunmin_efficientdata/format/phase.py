@@ -224,7 +224,7 @@ def plot_columns(
     ax.barh(at + .2, table.plain_mb, .38, label="압축 전", color="#b8c4d6"); ax.barh(at - .2, table.stored_mb, .38, label="파일에서", color="#2f5d8c")
     for y, (plain, stored) in enumerate(zip(table.plain_mb, table.stored_mb)): ax.text(max(plain, stored), y, f"  {plain / max(stored, 1e-9):.1f}배", va="center", fontsize=9)
     ax.set_yticks(at, table.column); ax.set_xlabel("MB"); ax.set_title("열별 크기: 압축 전과 Parquet 파일에서"); ax.legend(loc="lower right"); ax.margins(x=.12)
-    ax.grid(axis="y", visible=False); fig.tight_layout()
+    ax.grid(False); fig.tight_layout()
     return fig
 
 # %% ../../nbs/02_format.ipynb #c023
