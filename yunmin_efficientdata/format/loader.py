@@ -555,7 +555,9 @@ def _announced(self, plan: list[int]):
     if self.pages.local or self.ahead < 1: yield from (sampler.batch(epoch, s) for s in plan); return
     def announce(batch): self.pages.prefetch(self.dataset.grid.starts(batch), self.dataset.seq_len)
     coming = (sampler.batch(epoch, s) for s in plan)
-    queue = list(islice(coming, self.ahead))
+    windows = sampler.batch_size // sampler.world_size
+    cost = 6 * windows * self.dataset.seq_len if sampler.order.shuffle == "page" else windows * self.pages.part_bytes  # bytes that a batch adds
+    queue = list(islice(coming, min(self.ahead, max(1, self.pages.cache.limit // 8 // cost))))  # an eighth of the cache: what comes must not push out what is in use
     with ThreadPoolExecutor(1) as thread:
         for b in queue: thread.submit(announce, b)
         while queue:
