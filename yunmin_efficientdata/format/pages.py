@@ -4,7 +4,7 @@
 
 # %% ../../nbs/02c_pages.ipynb #c004
 from __future__ import annotations
-import hashlib, os, struct, tempfile, threading, time, weakref, zlib
+import os, tempfile, threading, time, weakref, zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
