@@ -23,11 +23,11 @@ from ..format.parquet import FileWriter, parquet_files
 from ..format.tokenizer import Encoder, as_pretrained, load_tokenizer, train_bpe
 
 # %% auto #0
-__all__ = ['OWN', 'ENVIRONMENT', 'ALL', 'ORDERS', 'NOTES', 'EXTRA', 'SHOWN', 'NOT_LOADERS', 'texts_of', 'tokenize_corpus',
-           'find_corpus', 'Task', 'write_input', 'open_ours', 'open_loader', 'prepare_raw', 'open_memmap', 'open_rows',
-           'open_gather', 'open_table', 'window_table', 'prepare_windows', 'open_groups', 'prepare_datasets',
-           'open_datasets', 'open_streaming', 'open_jsonl', 'main', 'wrong_windows', 'field_of', 'prepare', 'table_of',
-           'goals', 'plot_memory', 'bench_loader', 'report']
+__all__ = ['OWN', 'ENVIRONMENT', 'ALL', 'ORDERS', 'NOTES', 'LIMIT', 'EXTRA', 'SHOWN', 'NOT_LOADERS', 'texts_of',
+           'tokenize_corpus', 'find_corpus', 'Task', 'write_input', 'open_ours', 'open_loader', 'prepare_raw',
+           'open_memmap', 'open_rows', 'open_gather', 'open_table', 'window_table', 'prepare_windows', 'open_groups',
+           'prepare_datasets', 'open_datasets', 'open_streaming', 'open_jsonl', 'main', 'wrong_windows', 'field_of',
+           'prepare', 'table_of', 'goals', 'plot_memory', 'bench_loader', 'in_millions', 'report']
 
 # %% ../../nbs/06d_bench_loader.ipynb #c006
 def texts_of(store, keys: list[str], limit: int) -> Iterator[str]: # at most `limit` bytes
@@ -95,7 +95,7 @@ def write_input(paths: list[str], tokenizer: str, folder: Path, batch: int = 16,
 def open_ours(job: dict) -> Reader:
     "`TokenPages.take` on the Parquet files themselves."
     pages, length, batch = TokenPages(job["parquet"]), job["seq_len"], job["batch"]
-    return Reader(lambda w: pages.take(w * length, length), lambda: (pages.take(np.arange(i, i + batch) * length, length) for i in range(0, job["epoch"] * batch, batch)))
+    return Reader(lambda w: pages.take(w * length, length), lambda: (pages.take([i], batch * length).reshape(batch, length) for i in range(0, job["epoch"] * batch * length, batch * length)))
 
 def open_loader(job: dict) -> Reader:
     "`TokenLoader`, in the order of the task: int64 ids, position_ids and seq_idx."
@@ -144,9 +144,13 @@ def open_gather(job: dict) -> Reader:
     return Reader(take, lambda: (take(np.arange(i, i + batch)) for i in range(0, job["epoch"] * batch, batch)))
 
 def open_table(job: dict) -> Reader:
-    "The `tokens` column read into memory whole, sliced like the memmap."
-    tables = [pq.read_table(p, columns=["tokens"])["tokens"] for p in job["parquet"]]
-    return _slices(np.concatenate([c.flatten().to_numpy() for t in tables for c in t.chunks]), job)
+    "The `tokens` column read into memory whole, without a second copy on the way, sliced like the memmap."
+    flat, at = np.empty(sum(len(TokenPages(p)) for p in job["parquet"]), np.int32), 0
+    for path in job["parquet"]:
+        for rows in pq.ParquetFile(path).iter_batches(batch_size=1024, columns=["tokens"]):
+            values = rows["tokens"].flatten().to_numpy()
+            flat[at:at + len(values)] = values; at += len(values)
+    return _slices(flat, job)
 
 # %% ../../nbs/06d_bench_loader.ipynb #c017
 def window_table(job: dict) -> Iterator[pa.Table]: # 4,096 windows at a time
@@ -211,15 +215,17 @@ def open_jsonl(job: dict) -> Reader:
     return Reader(None, windows)
 
 # %% ../../nbs/06d_bench_loader.ipynb #c021
-OWN = {"ours": Entry(open_ours), "ours, TokenLoader": Entry(open_loader, modules=("torch",), local=True), "numba gather, raw file": Entry(open_gather, prepare_raw), "numpy memmap stack": Entry(open_memmap, prepare_raw),
+OWN = {"ours": Entry(open_ours), "ours, TokenLoader": Entry(open_loader, modules=("torch",), local=True), "numba gather from a raw file": Entry(open_gather, prepare_raw), "numpy memmap stack": Entry(open_memmap, prepare_raw),
        "numpy memmap rows": Entry(open_rows, prepare_raw), "table in RAM": Entry(open_table), "pyarrow row groups": Entry(open_groups, prepare_windows),
-       "HF datasets": Entry(open_datasets, prepare_datasets, ("datasets",)), "HF datasets, streaming": Entry(open_streaming, prepare_windows, ("datasets",), local=True), "JSONL + tokenise": Entry(open_jsonl)}
+       "HF datasets": Entry(open_datasets, prepare_datasets, ("datasets",)), "HF datasets streaming": Entry(open_streaming, prepare_windows, ("datasets",), local=True), "JSONL + tokenise": Entry(open_jsonl)}
 ENVIRONMENT = {"MosaicML streaming": "mosaicml-streaming", "LitData": "litdata", "Lance": "lance"} # of the peers, made by scripts/setup_bench.sh
 ALL = (*OWN, *ENVIRONMENT)
 ORDERS = {"random": tuple(n for n in ALL if n != "JSONL + tokenise"), "sequential": ALL}
-NOTES = {"ours": "reads the Parquet files of the workspace", "ours, TokenLoader": "the same with DataLoader, int64 ids, positions, document numbers", "numba gather, raw file": "the ceiling: no pages, no checksums, no text",
-         "numpy memmap rows": "aligned windows only", "table in RAM": "no copy on disk; all tokens in memory", "pyarrow row groups": "64 windows a row group", "HF datasets, streaming": "no random access: shuffled within a buffer of 1,000 windows",
+NOTES = {"ours": "reads the Parquet files of the workspace", "ours, TokenLoader": "the same with DataLoader, int64 ids, positions, document numbers", "numba gather from a raw file": "the ceiling: no pages, no checksums, no text",
+         "numpy memmap rows": "aligned windows only", "table in RAM": "no copy on disk; all tokens in memory", "pyarrow row groups": "64 windows a row group", "HF datasets streaming": "no random access: shuffled within a buffer of 1,000 windows",
          "JSONL + tokenise": "file order only; one thread"}
+
+LIMIT = 600 # seconds after which a contestant is stopped
 
 def main() -> None: loader_peers.main(OWN)
 
@@ -250,7 +256,7 @@ def prepare(field: list[Contestant], folder: Path, say: Callable = print) -> tup
     ready, rows = [], []
     for c in field:
         needs = (OWN | loader_peers.PEERS)[c.name].prepare
-        answer = {"error": c.missing} if c.missing else run_once(c._replace(job=c.job | {"task": "prepare"}), folder/"prepare"/c.name.replace(" ", "_")) if needs else {"wall": 0.0, "cpu": 0.0, "copy_mb": 0.0}
+        answer = {"error": c.missing} if c.missing else run_once(c._replace(job=c.job | {"task": "prepare"}), folder/"prepare"/c.name.replace(" ", "_"), seconds=LIMIT) if needs else {"wall": 0.0, "cpu": 0.0, "copy_mb": 0.0}
         if "error" in answer: c = c._replace(missing=answer["error"])
         elif needs: say(f"prepare {c.name}: {answer['cpu']:.2f} CPU-s, {answer['wall']:.2f} s, {answer['copy_mb']:.1f} MB")
         ready.append(c)
@@ -271,7 +277,7 @@ def table_of(rows: list[dict], task: Task, order: str) -> pd.DataFrame: # a row 
     return table.assign(remark=[NOTES.get(n, "") for n in table.contestant])[["contestant", *(k for k in SHOWN if k in table and k != "not_run"), "not_run", "remark"]]
 
 # %% ../../nbs/06d_bench_loader.ipynb #c031
-NOT_LOADERS = ("ours", "ours, TokenLoader", "numba gather, raw file", "numpy memmap stack", "numpy memmap rows", "table in RAM", "JSONL + tokenise")
+NOT_LOADERS = ("ours", "ours, TokenLoader", "numba gather from a raw file", "numpy memmap stack", "numpy memmap rows", "table in RAM", "JSONL + tokenise")
 
 def goals(random: pd.DataFrame, sequential: pd.DataFrame) -> pd.DataFrame:
     "The project's goals for windows against this run."
@@ -282,7 +288,7 @@ def goals(random: pd.DataFrame, sequential: pd.DataFrame) -> pd.DataFrame:
     mine, table = of(random, "ours", "anonymous_mb"), of(random, "table in RAM", "anonymous_mb")
     wrong = pd.concat([random, sequential]).wrong.dropna()
     return pd.DataFrame([
-        goal("random: times the numpy memmap stack", 1.8, of(random, "numpy memmap stack")), goal("random: share of the numba gather from a raw file", 0.8, of(random, "numba gather, raw file")),
+        goal("random: times the numpy memmap stack", 1.8, of(random, "numpy memmap stack")), goal("random: share of the numba gather from a raw file", 0.8, of(random, "numba gather from a raw file")),
         *([goal(f"random: times {r.contestant}", 10, r.ratio) for r in others.itertuples()] or [goal("random: times the other loaders", 10, None)]),
         goal("sequential: share of the raw memmap", 0.8, of(sequential, "numpy memmap stack")), goal("sequential: times JSONL + tokenise", 20, of(sequential, "JSONL + tokenise")),
         goal("anonymous memory: share of a table in RAM", 0.25, mine / table if mine is not None and table else None, most=True),
@@ -333,12 +339,14 @@ def bench_loader(
         tables, here = {"copies": copies}, machine(("numpy", "numba", "pyarrow", "torch", "datasets"))
         for order, members in ORDERS.items():
             mine = [c._replace(job=c.job | {"task": order}) for c in field if c.name in members]
-            tables[order] = table_of(take_turns(mine, folder/order, repeats, threads, say=lambda line: say(f"{order} {line}")), task, order)
+            tables[order] = table_of(take_turns(mine, folder/order, repeats, threads, LIMIT, lambda line: say(f"{order} {line}")), task, order)
         tables["goals"] = goals(tables["random"], tables["sequential"])
         report(tables, task, out, repeats, seconds, threads, corpus, here)
     return tables
 
 # %% ../../nbs/06d_bench_loader.ipynb #c036
+def in_millions(table: pd.DataFrame) -> pd.DataFrame: return table.assign(millions_per_cpu_s=table.tokens_per_cpu_s / 1e6)
+
 def report(tables: dict, task: Task, out, repeats: int, seconds: float, threads: int, corpus, here: dict) -> None:
     "loader.md with everything, figures beside it."
     pages, disk = TokenPages(task.job["parquet"]), sum(os.path.getsize(p) for p in task.job["parquet"]) / 1e6
@@ -346,6 +354,6 @@ def report(tables: dict, task: Task, out, repeats: int, seconds: float, threads:
              f"{repeats} repetitions in turns, {seconds:g} s each after warming up, {threads} thread{'s' * (threads > 1)}; all files are in the system's cache. Medians; ratios of CPU time within a repetition, with their range. Seconds of an epoch are extrapolated. Memory is growth after imports, from /proc/self/smaps_rollup.",
              "Machine: " + ", ".join(f"{k} {v}" for k, v in here.items()) + "."]
     shown = {f"{order.capitalize()} windows": tables[order].rename(columns=SHOWN) for order in ORDERS}
-    figures = {"loader-speed.png": plot_rates({"무작위 창": (tables["random"], "ours"), "순서대로": (tables["sequential"], "ours")}, "tokens", "CPU 1초에 읽은 토큰 수")}
+    figures = {"loader-speed.png": plot_rates({title: (in_millions(tables[order]), "ours") for title, order in (("무작위 창", "random"), ("순서대로", "sequential"))}, "millions", "CPU 1초에 읽은 토큰 (백만 개)")}
     figures["loader-memory.png"] = plot_memory(tables["random"], tables["copies"])
     write_report(out, "loader", "Loader benchmark", {"Goals": tables["goals"], **shown, "Preparation: the copy that each needs": tables["copies"].rename(columns={"copy_mb": "own copy, MB", "prepare_s": "wall s", "prepare_cpu_s": "CPU-s", "not_run": "not run"})}, lines, figures)
