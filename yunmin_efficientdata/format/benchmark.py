@@ -195,6 +195,7 @@ def plot_readings(table: pd.DataFrame): # matplotlib figure
     axes[0].barh(t.index, t.seconds["mean"], xerr=t.seconds["std"], color=mine, height=0.7)
     for i, row in enumerate(t.seconds.itertuples()): axes[0].text(row[1] + row[2], i, f"  {row[1]:.3g}초", va="center", fontsize=9)
     axes[0].set(xscale="log", title="한 번 읽는 시간 (초, 로그 눈금)"); axes[0].set_xlim(t.seconds["mean"].min() / 3, t.seconds["mean"].max() * 8)
+    axes[0].xaxis.set_major_formatter("{x:g}"); axes[0].xaxis.set_minor_formatter("")
     for k, (m, label) in enumerate({"anonymous_mb": "익명 메모리", "rss_mb": "상주 메모리(RSS)", "tracemalloc_mb": "tracemalloc"}.items()):
         axes[1].barh(np.arange(len(t)) + 0.25 * (1 - k), t[m]["mean"].clip(lower=0), xerr=t[m]["std"], height=0.23, label=label, color=colours[2 + k])
     axes[1].set_title("읽는 동안 늘어난 메모리 (MB)"); axes[1].legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncol=3, fontsize=9)
