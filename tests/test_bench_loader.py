@@ -130,3 +130,20 @@ def test_the_whole_run_from_the_command_line(tmp_path, monkeypatch):
     text = (tmp_path/"out/loader.md").read_text()
     assert "not installed: run scripts/setup_bench.sh" in text and "| ours |" in text
     assert {p.name for p in (tmp_path/"out").iterdir()} >= {"loader.md", "loader-speed.png", "loader-memory.png", "loader-1.csv"}
+
+
+def test_lines_with_tokens_hold_the_tokens_of_parquet_and_other_texts_are_refused(task, tmp_path):
+    import pyarrow.parquet as pq
+    from yunmin_efficientdata.format.benchmark import READERS, carry_tokens
+    table = pq.read_table(task.job["parquet"][0], columns=["text", "tokens"]).slice(0, 50)
+    lines = [json.dumps({"text": t}, ensure_ascii=False) for t in table["text"].to_pylist()]
+    (tmp_path/"a.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    job = {"jsonl": [str(tmp_path/"a.jsonl")], "parquet": task.job["parquet"], "rows": [50], "batch": 16, "seq_len": 16, "eos_id": 0, "tokenizer": task.job["tokenizer"] + "/tokenizer.json"}
+    job["jsonl_tokens"] = carry_tokens(job, tmp_path)
+    assert [json.loads(line)["tokens"] for line in open(job["jsonl_tokens"][0], encoding="utf-8")] == table["tokens"].to_pylist()
+    job["tokens"] = sum(map(len, table["tokens"].to_pylist()))
+    sums_ = {name: np.sum(list(read(job)), axis=0).tolist() for name, read in READERS.items()}
+    assert {sums_[n][0] for n in ("jsonl", "jsonl, orjson", "jsonl with tokens", "parquet")} == {50}
+    assert sums_["jsonl, tokenized"] == sums_["jsonl with tokens, windows"] == sums_["parquet, windows"]
+    (tmp_path/"a.jsonl").write_text("\n".join(lines[::-1]) + "\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="are not the lines of"): carry_tokens(job, tmp_path)

@@ -10,6 +10,7 @@ from typing import Annotated, Optional
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from .core.settings import UserError
 
 # %% auto #0
@@ -84,7 +85,7 @@ def table(title: str, rows: list[dict]) -> None:
     grid = Table(title=title, title_justify="left")
     names = list(rows[0]) if rows else ["(nothing)"]
     for name in names: grid.add_column(str(name), justify="right" if rows and isinstance(rows[0][name], (int, float)) else "left")
-    for row in rows: grid.add_row(*(f"{v:,.4g}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) and not isinstance(v, bool) else str(v) for v in row.values()))
+    for row in rows: grid.add_row(*(Text(f"{v:,.4g}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) and not isinstance(v, bool) else str(v)) for v in row.values()))
     console.print(grid)
 
 # %% ../nbs/07_cli.ipynb #c013
@@ -100,7 +101,6 @@ def status(ws: Workspace):
 
 def show_frame(title: str, frame, rows: int = 30) -> None:
     "Print a table of data: text as it is (no markup, no control characters), numbers never cut, at most `rows` rows."
-    from rich.text import Text
     wide = console if console.is_terminal else Console(width=200)
     grid = Table(title=Text(title), title_justify="left")
     for name, kind in frame.dtypes.items():
