@@ -2,25 +2,16 @@
 from __future__ import annotations
 import gzip, json, random, sys, unicodedata
 from collections import defaultdict
-import numpy as np, orjson, pytest, zstandard
+import numpy as np, pytest, zstandard
 from hypothesis import given, settings as hyp, strategies as st
-from yunmin_efficientdata.core.executor import make_executor
-from yunmin_efficientdata.core.settings import ContaminationSettings, UserError, load_settings
+from stages import Ctx, Stage
+from yunmin_efficientdata.core.settings import ContaminationSettings, UserError
 from yunmin_efficientdata.core.store import open_store
 from yunmin_efficientdata.dedup import contamination as c
 from yunmin_efficientdata.dedup.contamination import Item, build_table, contaminated_items, find_contamination, find_sets, item_fields, item_units, normal_form, read_set, scan_texts
 from yunmin_efficientdata.dedup.prepare import Corpus, load_array, list_raw, prepare
 
 WORDS = [a + b for a in "가나다라마바사아자차카타파하" for b in "물불산강꽃별달해밤낮길집"]
-
-class Stage:
-    def __init__(self, parts=None): self.parts = parts or {}
-    def done_part(self, p): return p in self.parts
-    def mark_part(self, p, info=None): self.parts[p] = orjson.loads(orjson.dumps(info, option=orjson.OPT_NON_STR_KEYS))
-
-class Ctx:
-    def __init__(self, store, *overrides, workers=1):
-        self.store, self.settings, self.executor = store, load_settings("configs/demo", list(overrides)), make_executor(workers=workers)
 
 def sentence(rng, n): return " ".join(rng.choices(WORDS, k=n))
 

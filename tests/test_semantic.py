@@ -1,24 +1,15 @@
 "Semantic duplicates: any embedding folder, exact arithmetic, predicted recall, keepers within the threshold."
 from __future__ import annotations
 import json, random
-import numpy as np, orjson, pyarrow as pa, pyarrow.parquet as pq, pytest
+import numpy as np, pyarrow as pa, pyarrow.parquet as pq, pytest
 from hypothesis import given, settings as hyp, strategies as st
-from yunmin_efficientdata.core.executor import make_executor
-from yunmin_efficientdata.core.settings import UserError, load_settings
+from stages import Ctx, Stage
+from yunmin_efficientdata.core.settings import UserError
 from yunmin_efficientdata.core.store import open_store
 from yunmin_efficientdata.dedup import semantic as m
 from yunmin_efficientdata.dedup.lsh import keeper_order
 from yunmin_efficientdata.dedup.prepare import Corpus, list_raw, load_array, prepare, write_fate
 from yunmin_efficientdata.dedup.semantic import find_semantic, join_ids, list_embeddings, project, read_ids, read_vectors, trigram_embedding, unit_rows
-
-class Stage:
-    def __init__(self, parts=None): self.parts = parts or {}
-    def done_part(self, p): return p in self.parts
-    def mark_part(self, p, info=None): self.parts[p] = orjson.loads(orjson.dumps(info, option=orjson.OPT_NON_STR_KEYS))
-
-class Ctx:
-    def __init__(self, store, *overrides, workers=1):
-        self.store, self.settings, self.executor = store, load_settings("configs/demo", list(overrides)), make_executor(workers=workers)
 
 WORDS = [a + b for a in "가나다라마바사아자차카타파하" for b in "물불산강꽃별달해밤낮길집"]
 

@@ -740,6 +740,7 @@ def _planted_points(ax, planted: dict | None, threshold: float, colours) -> None
             ax.errorbar(x[some], share, yerr=[np.maximum(0, share - low), np.maximum(0, high - share)], fmt=marker, color=colour, ecolor=(*colour, 0.55), ms=5.5, capsize=2.5, lw=1.2, label=label, zorder=4)
         elif some: ax.plot(x[some] + 0.008, share, marker, color=colour, ms=5, mfc="white", mew=1.4, label=label, zorder=5)
 
+# %% ../../nbs/01e_audit.ipynb #c081
 def recall_notes(
     stats: dict # of `statistics`
 ) -> list[str]: # lines
@@ -751,6 +752,7 @@ def recall_notes(
     if precision is not None: lines.append(f"검증 없는 정밀도: {precision:.3f}, 검증 뒤: 1")
     return lines
 
+# %% ../../nbs/01e_audit.ipynb #c082
 def plot_recall(
     bands: int, rows: int, threshold: float,
     jaccards=(), # of verified edges, or BINS + 1 counts of them as `edge_histogram` gives them
@@ -776,7 +778,7 @@ def plot_recall(
     low.set(xlabel="자카드 유사도 J", ylabel="쌍의 수", xlim=(0, 1.012)); _legend_below(fig, ax, low)
     return fig
 
-# %% ../../nbs/01e_audit.ipynb #c081
+# %% ../../nbs/01e_audit.ipynb #c084
 def plot_sensitivity(
     curve: list[dict], # of `sensitivity`
     documents: int, exact: int = 0, # of the cleaned corpus; removed as exact copies at every threshold
@@ -802,7 +804,7 @@ def plot_sensitivity(
     low.set(xlabel="자카드 기준", ylabel="쌍의 수", xlim=(left, 1.025)); low.yaxis.set_major_formatter(lambda v, _: f"{v:,.0f}"); _legend_below(fig, low)
     return fig
 
-# %% ../../nbs/01e_audit.ipynb #c083
+# %% ../../nbs/01e_audit.ipynb #c086
 def plot_speed(
     speed: list[dict] # of `step_rates`
 ): # matplotlib figure
@@ -820,7 +822,7 @@ def plot_speed(
     ax.invert_yaxis(); ax.set(xlabel="벽시계 시간 (초)", title="단계별 시간과 속도", xlim=(0, max([0.01, *seconds]) * 1.5)); ax.grid(False, axis="y")
     return fig
 
-# %% ../../nbs/01e_audit.ipynb #c086
+# %% ../../nbs/01e_audit.ipynb #c089
 def _image(key: str, text: str) -> list[str]: return [f"![{text}](../{key})", ""]
 
 def rates_markdown(
@@ -845,7 +847,7 @@ def _rates_section(stats: dict, t, language: str) -> list[str]:
                       markdown_table([t("제거 \\ 남음", "removed \\ kept"), *m["names"]], [[n, *row] for n, row in zip(m["names"], m["docs"])]), ""]
     return out
 
-# %% ../../nbs/01e_audit.ipynb #c087
+# %% ../../nbs/01e_audit.ipynb #c090
 def alternatives_markdown(
     options: list[dict], # of `band_alternatives`
     language: str = "ko"
@@ -879,7 +881,7 @@ def _recall_section(stats: dict, t, language: str) -> list[str]:
     if planted and planted_markdown(planted): out += [t("변형별 심은 사본:", "Planted copies by kind of change:"), "", planted_markdown(planted, language), ""]
     return out
 
-# %% ../../nbs/01e_audit.ipynb #c088
+# %% ../../nbs/01e_audit.ipynb #c091
 def speed_markdown(
     speed: list[dict], # of `step_rates`
     language: str = "ko"
@@ -900,7 +902,7 @@ def sensitivity_markdown(
     return markdown_table([t("기준 J", "threshold J"), t("유사 쌍", "pairs"), t("유사 중복으로 제거", "removed as near"), t("완전 중복 포함", "with exact copies"), t("유사 중복 바이트", "bytes of near")],
                           [[curve[i]["threshold"], curve[i]["pairs"], curve[i]["docs"], curve[i]["docs"] + exact, curve[i]["bytes"]] for i in some], {0: "{:.2f}"})
 
-# %% ../../nbs/01e_audit.ipynb #c089
+# %% ../../nbs/01e_audit.ipynb #c092
 def audit_page(
     stats: dict, # of `statistics`, with `steps` and `removed_exact`
     log: list[dict], # of `log_rows`
@@ -930,7 +932,7 @@ def audit_page(
     out += ["## " + t("6. 시간과 속도", "6. Time and rate"), "", *_image("reports/figures/dedup_speed.png", t("단계별 시간", "Time of each step")), speed_markdown(stats["steps"], language), ""]
     return "\n".join(out)
 
-# %% ../../nbs/01e_audit.ipynb #c092
+# %% ../../nbs/01e_audit.ipynb #c095
 FIGURES = ("rates", "sources", "clusters", "recall", "sensitivity", "speed")
 AUDIT_OUTPUTS = ["dedup_log.csv", "dedup_ready/statistics.json", "dedup_ready/audit.md", *(f"reports/figures/dedup_{name}.png" for name in FIGURES)]  # always written; dedup_matrix.png where there is more than one domain
 

@@ -123,6 +123,7 @@ def _text_array(values: list) -> pa.StringArray:
     except (pa.ArrowInvalid, pa.ArrowTypeError): array = None
     return array if array is not None and not array.null_count else pa.array(map(as_text, values), pa.string())
 
+# %% ../../nbs/02b_parquet.ipynb #c018
 def _flush(self) -> None:
     "Write the collected rows as one row group."
     if not self.waiting: return
@@ -144,6 +145,7 @@ def _close(self) -> None:
     self.writer.add_key_value_metadata({**self.metadata, "yunmin.rows": str(self.n_rows), "yunmin.tokens": str(self.n_tokens)})
     self.writer.close()
 
+# %% ../../nbs/02b_parquet.ipynb #c019
 def _add_table(self, table: pa.Table) -> None:
     "Append rows that are columns already, for files without tokens; row groups end where `add` would end them."
     sizes, start = 4 * pc.utf8_length(table["text"]).to_numpy(), 0
@@ -159,7 +161,7 @@ FileWriter.flush, FileWriter.close, FileWriter.add_table = _flush, _close, _add_
 FileWriter.__enter__ = lambda self: self
 FileWriter.__exit__ = lambda self, kind, *rest: self.writer.close() if kind else self.close()
 
-# %% ../../nbs/02b_parquet.ipynb #c018
+# %% ../../nbs/02b_parquet.ipynb #c021
 def _read_back(path, names) -> tuple[int, dict[str, ColumnHash]]: # rows, hash of each column
     "Every column through pyarrow."
     rows, hashes = 0, {c: ColumnHash() for c in names}
@@ -184,7 +186,7 @@ def _read_pages(path) -> tuple[int, str]: # tokens, hash
     data.file.close()
     return len(file), digest.hexdigest()
 
-# %% ../../nbs/02b_parquet.ipynb #c019
+# %% ../../nbs/02b_parquet.ipynb #c022
 def verify_file(
     path, # local Parquet file
     writer: FileWriter # that wrote it
@@ -196,7 +198,7 @@ def verify_file(
     if rows != writer.n_rows or wrong: raise RuntimeError(f"{Path(path).name}: reading back gave {rows} rows, written were {writer.n_rows}; different: {', '.join(wrong) or 'nothing else'}")
     return {"rows": rows, "tokens": writer.n_tokens, "bytes": Path(path).stat().st_size}
 
-# %% ../../nbs/02b_parquet.ipynb #c024
+# %% ../../nbs/02b_parquet.ipynb #c027
 def column_sizes(
     paths # Parquet files
 ) -> list[dict]: # one entry a column: column, codec, encodings, megabytes before and after
@@ -209,7 +211,7 @@ def column_sizes(
             entry["encodings"] |= set(c.encodings); entry["plain_mb"] += c.total_uncompressed_size / 1e6; entry["stored_mb"] += c.total_compressed_size / 1e6
     return [{"column": name, **e, "encodings": ", ".join(sorted(e["encodings"])), "ratio": e["plain_mb"] / max(e["stored_mb"], 1e-9)} for name, e in found.items()]
 
-# %% ../../nbs/02b_parquet.ipynb #c025
+# %% ../../nbs/02b_parquet.ipynb #c028
 def file_layout(
     paths # Parquet files
 ) -> list[dict]: # one entry a file
@@ -222,7 +224,7 @@ def file_layout(
                       "pages": len(pages), "page_kb_median": float(np.median(4 * pages.count) / 1024) if len(pages) else 0.0, "page_kb_max": float(4 * pages.count.max() / 1024) if len(pages) else 0.0})
     return found
 
-# %% ../../nbs/02b_parquet.ipynb #c028
+# %% ../../nbs/02b_parquet.ipynb #c031
 LONG, PIECE, AROUND = 1 << 18, 1 << 16, 256  # characters: of a document that is cut, of a piece, looked at on each side of a cut
 _CUT = re.compile(r"(?<=[^\W\d_])(?=[ \n][^\W\d_])")
 
@@ -252,7 +254,7 @@ def encode_long(
     rows = [r for k in range(0, len(pieces), group) for r in encode([text[a:b] for a, b in pieces[k:k + group]])]
     return np.concatenate([r[:-1] for r in rows[:-1]] + [rows[-1]])
 
-# %% ../../nbs/02b_parquet.ipynb #c029
+# %% ../../nbs/02b_parquet.ipynb #c032
 def batches(
     docs: Iterable[dict],
     size: int = 1 << 19, # characters
@@ -283,7 +285,7 @@ def write_rows(
         rows = encode_rows(encode, [d["text"] for d in batch]) if encode else [None] * len(batch)
         for doc, tokens in zip(batch, rows): writer.add(doc, tokens)
 
-# %% ../../nbs/02b_parquet.ipynb #c032
+# %% ../../nbs/02b_parquet.ipynb #c035
 def cluster_hash(
     cluster: str # cluster id, or the document's own id
 ) -> int: # 0..2**64-1
@@ -304,7 +306,7 @@ def threshold(
         end = int(hashes[min(low + minimum, len(hashes)) - 1]) + 1
     return min(end, 2**64 - 1)
 
-# %% ../../nbs/02b_parquet.ipynb #c034
+# %% ../../nbs/02b_parquet.ipynb #c037
 def smallest(
     hashes: np.ndarray, # uint64, of some documents of a domain, in any order
     settings: HeldoutSettings
@@ -316,7 +318,7 @@ def smallest(
     chosen = np.union1d(np.arange(min(2 * k, len(values))), np.arange(after, min(after + k, len(values))))
     return np.repeat(values[chosen], np.minimum(counts[chosen], k))
 
-# %% ../../nbs/02b_parquet.ipynb #c036
+# %% ../../nbs/02b_parquet.ipynb #c039
 SPLITS = ("training", "validation", "test")
 
 @dataclass
@@ -343,7 +345,7 @@ class Heldout:
         data = json.loads(text)
         return cls({d: tuple(int(b, 16) for b in v) for d, v in data["bounds"].items()}, {int(c, 16): s for c, s in data["moved"].items()})
 
-# %% ../../nbs/02b_parquet.ipynb #c037
+# %% ../../nbs/02b_parquet.ipynb #c040
 def choose_heldout(
     hashes: dict[str, np.ndarray], # domain -> uint64 cluster hash of each document, or the `smallest` of them
     shared: dict[int, set[str]], # cluster's hash -> domains of its surviving documents, for clusters with several
@@ -362,7 +364,7 @@ def choose_heldout(
         if len(set(codes)) > 1: rule.moved[cluster] = "validation" if 1 in codes else "test"
     return rule
 
-# %% ../../nbs/02b_parquet.ipynb #c040
+# %% ../../nbs/02b_parquet.ipynb #c043
 PIECE_BYTES = 64 << 20
 
 def domain_keys(
@@ -389,7 +391,7 @@ def pieces(
         found += [(key, a, b) for a, b in zip(ends, ends[1:])] if n > 1 else [(key, 0, None)]
     return found
 
-# %% ../../nbs/02b_parquet.ipynb #c041
+# %% ../../nbs/02b_parquet.ipynb #c044
 def documents(
     store: Store,
     parts: list, # keys, or `pieces`, of JSONL files of one domain
@@ -412,7 +414,7 @@ def _line(store: Store, key: str, start: int, number: int) -> int: # line in the
         while start and (block := f.read(min(1 << 20, start))): lines, last, start = lines + block.count(b"\n"), block[-1:], start - len(block)
     return lines + number + (last != b"\n")
 
-# %% ../../nbs/02b_parquet.ipynb #c043
+# %% ../../nbs/02b_parquet.ipynb #c046
 RULE, CLUSTERS = "parquet_ready/heldout/rule.json", "parquet_ready/heldout/clusters.npy"
 
 def write_clusters(
@@ -430,7 +432,7 @@ def write_clusters(
     with store.output(CLUSTERS) as path: np.save(path, table[:, np.argsort(table[0], kind="stable")])
     return len(ids)
 
-# %% ../../nbs/02b_parquet.ipynb #c044
+# %% ../../nbs/02b_parquet.ipynb #c047
 class Splitter:
     "Says which split each document of a workspace belongs to, after `write_clusters`; with the rule, once it is written."
     def __init__(self, store: Store):
@@ -451,7 +453,7 @@ class Splitter:
         for batch in batches(documents(self.store, parts, domain)):
             for code, doc in zip(self.codes(domain, batch), batch): yield SPLITS[code], doc
 
-# %% ../../nbs/02b_parquet.ipynb #c046
+# %% ../../nbs/02b_parquet.ipynb #c049
 def scan(
     task: tuple # (uri of the workspace, domain, piece, HeldoutSettings)
 ) -> dict: # documents, bytes, characters, hashes, clusters
@@ -476,7 +478,7 @@ def shared_clusters(
     several = values[counts > 1]
     return {int(c): {d for d, v in met.items() if c in v} for c in several}
 
-# %% ../../nbs/02b_parquet.ipynb #c048
+# %% ../../nbs/02b_parquet.ipynb #c051
 def _first(docs: Iterable[dict], chars: int) -> Iterator[dict]:
     "Documents until so many characters are reached."
     for doc in docs:
@@ -497,7 +499,7 @@ def bytes_per_char(
         with FileWriter(Path(d)/"sample.parquet", settings, {}) as w: write_rows(w, docs, encode)
         return w.path.stat().st_size / max(1, sum(len(doc["text"]) for doc in docs))
 
-# %% ../../nbs/02b_parquet.ipynb #c049
+# %% ../../nbs/02b_parquet.ipynb #c052
 def file_key(
     split: str, # 'training', 'validation' or 'test'
     domain: str,
@@ -508,7 +510,7 @@ def file_key(
     if split != "training": return f"parquet_ready/heldout/{split}/{domain}.parquet"
     return f"parquet_ready/{domain}.parquet" if of == 1 else f"parquet_ready/{domain}-{number:05d}-of-{of:05d}.parquet"
 
-# %% ../../nbs/02b_parquet.ipynb #c052
+# %% ../../nbs/02b_parquet.ipynb #c055
 MANIFEST = "parquet_ready/manifest.json"
 
 def read_manifest(
@@ -529,7 +531,7 @@ def parquet_files(
     if domain is not None and domain not in entries: raise UserError(f"no domain {domain!r} in {MANIFEST}; it has {', '.join(entries)}")
     return [store.fetch(key) for d, e in entries.items() if domain in (None, d) for key in e["files"]]
 
-# %% ../../nbs/02b_parquet.ipynb #c054
+# %% ../../nbs/02b_parquet.ipynb #c057
 @dataclass(frozen=True)
 class FileTask:
     "What a worker needs for one training file."
@@ -554,7 +556,7 @@ def plan_files(
         for number in range(file_of(a), file_of(b) + 1): found[number].append(i)
     return found
 
-# %% ../../nbs/02b_parquet.ipynb #c056
+# %% ../../nbs/02b_parquet.ipynb #c059
 SPILLS = "parquet_ready/heldout/spill/"
 
 def task_documents(
@@ -574,7 +576,7 @@ def _metadata(task, split: str) -> dict[str, str]:
     t = task.tokenizer
     return {"yunmin.tokenizer": t["hash"], "yunmin.vocab_size": str(t["vocab_size"]), "yunmin.eos_id": str(t["eos_id"]), "yunmin.domain": task.domain, "yunmin.split": split}
 
-# %% ../../nbs/02b_parquet.ipynb #c058
+# %% ../../nbs/02b_parquet.ipynb #c061
 @lru_cache(1)
 def _load_encoder(uri: str, digest: str, threads: int):
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
@@ -596,7 +598,7 @@ def _write(store: Store, key: str, task: FileTask, split: str, docs: Iterable[di
         store.delete(key)
         return {"files": [], "rows": 0, "tokens": 0, "bytes": 0}
 
-# %% ../../nbs/02b_parquet.ipynb #c059
+# %% ../../nbs/02b_parquet.ipynb #c062
 def write_training(
     task: FileTask
 ) -> dict: # files, rows, tokens, bytes
@@ -618,7 +620,7 @@ def write_heldout(
     docs = (d for d in documents(store, store.list(f"{SPILLS}{task.domain}/"), task.domain) if d["split"] == code)
     return _write(store, file_key(SPLITS[code], task.domain), task, SPLITS[code], docs, False)
 
-# %% ../../nbs/02b_parquet.ipynb #c061
+# %% ../../nbs/02b_parquet.ipynb #c064
 BOM = b"\xef\xbb\xbf"
 _TEXTS = pa.schema([pa.field(c, pa.string()) for c in TEXT_COLUMNS])
 
@@ -642,7 +644,7 @@ def parse_block(
     records = [record for number, record, reason in parsed if _is_document(record or reason, f"{key}, line {number}")]
     return pa.table([_text_array([r.get(c) for r in records]) for c in TEXT_COLUMNS], TEXT_COLUMNS)
 
-# %% ../../nbs/02b_parquet.ipynb #c062
+# %% ../../nbs/02b_parquet.ipynb #c065
 def text_tables(
     store: Store,
     key: str, # .jsonl, .jsonl.gz or .jsonl.zst
@@ -664,7 +666,7 @@ def text_tables(
     last = b"".join(rest).removeprefix(BOM) if first else b"".join(rest)
     if last: yield parse_block(last + b"\n", key, lines)
 
-# %% ../../nbs/02b_parquet.ipynb #c063
+# %% ../../nbs/02b_parquet.ipynb #c066
 def convert(
     source, # folder or store of the JSON lines
     keys: list[str], # its files
