@@ -14,9 +14,10 @@ from rich.text import Text
 from .core.settings import UserError
 
 # %% auto #0
-__all__ = ['app', 'console', 'Workspace', 'Raw', 'Config', 'Set', 'Kind', 'Workers', 'DEMO', 'bench', 'run', 'dedup', 'format_',
-           'dem', 'evaluate', 'report', 'table', 'status', 'show_frame', 'profile', 'plan', 'show_plan', 'sample',
-           'parse_diff', 'merge', 'bench_dedup', 'bench_loader', 'share', 'serve_site', 'main']
+__all__ = ['app', 'console', 'Workspace', 'Raw', 'Config', 'Set', 'Kind', 'Workers', 'DEMO', 'bench', 'Repeats', 'Report', 'run',
+           'dedup', 'format_', 'dem', 'evaluate', 'report', 'table', 'status', 'show_frame', 'profile', 'plan',
+           'show_plan', 'sample', 'parse_diff', 'merge', 'show_bench', 'bench_dedup', 'bench_loader', 'share',
+           'serve_site', 'main']
 
 # %% ../nbs/07_cli.ipynb #c005
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False,
@@ -182,12 +183,20 @@ def merge(base: Annotated[str, typer.Argument(help="HF folder of the base model.
 bench = typer.Typer(no_args_is_help=True, help="Compare with other tools on your own text: CPU seconds, memory, quality.")
 app.add_typer(bench, name="bench")
 
+Repeats = Annotated[int, typer.Option(min=1, help="Repetitions; contestants take turns.")]
+Report = Annotated[str, typer.Option("--out", help="Folder for tables and figures.")]
+
+def show_bench(tables: dict, out: str, name: str) -> None:
+    "Goals on the terminal, and where the rest lies."
+    table("goals", tables["goals"].to_dict("records"))
+    console.print(f"{out}/{name}.md: all tables and figures")
+
+# %% ../nbs/07_cli.ipynb #c021
 @bench.command("dedup")
 def bench_dedup(corpus: Annotated[Optional[str], typer.Option(help="Folder or s3://… of JSONL files; default: a sample corpus made for the occasion.")] = None,
                 documents: Annotated[int, typer.Option(min=40, help="Documents of five words or more, taken from all files.")] = 28_000,
                 peers: Annotated[Optional[str], typer.Option(help="Some of datasketch,rensa,datatrove,text-dedup; default: all.")] = None,
-                out: Annotated[str, typer.Option(help="Folder for tables and figures.")] = "bench-dedup",
-                repeats: Annotated[int, typer.Option(min=1, help="Repetitions; contestants take turns.")] = 3,
+                out: Report = "bench-dedup", repeats: Repeats = 3,
                 threads: Annotated[int, typer.Option(min=1, help="Threads or processes of each contestant.")] = 1,
                 planted: Annotated[float, typer.Option(min=0, max=0.5, help="Share of altered copies, so that recall can be measured.")] = 0.05,
                 quick: Annotated[bool, typer.Option("--quick", help="At most 3,000 documents, once.")] = False):
@@ -195,16 +204,14 @@ def bench_dedup(corpus: Annotated[Optional[str], typer.Option(help="Folder or s3
     from yunmin_efficientdata.bench.dedup import PEERS, bench_dedup as run
     chosen = PEERS if peers is None else [p.strip() for p in peers.split(",") if p.strip()]
     tables = run(corpus, min(documents, 3000) if quick else documents, chosen, out, 1 if quick else repeats, threads, planted, say=console.print)
-    table("goals", tables["goals"].to_dict("records"))
-    console.print(f"{out}/dedup.md: all tables and figures")
+    show_bench(tables, out, "dedup")
 
-# %% ../nbs/07_cli.ipynb #c022
+# %% ../nbs/07_cli.ipynb #c023
 @bench.command("loader")
 def bench_loader(corpus: Annotated[Optional[str], typer.Option(help="Workspace with parquet_ready/, or folder or s3://… of JSONL; default: a sample corpus made for the occasion.")] = None,
                  tokens: Annotated[int, typer.Option(min=1000, help="As many Parquet files are read as hold this many tokens.")] = 50_000_000,
                  peers: Annotated[Optional[str], typer.Option(help="Some of the contestants, by name, such as 'Lance,LitData,numpy memmap stack'; default: all.")] = None,
-                 out: Annotated[str, typer.Option(help="Folder for tables and figures.")] = "bench-loader",
-                 repeats: Annotated[int, typer.Option(min=1, help="Repetitions; contestants take turns.")] = 3,
+                 out: Report = "bench-loader", repeats: Repeats = 3,
                  seconds: Annotated[float, typer.Option(min=0.01, help="Timed in each run, after warming up.")] = 1.0,
                  batch: Annotated[int, typer.Option(min=1, help="Windows in a batch.")] = 16,
                  seq_len: Annotated[int, typer.Option("--seq-len", min=1, help="Tokens in a window.")] = 1024,
@@ -214,10 +221,9 @@ def bench_loader(corpus: Annotated[Optional[str], typer.Option(help="Workspace w
     from yunmin_efficientdata.bench.loader import ALL, bench_loader as run
     chosen = ALL if peers is None else [p.strip() for p in re.split(r",(?! )", peers) if p.strip()]  # "ours, TokenLoader" is one name
     tables = run(corpus, chosen, out, *((1, min(seconds, 0.25), min(tokens, 2_000_000)) if quick else (repeats, seconds, tokens)), batch, seq_len, say=console.print)
-    table("goals", tables["goals"].to_dict("records"))
-    console.print(f"{out}/loader.md: all tables and figures")
+    show_bench(tables, out, "loader")
 
-# %% ../nbs/07_cli.ipynb #c024
+# %% ../nbs/07_cli.ipynb #c025
 @app.command()
 def share(ws: Workspace,
           out: Annotated[Optional[str], typer.Argument(metavar="OUT", help="Folder to make; default: share/ in the workspace, ./NAME-share for one on S3.")] = None,
@@ -240,7 +246,7 @@ def share(ws: Workspace,
     for line in made["warnings"]: console.print(f"licence: {line}", style="bold red", markup=False, highlight=False, soft_wrap=True)
     console.print(f"configurations: {', '.join(made['configurations'])}\nRead README.md in that folder. Then, if it may be public:\n  {made['command']}", markup=False, highlight=False, soft_wrap=True)
 
-# %% ../nbs/07_cli.ipynb #c026
+# %% ../nbs/07_cli.ipynb #c027
 def serve_site(ws: str, port: int) -> None:
     "Serve reports/site of a workspace on localhost until Ctrl-C."
     import functools, http.server
@@ -254,7 +260,7 @@ def serve_site(ws: str, port: int) -> None:
     except KeyboardInterrupt: pass
     finally: server.server_close()
 
-# %% ../nbs/07_cli.ipynb #c028
+# %% ../nbs/07_cli.ipynb #c029
 def main(argv: list[str] | None = None) -> None:
     "Entry point: reads .env, runs a command, turns errors into exit codes."
     from dotenv import load_dotenv
