@@ -142,7 +142,7 @@ def show_plan(ws: str, config: str, overrides) -> None:
     "Print the estimates of `yunmin dem WS --plan`."
     from yunmin_efficientdata.core.settings import load_settings
     from yunmin_efficientdata.core.store import open_store
-    from yunmin_efficientdata.dem.phase import plan as dem_plan
+    from yunmin_efficientdata.dem.plan import plan as dem_plan
     table("phase 3, arithmetic", dem_plan(load_settings(config, overrides), open_store(ws)))
 
 # %% ../nbs/07_cli.ipynb #c015
