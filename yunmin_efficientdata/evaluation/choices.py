@@ -4,6 +4,7 @@
 
 # %% ../../nbs/04c_choices.ipynb #c004
 from __future__ import annotations
+from statistics import NormalDist
 import numpy as np, pandas as pd
 from ..core.settings import UserError
 from ..core.store import Store
@@ -11,14 +12,16 @@ from .inputs import read_items
 from .perplexity import six, token_nll
 
 # %% auto #0
-__all__ = ['log_likelihoods', 'read_questions', 'question_prompt', 'shuffled', 'answer_questions', 'accuracy', 'accuracy_rows',
-           'plot_choices']
+__all__ = ['LETTERS', 'CHOICE_COLUMNS', 'log_likelihoods', 'as_question', 'read_questions', 'question_prompt', 'shuffled',
+           'question_pairs', 'judge_question', 'answer_questions', 'wilson', 'accuracy', 'accuracy_rows', 'pooled',
+           'accuracy_change', 'plot_choices']
 
 # %% ../../nbs/04c_choices.ipynb #c006
 def _encode(tokenizer, context: str, continuation: str, max_length: int | None) -> tuple[list[int], int]:
     "Token ids of context + continuation, and how many of the last belong to the continuation."
-    if not context: start, whole = 1, [tokenizer.eos_token_id or 0] + tokenizer(continuation, verbose=False)["input_ids"]
-    else: start, whole = len(tokenizer(context, verbose=False)["input_ids"]), tokenizer(context + continuation, verbose=False)["input_ids"]
+    first = next((t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None), 0)
+    start, whole = len(tokenizer(context.rstrip(), verbose=False)["input_ids"]), tokenizer(context + continuation, verbose=False)["input_ids"]
+    if not start: start, whole = 1, [first] + whole
     charged = max(1, len(whole) - start)
     return whole[-max_length:] if max_length else whole, min(charged, (max_length or len(whole)) - 1)
 
@@ -35,21 +38,35 @@ def log_likelihoods(
     return np.array([-n[len(n) - charged:].sum() for n, (_, charged) in zip(nats, encoded)])
 
 # %% ../../nbs/04c_choices.ipynb #c010
+LETTERS = "ABCDEFGH"
+
+def as_question(
+    item: dict # a line of a file of questions
+) -> dict: # question, choices, answer, subject; the answer is None when it names no choice
+    "One shape for the shapes that are understood. Reads letters and KMMLU's columns."
+    choices, answer = item.get("choices"), item.get("answer")
+    columns = [item[c] for c in LETTERS if isinstance(item.get(c), str)]
+    if not isinstance(choices, list) and len(columns) > 1: choices, answer = columns, answer - 1 if type(answer) is int else answer
+    if isinstance(answer, str) and answer.strip("() .").upper() in list(LETTERS): answer = LETTERS.index(answer.strip("() .").upper())
+    good = type(answer) is int and isinstance(choices, list) and 0 <= answer < len(choices)
+    return {"question": item["question"], "choices": choices, "answer": answer if good else None, "subject": str(item.get("subject") or item.get("Category") or "-")}
+
+# %% ../../nbs/04c_choices.ipynb #c012
 def read_questions(
     where: Store, key: str, # JSONL file
     limit: int, # questions at most, spread evenly over the file
     setting: str = "evaluation.multiple_choice" # for messages
-) -> list[dict]: # id, question, choices, answer, subject
+) -> list[dict]: # index (line of the file, from 0), size (lines of the file), id, question, choices, answer, subject
     "Read and check a file of questions. Raises `UserError` with file and item."
-    items = read_items(where, key, {"question": str, "choices": list, "answer": int}, setting)
-    for number, q in enumerate(items, 1):
-        choices = q["choices"]
-        if len(choices) < 2 or not all(isinstance(c, str) and c.strip() for c in choices) or not 0 <= q["answer"] < len(choices):
-            raise UserError(f"{key} item {number}: needs two or more choices that are texts, and an answer from 0 to {len(choices) - 1} ({setting})")
+    items = read_items(where, key, {"question": str}, setting)
+    for number, item in enumerate(items, 1):
+        q = as_question(item); choices = q["choices"]
+        if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c.strip() for c in choices) or q["answer"] is None:
+            raise UserError(f"{key} item {number}: needs two or more choices that are texts, and the answer's index from 0 or its letter ({setting})")
     take = np.unique(np.linspace(0, len(items) - 1, min(limit, len(items))).round().astype(int))
-    return [{"id": str(items[i].get("id", i)), "subject": str(items[i].get("subject") or "-"), **{k: items[i][k] for k in ("question", "choices", "answer")}} for i in take]
+    return [{"index": int(i), "size": len(items), "id": str(items[i].get("id", i)), **as_question(items[i])} for i in take]
 
-# %% ../../nbs/04c_choices.ipynb #c011
+# %% ../../nbs/04c_choices.ipynb #c013
 def question_prompt(
     question: str, choices: list[str] # in the order shown
 ) -> str: # the context after which each choice is scored
@@ -62,45 +79,97 @@ def shuffled(
     "The order in which the choices are shown: the same for every model."
     return np.random.default_rng([seed, number]).permutation(len(question["choices"]))
 
-# %% ../../nbs/04c_choices.ipynb #c012
+# %% ../../nbs/04c_choices.ipynb #c015
+def question_pairs(
+    questions: list[dict], # as from `read_questions`
+    seed: int # of the shuffle
+) -> tuple[list[tuple[str, str]], list[np.ndarray]]: # ((context, continuation) of each choice as shown, the order of each question's choices)
+    "What the model is asked."
+    orders = [shuffled(q, q.get("index", i), seed) for i, q in enumerate(questions)]
+    shown = [[q["choices"][j] for j in order] for q, order in zip(questions, orders)]
+    return [(question_prompt(q["question"], cs), " " + c) for q, cs in zip(questions, shown) for c in cs], orders
+
+def judge_question(
+    q: dict, order: np.ndarray, # a question and the order in which its choices were shown
+    ll: np.ndarray # float64 [choices], log-likelihood of each as shown
+) -> dict: # index, id, subject, choices (their number), answer, predicted, correct, raw, margin
+    "Which choice is the answer; `predicted` counts in the file's order."
+    nats = np.empty(len(order)); nats[order] = ll
+    each = nats/np.array([len(c) for c in q["choices"]])
+    best, right = int(order[np.argmax(each[order])]), q["answer"]
+    return {"index": q.get("index", 0), "id": q["id"], "subject": q["subject"], "choices": len(order), "answer": right, "predicted": best, "correct": best == right,
+            "raw": bool(order[np.argmax(ll)] == right), "margin": six(each[right] - np.delete(each, right).max())}
+
+# %% ../../nbs/04c_choices.ipynb #c016
 def answer_questions(
     model, tokenizer, # causal language model and its tokenizer
     questions: list[dict], # as from `read_questions`
     seed: int = 0, # of the shuffle
-    max_length: int | None = None, batch_tokens: int = 2048
-) -> pd.DataFrame: # id, subject, choices (their number), answer, predicted, correct
-    "Ask all questions: the choice with the highest log-likelihood per character is the answer."
-    pairs, sizes, orders = [], [], [shuffled(q, i, seed) for i, q in enumerate(questions)]
-    for q, order in zip(questions, orders):
-        shown = [q["choices"][j] for j in order]
-        pairs += [(question_prompt(q["question"], shown), " " + c) for c in shown]; sizes.append(len(shown))
-    each = np.split(log_likelihoods(model, tokenizer, pairs, max_length, batch_tokens), np.cumsum(sizes)[:-1])
-    rows = []
-    for q, order, ll in zip(questions, orders, each):
-        best = int(order[np.argmax(ll/[len(q["choices"][j]) for j in order])])
-        rows.append({"id": q["id"], "subject": q["subject"], "choices": len(order), "answer": q["answer"], "predicted": best, "correct": best == q["answer"]})
-    return pd.DataFrame(rows)
+    max_length: int | None = None, # tokens that the model may see; None: all
+    batch_tokens: int = 2048 # padded tokens in a batch
+) -> pd.DataFrame: # a row a question, as from `judge_question`
+    "Ask all questions."
+    pairs, orders = question_pairs(questions, seed)
+    each = np.split(log_likelihoods(model, tokenizer, pairs, max_length, batch_tokens), np.cumsum([len(o) for o in orders])[:-1])
+    return pd.DataFrame([judge_question(*one) for one in zip(questions, orders, each)])
 
-# %% ../../nbs/04c_choices.ipynb #c015
+# %% ../../nbs/04c_choices.ipynb #c019
+def wilson(
+    right: float, n: int, # right answers of n
+    level: float = 0.95
+) -> tuple[float, float]: # (low, high)
+    "Score interval of a share (Wilson 1927)."
+    z = NormalDist().inv_cdf(.5 + level/2)
+    p, d = right/n, 1 + z*z/n
+    centre, half = (p + z*z/(2*n))/d, z*np.sqrt(p*(1 - p)/n + z*z/(4*n*n))/d
+    return max(0., float(centre - half)), min(1., float(centre + half))
+
+# %% ../../nbs/04c_choices.ipynb #c021
+CHOICE_COLUMNS = ["model", "file", "subject", "accuracy", "low", "high", "chance", "above_chance", "raw", "margin", "n"]
+
 def accuracy(
-    answers: pd.DataFrame, # as from `answer_questions`
-    draws: int = 1000, seed: int = 0 # of the bootstrap over questions
-) -> dict: # accuracy, low, high, chance, n
-    "Share of right answers with a 95 % bootstrap interval, and what guessing would give."
-    right = answers["correct"].to_numpy(float)
-    n = len(right)
-    ends = np.quantile(np.random.default_rng(seed).binomial(n, right.mean(), size=draws)/n, [.025, .975])
-    return {"accuracy": six(right.mean()), "low": six(ends[0]), "high": six(ends[1]), "chance": six((1/answers["choices"]).mean()), "n": n}
+    answers: pd.DataFrame # as from `answer_questions`
+) -> dict: # accuracy, low, high, chance, above_chance, raw (lm-eval's acc), margin, n
+    "Share of right answers with its 95 % interval, and what guessing would give."
+    n, chance = len(answers), float((1/answers["choices"]).mean())
+    low, high = wilson(float(answers["correct"].sum()), n)
+    return {"accuracy": six(answers["correct"].mean()), "low": six(low), "high": six(high), "chance": six(chance), "above_chance": bool(low > chance),
+            "raw": six(answers["raw"].mean()), "margin": six(answers["margin"].mean()), "n": n}
 
+# %% ../../nbs/04c_choices.ipynb #c022
 def accuracy_rows(
     model: str, file: str, # name of the model and of the questions' file
-    answers: pd.DataFrame, seed: int = 0
-) -> list[dict]: # rows of choices.csv: the whole file (subject `all`), then each subject
+    answers: pd.DataFrame, # as from `answer_questions`
+    seed: int = 0 # not used: the interval has a closed form
+) -> list[dict]: # rows of choices.csv: the whole file (subject `all`); then, for choices_by_subject.csv, each subject
     "Accuracy of one model on one file, and by subject."
     groups = [("all", answers), *answers.groupby("subject", sort=True)]
-    return [{"model": model, "file": file, "subject": s, **accuracy(a, seed=seed)} for s, a in groups]
+    return [{"model": model, "file": file, "subject": s, **accuracy(a)} for s, a in groups]
 
-# %% ../../nbs/04c_choices.ipynb #c018
+def pooled(
+    rows: list[dict] # of choices.csv, one model, a row a file
+) -> dict: # accuracy, low, high, n
+    "All files together: every question counts once."
+    n = sum(r["n"] for r in rows)
+    right = sum(round(r["accuracy"]*r["n"]) for r in rows)
+    return {"accuracy": six(right/n), **dict(zip(("low", "high"), map(six, wilson(right, n)))), "n": n}
+
+# %% ../../nbs/04c_choices.ipynb #c025
+def accuracy_change(
+    ours: pd.DataFrame, theirs: pd.DataFrame, # answers of two models to the same questions
+    draws: int = 1000, seed: int = 0 # of the bootstrap over questions
+) -> dict: # change, low, high in points of percent; gained, lost: questions; margin: change of the mean margin
+    "Paired difference of two accuracies. Raises `ValueError` when the questions differ."
+    if list(ours["index"]) != list(theirs["index"]): raise ValueError("paired accuracies need the same questions")
+    step = ours["correct"].to_numpy(int) - theirs["correct"].to_numpy(int)
+    n = len(step)
+    share = np.array([(step > 0).sum(), (step < 0).sum()])/n
+    drawn = np.random.default_rng(seed).multinomial(n, [*share, max(0., 1 - share.sum())], size=draws)
+    low, high = np.quantile(100*(drawn[:, 0] - drawn[:, 1])/n, [.025, .975])
+    return {"change": six(100*step.mean()), "low": six(low), "high": six(high), "gained": int((step > 0).sum()), "lost": int((step < 0).sum()),
+            "margin": six((ours["margin"] - theirs["margin"]).mean())}
+
+# %% ../../nbs/04c_choices.ipynb #c028
 def plot_choices(
     table: pd.DataFrame # rows of choices.csv
 ): # matplotlib figure
@@ -108,11 +177,11 @@ def plot_choices(
     import matplotlib.pyplot as plt
     rows = table[table.subject == "all"]
     files = list(dict.fromkeys(rows.file))
-    fig, axes = plt.subplots(1, len(files), figsize=(1.6 + 4.6*len(files), .9 + .36*rows.model.nunique()), squeeze=False)
-    for ax, file in zip(axes[0], files):
+    fig, axes = plt.subplots(len(files), 1, figsize=(7.6, (1.2 + .34*rows.model.nunique())*len(files)), squeeze=False)
+    for ax, file in zip(axes[:, 0], files):
         r = rows[rows.file == file].iloc[::-1]
         ax.errorbar(r.accuracy, r.model, xerr=[r.accuracy - r.low, r.high - r.accuracy], fmt="o", capsize=3)
         ax.axvline(r.chance.iloc[0], ls="--", color="#888888", label="찍었을 때")
-        ax.set(title=f"선다형 정답률: {file}", xlabel=f"정답률 (문항 {r.n.iloc[0]}개)", xlim=(0, 1)); ax.legend(loc="lower right")
+        ax.set(title=f"선다형 정답률: {file}", xlabel=f"정답률 (문항 {r.n.iloc[0]}개)", xlim=(0, 1)); ax.legend(loc="lower right", fontsize=9)
     fig.tight_layout()
     return fig

@@ -7,15 +7,16 @@ from __future__ import annotations
 import json, re, warnings
 from pathlib import Path
 from typing import NamedTuple
-import numpy as np, torch, pyarrow.parquet as pq
+import numpy as np, orjson, pandas as pd, torch, pyarrow.parquet as pq
 from ..core.settings import EvaluationConfig, UserError, project_root
 from ..core.store import Store, open_store
 from ..core.records import BadLine, read_jsonl
 
 # %% auto #0
-__all__ = ['BASE', 'MERGED', 'TEST', 'toy_tokenizer', 'toy', 'quiet', 'model_folders', 'find_models', 'pick_device', 'load_full',
-           'load_adapted', 'add_factors', 'ModelSet', 'weight_bytes', 'load_tokenizer', 'TestDocument', 'test_domains',
-           'sample_documents', 'within_limits', 'general_documents', 'find_file', 'read_items', 'read_items_lines']
+__all__ = ['BASE', 'MERGED', 'TEST', 'CONTAMINATION_COLUMNS', 'toy_tokenizer', 'toy', 'quiet', 'model_folders', 'find_models',
+           'pick_device', 'load_full', 'load_adapted', 'add_factors', 'ModelSet', 'weight_bytes', 'load_tokenizer',
+           'TestDocument', 'test_domains', 'sample_documents', 'within_limits', 'general_documents', 'find_file',
+           'read_items', 'read_items_lines', 'contaminated', 'contamination_rows']
 
 # %% ../../nbs/04f_inputs.ipynb #c006
 def toy_tokenizer(
@@ -270,3 +271,32 @@ def read_items(
 def read_items_lines(where: Store, key: str):
     "(line number, object) or (line number, reason why it cannot be read)."
     for line in read_jsonl(where, key): yield (line.line_no, line.reason) if isinstance(line, BadLine) else line
+
+# %% ../../nbs/04f_inputs.ipynb #c033
+def contaminated(
+    store: Store, # workspace
+    name: str, # of the set: its file's name without .jsonl
+    size: int # lines of the set
+) -> set[int] | None: # items in the training text, counted from 0; None: not looked up
+    "What phase 1 found of an evaluation set."
+    key = "dedup_ready/contamination.json"
+    found = orjson.loads(store.read(key))["sets"].get(name) if store.exists(key) else None
+    return {int(i) for i, *_ in found["found"]} if found and found["items"] == size else None
+
+# %% ../../nbs/04f_inputs.ipynb #c034
+CONTAMINATION_COLUMNS = ["set", "model", "metric", "items", "contaminated", "score_all", "score_clean", "checked"]
+
+def contamination_rows(
+    store: Store, # workspace
+    name: str, size: int, # a set and its lines
+    scores: pd.DataFrame, # a row for each model and item asked: model, index (line of the set from 0), value
+    metric: str # what the values are
+) -> list[dict]: # rows of contamination.csv
+    "The mean of each model over all items asked and over those that are not in the training text."
+    bad, rows = contaminated(store, name, size), []
+    for model, part in scores.groupby("model", sort=False):
+        value, inside = part["value"].astype(float), part["index"].isin(bad or ())
+        clean = None if bad is None or inside.all() else float(f"{value[~inside].mean():.6g}")
+        rows.append({"set": name, "model": model, "metric": metric, "items": len(part), "contaminated": None if bad is None else int(inside.sum()),
+                     "score_all": float(f"{value.mean():.6g}"), "score_clean": clean, "checked": bad is not None})
+    return rows

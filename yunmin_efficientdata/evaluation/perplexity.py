@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from ..core.settings import UserError
 
 # %% auto #0
-__all__ = ['windows', 'token_nll', 'DocumentScores', 'document_scores', 'Perplexity', 'summarise', 'perplexity', 'intervals',
-           'six', 'perplexity_row', 'plot_perplexity']
+__all__ = ['PAIR_COLUMNS', 'windows', 'token_nll', 'DocumentScores', 'check_length', 'document_scores', 'Perplexity', 'summarise',
+           'perplexity', 'intervals', 'log_ratios', 'pair_row', 'six', 'paired_rows', 'pack', 'unpack',
+           'perplexity_row', 'plot_perplexity', 'plot_pairs']
 
 # %% ../../nbs/04a_perplexity.ipynb #c006
 def windows(
@@ -55,46 +56,58 @@ def token_nll(
         ids = np.zeros((len(group), width), dtype=np.int64)
         for row, i in enumerate(group): ids[row, :len(sequences[i])] = sequences[i]
         x = torch.from_numpy(ids).to(model.device)
-        logits = model(input_ids=x, use_cache=False).logits[:, :-1].float()
-        nats = F.cross_entropy(logits.transpose(1, 2), x[:, 1:], reduction="none").double().cpu().numpy()
-        for row, i in enumerate(group): out[i] = nats[row, :max(len(sequences[i]) - 1, 0)].copy()
+        logits = model(input_ids=x, use_cache=False).logits
+        for row, i in enumerate(group):
+            n = max(len(sequences[i]) - 1, 0)
+            out[i] = F.cross_entropy(logits[row, :n].float(), x[row, 1:n + 1], reduction="none").double().cpu().numpy()
     return out
 
-# %% ../../nbs/04a_perplexity.ipynb #c014
+# %% ../../nbs/04a_perplexity.ipynb #c016
 class DocumentScores(NamedTuple):
     "Sums for each document: what perplexity, bits per byte and their intervals are made of."
     nats: np.ndarray # float64 [documents], negative log-likelihood
     tokens: np.ndarray # int64 [documents], charged tokens
     bytes: np.ndarray # int64 [documents], UTF-8 bytes of the text
 
-# %% ../../nbs/04a_perplexity.ipynb #c015
+# %% ../../nbs/04a_perplexity.ipynb #c017
+def check_length(
+    model, # causal language model
+    length: int # tokens that it shall see at once
+):
+    "Raise `UserError` when the model has fewer positions: beyond them attention models crash or guess."
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit and length > limit: raise UserError(f"evaluation.seq_len: windows of {length} tokens, but the model has {limit} positions; lower seq_len (and stride)")
+
+# %% ../../nbs/04a_perplexity.ipynb #c018
 def document_scores(
     model, # causal language model
     tokenizer, # its tokenizer
     texts: list[str], # documents, each evaluated by itself
     seq_len: int, # tokens that the model sees at once
     stride: int, # step of the window
-    batch_tokens: int = 2048 # padded tokens in a batch
+    batch_tokens: int = 2048, # padded tokens in a batch
+    start: int | None = None # token put before each document, so that its first token is charged too
 ) -> DocumentScores: # one entry a document; a document of fewer than two tokens has zero nats and tokens
-    "Charge every token of every document once."
+    "Charge every token of every document once. Raises `UserError` for a window longer than the model's positions."
     nats, tokens = np.zeros(len(texts)), np.zeros(len(texts), dtype=np.int64)
-    sequences, owner = [], []
+    sequences, owner, before = [], [], [] if start is None else [start]
     for i, text in enumerate(texts):
-        ids = np.asarray(tokenizer(text, verbose=False)["input_ids"], dtype=np.int64)
+        ids = np.asarray(before + tokenizer(text, verbose=False)["input_ids"], dtype=np.int64)
+        check_length(model, min(seq_len, len(ids)))
         for begin, end, first in windows(len(ids), seq_len, stride):
             sequences.append(ids[begin:end]); owner.append((i, end - first))
     for (i, scored), nll in zip(owner, token_nll(model, sequences, batch_tokens)):
         nats[i] += nll[-scored:].sum(); tokens[i] += scored
     return DocumentScores(nats, tokens, np.array([len(t.encode("utf-8", "replace")) for t in texts], dtype=np.int64))
 
-# %% ../../nbs/04a_perplexity.ipynb #c018
+# %% ../../nbs/04a_perplexity.ipynb #c021
 class Perplexity(NamedTuple):
     "Token perplexity, bits per byte of UTF-8 and the number of tokens that were scored."
     perplexity: float # exp(nats / tokens)
     bits_per_byte: float # nats / ln 2 / bytes
     tokens: int
 
-# %% ../../nbs/04a_perplexity.ipynb #c019
+# %% ../../nbs/04a_perplexity.ipynb #c022
 def _ratios(nats, tokens, size):
     "Perplexity and bits per byte from sums (numbers or arrays); nothing scored gives nan."
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
@@ -110,19 +123,21 @@ def summarise(
     ppl, bpb = _ratios(scores.nats.sum(), n, scores.bytes[used].sum())
     return Perplexity(float(ppl), float(bpb), n)
 
-# %% ../../nbs/04a_perplexity.ipynb #c020
+# %% ../../nbs/04a_perplexity.ipynb #c023
 def perplexity(
     model, # causal language model (transformers)
     tokenizer, # its tokenizer
     texts: list[str], # documents
     seq_len: int, # tokens that the model sees at once
-    stride: int # step of the sliding window; seq_len // 2 is a good choice
+    stride: int, # step of the sliding window; seq_len // 2 is a good choice
+    batch_tokens: int = 2048, # padded tokens in a batch
+    start: int | None = None # token put before each document; None: its first token is not charged
 ) -> Perplexity: # (perplexity, bits_per_byte, tokens); nan where no text has two tokens
     "Strided perplexity of documents, each by itself, every token but a document's first scored once."
     model.eval()
-    return summarise(document_scores(model, tokenizer, texts, seq_len, stride))
+    return summarise(document_scores(model, tokenizer, texts, seq_len, stride, batch_tokens, start))
 
-# %% ../../nbs/04a_perplexity.ipynb #c024
+# %% ../../nbs/04a_perplexity.ipynb #c027
 def intervals(
     scores: DocumentScores, # sums for each document
     draws: int = 1000, # bootstrap samples
@@ -138,13 +153,74 @@ def intervals(
     ends = [(1 - level)/2, (1 + level)/2]
     return {name: tuple(float(v) for v in np.quantile(x, ends)) for name, x in (("perplexity", ppl), ("bits_per_byte", bpb))}
 
-# %% ../../nbs/04a_perplexity.ipynb #c027
+# %% ../../nbs/04a_perplexity.ipynb #c030
+def log_ratios(
+    ours: DocumentScores, theirs: DocumentScores, # two models on the same documents
+    draws: int = 1000, seed: int = 0 # of the bootstrap
+) -> tuple[np.ndarray, np.ndarray]: # (float64 [2], float64 [draws, 2]): log of the perplexities' ratio, difference of bits per byte
+    "Difference of two models, measured and drawn. Raises `ValueError` when the documents differ."
+    if not np.array_equal(ours.bytes, theirs.bytes): raise ValueError("paired scores need the same documents")
+    used = (ours.tokens > 0) & (theirs.tokens > 0)
+    d = int(used.sum())
+    if not d: return np.full(2, math.nan), np.full((draws, 2), math.nan)
+    counts = np.vstack([np.ones(d), np.random.default_rng(seed).multinomial(d, np.full(d, 1/d), size=draws)])
+    a, b = ([counts @ column[used].astype(float) for column in scores] for scores in (ours, theirs))
+    both = np.stack([a[0]/a[1] - b[0]/b[1], (a[0]/a[2] - b[0]/b[2])/math.log(2)], axis=1)
+    return both[0], both[1:]
+
+# %% ../../nbs/04a_perplexity.ipynb #c031
+PAIR_COLUMNS = ["model", "against", "domain", "change", "low", "high", "bits_change", "bits_low", "bits_high", "better", "documents"]
+
+def pair_row(
+    model: str, against: str, domain: str, # names
+    point: np.ndarray, draws: np.ndarray, # as from `log_ratios`
+    documents: int # how many both models read
+) -> dict: # a row of perplexity_pairs.csv; `change`, `low`, `high` in percent of perplexity, `better` the share of draws with a lower one
+    "One comparison, with 95 % intervals."
+    low, high = np.quantile(draws, [.025, .975], axis=0)
+    percent = lambda x: six(100*math.expm1(min(x, 700.)))
+    return {"model": model, "against": against, "domain": domain, "change": percent(point[0]), "low": percent(low[0]), "high": percent(high[0]),
+            "bits_change": six(point[1]), "bits_low": six(low[1]), "bits_high": six(high[1]), "better": six((draws[:, 0] < 0).mean()), "documents": documents}
+
 def six(
     x: float # any number
 ) -> float: # the same with six significant digits
     "Round for tables whose bytes must repeat."
     return float(f"{float(x):.6g}")
 
+# %% ../../nbs/04a_perplexity.ipynb #c033
+def paired_rows(
+    sums: dict[str, dict[str, DocumentScores]], # model -> domain -> scores
+    against: str, # the model that the others are compared with
+    models: list[str] | None = None, # which; None: all others
+    draws: int = 1000, seed: int = 0 # of the bootstrap
+) -> list[dict]: # rows of perplexity_pairs.csv
+    "Paired differences by domain, over all domains (`mean`), and on general text."
+    rows = []
+    for model in models if models is not None else [m for m in sums if m != against]:
+        shared = [d for d in sums[model] if d in sums[against]]
+        found = {d: log_ratios(sums[model][d], sums[against][d], draws, seed + i) for i, d in enumerate(shared)}
+        size = {d: int((sums[model][d].tokens > 0).sum()) for d in found}
+        own = [d for d in found if d != "general" and size[d]]
+        rows += [pair_row(model, against, d, *found[d], size[d]) for d in found if d != "general"]
+        if own: rows.append(pair_row(model, against, "mean", *(np.mean([found[d][k] for d in own], axis=0) for k in (0, 1)), sum(size[d] for d in own)))
+        rows += [pair_row(model, against, d, *found[d], size[d]) for d in found if d == "general"]
+    return rows
+
+# %% ../../nbs/04a_perplexity.ipynb #c036
+def pack(
+    scores: DocumentScores
+) -> dict: # JSON-able; floats keep every bit
+    "Scores for the ledger."
+    return {name: column.tolist() for name, column in scores._asdict().items()}
+
+def unpack(
+    packed: dict # as from `pack`
+) -> DocumentScores:
+    "Scores back from the ledger."
+    return DocumentScores(np.array(packed["nats"], float), np.array(packed["tokens"], np.int64), np.array(packed["bytes"], np.int64))
+
+# %% ../../nbs/04a_perplexity.ipynb #c039
 def perplexity_row(
     model: str, # name of the model
     domain: str, # name of the domain, or `general`
@@ -157,7 +233,7 @@ def perplexity_row(
             "documents": int((scores.tokens > 0).sum()), "low": six(ends["perplexity"][0]), "high": six(ends["perplexity"][1]),
             "bits_low": six(ends["bits_per_byte"][0]), "bits_high": six(ends["bits_per_byte"][1])}
 
-# %% ../../nbs/04a_perplexity.ipynb #c030
+# %% ../../nbs/04a_perplexity.ipynb #c042
 def plot_perplexity(
     table: pd.DataFrame # rows of perplexity.csv
 ): # matplotlib figure
@@ -174,4 +250,25 @@ def plot_perplexity(
     ax.set(xlabel="시험 영역", ylabel="모델", title="모델과 영역별 퍼플렉시티 (낮을수록 좋음)")
     ax.tick_params(axis="y", rotation=0); ax.tick_params(axis="x", rotation=0)
     fig.tight_layout()
+    return fig
+
+# %% ../../nbs/04a_perplexity.ipynb #c045
+def plot_pairs(
+    table: pd.DataFrame, # rows of perplexity_pairs.csv
+    against: str = "base", # compared with
+    models: tuple = ("uniform", "merged", "mixed") # drawn, those that are there
+): # matplotlib figure
+    "Change of perplexity with its paired interval, by domain; models side by side."
+    import matplotlib.pyplot as plt, seaborn as sns
+    rows = table[(table.against == against) & table.model.isin(models)]
+    domains, shown = list(dict.fromkeys(rows.domain)), [m for m in models if m in set(rows.model)]
+    fig, ax = plt.subplots(figsize=(7.6, 1.6 + .2*len(domains)*max(1, len(shown))))
+    for i, (model, colour, marker) in enumerate(zip(shown, sns.color_palette("colorblind"), "osD^v")):
+        r = rows[rows.model == model].set_index("domain").reindex(domains)
+        y = np.arange(len(domains)) + .22*(i - (len(shown) - 1)/2)
+        ax.errorbar(r.change, y, xerr=[r.change - r.low, r.high - r.change], fmt=marker, color=colour, capsize=2, ms=5, label=model)
+    ax.axvline(0, color="#888888", lw=1)
+    ax.set_yticks(range(len(domains)), [{"mean": "영역 평균", "general": "일반 글"}.get(d, d) for d in domains]); ax.invert_yaxis()
+    ax.set(xlabel=f"{against} 대비 퍼플렉시티 변화 (%), 막대는 95 % 구간", title="같은 문서에서 본 모델의 차이 (왼쪽이 좋음)")
+    ax.legend(ncols=len(shown) or 1, loc="upper center", bbox_to_anchor=(.5, -.2), frameon=False); fig.tight_layout()
     return fig
