@@ -25,6 +25,6 @@ setup(
     include_package_data=True,
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split(), "ray": ["ray>=2.60"], "mergekit": ["mergekit"]},
+    extras_require={"dev": cfg["dev_requirements"].split(), "ray": ["ray[client]>=2.60"], "mergekit": ["mergekit"]},
     entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": [f'{cfg["lib_path"]}={cfg["lib_path"]}._modidx:d']},
 )

@@ -209,6 +209,7 @@ def open_phase(
     with _phase_lock(store), make_executor(executor, workers) as ex:
         logger = open_log(store, settings.logging, phase)
         store.clean()  # what dead runs left unfinished
+        if ex.nodes > 1 and store.is_local: logger.warning(f"{ex.nodes} nodes and a workspace in a local folder: every node must see that folder under the same path; an s3:// workspace needs no shared disk")
         try: yield Context(phase, store, settings, Ledger(store), ex, logger)
         except UserError as e: logger.error(str(e)); raise
         except Exception as e:

@@ -13,7 +13,7 @@ from .settings import UserError
 from .ledger import peak_rss_mb
 
 # %% auto #0
-__all__ = ['measured', 'LocalExecutor', 'group_keys', 'RayExecutor', 'make_executor']
+__all__ = ['PUBLIC', 'measured', 'LocalExecutor', 'group_keys', 'RayExecutor', 'make_executor']
 
 # %% ../../nbs/00e_executor.ipynb #c006
 def measured(
@@ -39,6 +39,7 @@ class LocalExecutor:
         self.workers = workers or len(os.sched_getaffinity(0))
         self.meter = None     # a stage's Meter, to which the workers' costs are added
         self.progress = None  # progress(iterable, desc, total) of the phase
+        self.nodes = 1        # machines that tasks run on
         self._pool = None
     def _open(self):
         if self._pool is None:
@@ -115,32 +116,57 @@ def map_shuffle(self: LocalExecutor, map_fn: Callable, items: Iterable, # map_fn
     return list(self.map(functools.partial(_reduce, reduce_fn), groups, desc and f"{desc}: join"))
 
 # %% ../../nbs/00e_executor.ipynb #c020
+PUBLIC = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION", "AWS_REGION")  # variables that hold no secret
+
+def _connect(ray, workers: int) -> None:
+    "Join the cluster of `RAY_ADDRESS`, or start one here."
+    address = os.environ.get("RAY_ADDRESS")
+    options = {"runtime_env": {"env_vars": {k: os.environ[k] for k in PUBLIC if k in os.environ}}, "log_to_driver": False}
+    if not address: options |= {"num_cpus": workers or None, "include_dashboard": False}
+    try: ray.init(**options)
+    except Exception as e:
+        raise UserError(f"RAY_ADDRESS={address}: no Ray cluster answers there ({' '.join(str(e).split())[:160]}); start one with `ray start --head`, or unset RAY_ADDRESS") if address else e from None
+
+# %% ../../nbs/00e_executor.ipynb #c022
 class RayExecutor(LocalExecutor):
-    "Runs tasks as Ray tasks; a dead worker's task is retried by Ray."
-    def __init__(self, workers: int = 0):
+    "Runs tasks as Ray tasks, on this machine or on a cluster. Tasks are spread over the nodes."
+    def __init__(self, workers: int = 0): # tasks at once; 0: one for each CPU that Ray has
         if importlib.util.find_spec("ray") is None:
             raise UserError("--executor ray needs Ray: pip install 'yunmin-efficientdata[ray]', or use --executor local")
         import ray
-        self.ray = ray
-        if not ray.is_initialized(): ray.init(num_cpus=None if os.environ.get("RAY_ADDRESS") else workers or None, include_dashboard=False, log_to_driver=False)
-        super().__init__(workers or int(ray.cluster_resources().get("CPU", 1)))
-        self._task = ray.remote(max_retries=3)(measured)
-    def close(self) -> None: self.ray.shutdown()
+        self.ray, self._started = ray, not ray.is_initialized()
+        if self._started: _connect(ray, workers)
+        super().__init__(workers or max(1, int(ray.cluster_resources().get("CPU", 1))))
+        self.nodes = sum(n["Alive"] for n in ray.nodes())
+        self._task = ray.remote(num_cpus=1, max_retries=3, scheduling_strategy="SPREAD")(measured)
+    def close(self) -> None:
+        if self._started: self.ray.shutdown()
 
+# %% ../../nbs/00e_executor.ipynb #c023
 @patch
 def _inline(self: RayExecutor, fn, items) -> Iterator: return self._pooled(fn, items)
 
 @patch
 def _pooled(self: RayExecutor, fn, items) -> Iterator:
     items, waiting = iter(items), deque()
-    while True:
-        while len(waiting) < 3 * self.workers and (item := next(items, waiting)) is not waiting: waiting.append(self._task.remote(fn, item))
-        if not waiting: return
-        result, cpu, peak = self.ray.get(waiting.popleft())
-        if self.meter: self.meter.add(cpu, peak)
-        yield result
+    try:
+        while True:
+            while len(waiting) < 3 * self.workers and (item := next(items, waiting)) is not waiting: waiting.append((item, self._task.remote(fn, item)))
+            if not waiting: return
+            result, cpu, peak = self._get(*waiting[0]); waiting.popleft()
+            if self.meter: self.meter.add(cpu, peak)
+            yield result
+    finally:
+        for _, task in waiting: self.ray.cancel(task)
 
-# %% ../../nbs/00e_executor.ipynb #c021
+@patch
+def _get(self: RayExecutor, item, task):
+    "A task's result, or its own error."
+    try: return self.ray.get(task)
+    except self.ray.exceptions.RayTaskError as e: raise e.cause from None
+    except self.ray.exceptions.RayError as e: raise RuntimeError(f"Ray gave up on {str(item)[:200]} after three more tries: {type(e).__name__}; is there enough memory on the nodes?") from None
+
+# %% ../../nbs/00e_executor.ipynb #c024
 def make_executor(
     kind: str = "local", # local or ray
     workers: int = 0 # 0: all cores
