@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 __all__ = ['DOMAINS', 'UserError', 'Section', 'SampleSettings', 'CleanSettings', 'SpanSettings', 'ContaminationSettings',
            'SemanticSettings', 'AuditSettings', 'DedupSettings', 'HeldoutSettings', 'TokenizerSettings',
            'FormatSettings', 'InstructionSettings', 'ShareSettings', 'DatasetConfig', 'BaseSettings', 'LoraSettings',
-           'VectorSettings', 'MergeSettings', 'DemConfig', 'EvaluationConfig', 'LoggingConfig', 'ReportSettings',
-           'Settings', 'project_root', 'config_folder', 'load_settings', 'describe']
+           'VectorSettings', 'MergeSettings', 'DemConfig', 'InferenceSettings', 'JudgeSettings', 'EvaluationConfig',
+           'LoggingConfig', 'ReportSettings', 'Settings', 'project_root', 'config_folder', 'load_settings', 'describe']
 
 # %% ../../nbs/00a_settings.ipynb #c006
 class UserError(Exception):
@@ -190,6 +190,7 @@ class LoraSettings(Section):
     target_modules: list[str] = Field(default_factory=lambda: ["in_proj"], description="modules that get an adapter")
     learning_rate: float = Field(5e-5, gt=0)
     batch_size: int = Field(8, ge=1, description="windows in a step, over all processes")
+    accumulation: int = Field(1, ge=1, description="parts in which a step's batch is computed: more need less memory, the result is the same")
     seq_len: int = Field(1024, ge=16, description="tokens in a window")
     epochs: float = Field(1, gt=0)
     max_steps: int = Field(-1, description="stop after so many steps; -1: by epochs")
@@ -197,23 +198,42 @@ class LoraSettings(Section):
     precision: Literal["auto", "fp32", "fp16", "bf16"] = Field("auto", description="auto: fp32 on CPU, fp16 on GPU")
     gradient_checkpointing: bool = Field(False)
     eval_steps: int = Field(50, ge=1, description="validation loss every so many steps")
+    patience: int = Field(0, ge=0, description="stop after so many validations without a better loss, and keep the best adapter; 0: train to the end and keep the last")
+    max_hours: float = Field(0, ge=0, description="stop an adapter's training cleanly after so many hours, and keep what was learned; 0: no limit")
+    checkpoint_steps: int = Field(100, ge=0, description="save the state every so many steps, so that a killed run continues there; 0: never")
+    processes: int = Field(1, ge=1, description="processes that train one adapter together, one for each GPU, through `accelerate launch`")
+    peak_flops: float | None = Field(None, gt=0, description="FLOP/s of one device at best, for MFU; empty: known GPUs by name, nothing on a CPU")
     seed: int = Field(0)
 
 # %% ../../nbs/00a_settings.ipynb #c020
 class VectorSettings(Section):
     "Difference vectors and their sanity checks."
+    form: Literal["dense", "lowrank"] = Field("dense", description="diff_<domain>.npy with every element, or diff_<domain>.lowrank.npz with the adapter's factors: for large bases (3B: 11 GB against about 0.1)")
+    rank: int = Field(16, ge=1, description="rank of the factors of a domain model that is no adapter (lowrank only); an adapter keeps its own")
     normalize: bool = Field(False, description="scale each vector to L2 norm 1")
     max_norm: float = Field(1.0, gt=0, description="published sanity check: the norm stays below this")
     max_relative_norm: float = Field(0.2, gt=0, description="norm over the norm of the adapted base tensors")
+    max_tail: float = Field(0.05, gt=0, le=1, description="share of the changed elements beyond 3 sigma (0.0027 in a normal distribution)")
+    max_mean: float = Field(0.1, gt=0, description="distance of the changed elements' mean from zero, in standard deviations")
 
 class MergeSettings(Section):
-    "How the vectors are added to the base."
-    method: Literal["linear", "ties", "dare", "regmean", "seqmean"] = Field("linear")
-    weights: dict[str, float] = Field(default_factory=dict, description="weight for each domain; empty: equal weights")
+    "How the vectors are added to the base, and how the weights are found."
+    method: Literal["linear", "ties", "dare", "regmean", "seqmean"] = Field("linear", description="of the delivered model; regmean and seqmean read validation windows of each domain")
+    compare: list[Literal["searched", "ties", "dare", "regmean", "seqmean"]] = Field(default_factory=list, description="further merges to write below models/ and to measure beside the delivered one; uniform is always made")
+    weights: dict[str, float] = Field(default_factory=dict, description="weight for each domain; empty: equal weights. For regmean and seqmean: how much each domain counts")
     normalize: bool = Field(True, description="divide the weights by their sum")
-    search: bool = Field(True, description="search the weights on validation text; the result is the delivered model")
-    search_steps: int = Field(16, ge=1)
+    density: float = Field(0.2, gt=0, le=1, description="share of elements that ties and dare keep")
+    calibration_windows: int = Field(64, ge=1, description="validation windows a domain that regmean and seqmean read")
+    ridge: float = Field(0.05, ge=0, description="of seqmean, in units of the mean diagonal: how strongly the plain average pulls")
+    shrink: float = Field(0.9, ge=0, le=1, description="of regmean: what is left of the Gram matrices' off-diagonal elements")
+    search: bool = Field(True, description="search the weights of the linear merge on validation text; for method linear the result is the delivered model")
+    search_steps: int = Field(16, ge=1, description="evaluations with gradients, at most")
     search_windows: int = Field(32, ge=1, description="validation windows a domain that the search reads")
+    nelder_mead: int = Field(0, ge=0, description="evaluations without gradients after that, at most")
+    floor: float = Field(0.02, ge=0, description="share by which the perplexity of a domain may get worse than the base's; the search says so when it cannot be kept")
+    retention: float = Field(0.0, ge=0, description="weight of general text's loss above the base's in the search")
+    curve_points: int = Field(5, ge=0, description="points on the curve of perplexity along each weight; 0: not drawn")
+    curve_windows: int = Field(8, ge=1, description="validation windows a domain that a point of the curve reads")
 
 class DemConfig(Section):
     "dem_config.yaml"
@@ -222,10 +242,48 @@ class DemConfig(Section):
     lora: LoraSettings = LoraSettings()
     vectors: VectorSettings = VectorSettings()
     merge: MergeSettings = MergeSettings()
-    mixed_baseline: bool = Field(True, description="train one LoRA on all domains mixed, with the same total steps, for comparison")
+    mix_share: float = Field(0.0, ge=0, le=1, description="share of the windows of a domain's adapter that are drawn from all domains mixed: a common part makes the adapters fit together")
+    seed_steps: int = Field(0, ge=0, description="steps of a short training on all domains mixed from which every adapter begins; 0: they begin at the base")
+    polish_steps: int = Field(0, ge=0, description="steps of a short training on all domains mixed after the merge; 0: none")
+    polish_rate: float | None = Field(None, gt=0, description="learning rate of that training; empty: lora.learning_rate")
+    mixed_baseline: bool = Field(True, description="train one LoRA on all domains mixed, with the same total steps (seed, domains, polish), for comparison")
+    controls: list[float] = Field(default_factory=list, description="train mixed for these shares of the total steps alone, as controls, for example [0.1, 0.2, 0.3]")
+    test_windows: int = Field(32, ge=0, description="test windows a domain for results/merge_methods.csv; 0: the table is not made")
+    mixture_trials: int = Field(20, ge=1, description="mixed runs that a search of the mixture would take: arithmetic in the cost ledger")
     threads: int = Field(2, ge=1, description="CPU threads of torch; part of the result, because sums are made in their order")
 
 # %% ../../nbs/00a_settings.ipynb #c022
+class InferenceSettings(Section):
+    "The section `inference` of evaluation_config.yaml: what is timed, the limits of goodput, the device's peak."
+    batches: list[int] = Field(default_factory=lambda: [1, 4], min_length=1, description="requests at once; one row of results/inference.csv for each model and each of these")
+    prompt_tokens: int = Field(0, ge=0, description="tokens of each request's prompt; 0: half of evaluation.seq_len")
+    new_tokens: int = Field(32, ge=2, description="tokens that each request writes")
+    warmup: int = Field(1, ge=0, description="rounds that are not counted")
+    repeats: int = Field(5, ge=1, description="rounds that are; tables give median and 95th percentile")
+    max_seconds: float = Field(60, gt=0, description="no further round at a batch size after so long; one is always measured")
+    max_ttft_ms: float = Field(450, gt=0, description="limit of goodput for the first token; 450 and 40 are MLPerf Inference's interactive Llama 2 70B")
+    max_tpot_ms: float = Field(40, gt=0, description="limit of goodput for each further token")
+    peak_tflops: float | None = Field(None, gt=0, description="the device's peak for MFU, from its data sheet; none: measured by a matrix product")
+    peak_gb_per_s: float | None = Field(None, gt=0, description="the device's peak for MBU; none: measured by a copy")
+
+class JudgeSettings(Section):
+    "The section `judge` of evaluation_config.yaml: a judge model behind an OpenAI-compatible address. The key comes from the environment only."
+    endpoint: str | None = Field(None, description="address up to /v1, for example http://127.0.0.1:8000/v1; none: no judge is asked")
+    model: str = Field("", description="name of the judge model at that address")
+    key_variable: str = Field("YUNMIN_JUDGE_KEY", description="environment variable that holds the key; unset: no key is sent")
+    rivals: list[str] = Field(default_factory=lambda: ["merged", "mixed"], min_length=1, description="models that are compared with base, prompt by prompt")
+    response_format: Literal["json_schema", "json_object", "none"] = Field("json_schema", description="how the server is asked for JSON; some servers know only json_object")
+    max_tokens: int = Field(600, ge=100, description="length of a judgement at most")
+    timeout_seconds: float = Field(60, gt=0, description="for one answer of the server")
+    attempts: int = Field(5, ge=1, description="tries for one judgement: after a time-out, 429, 5xx, or a reply that is not the JSON asked for")
+    wait_seconds: float = Field(1, ge=0, description="wait before the second try; doubled each time, with jitter")
+    max_wait_seconds: float = Field(60, ge=0, description="longest wait, also where the server's Retry-After asks for more")
+    parallel: int = Field(4, ge=1, le=64, description="questions on the way at once")
+    max_requests: int = Field(1000, ge=1, description="refuse before the first question when more would be needed")
+    price_input: float = Field(0, ge=0, description="price of a million tokens read, for the cost in results/judge.json")
+    price_output: float = Field(0, ge=0, description="price of a million tokens written")
+
+# %% ../../nbs/00a_settings.ipynb #c023
 class EvaluationConfig(Section):
     "evaluation_config.yaml"
     general: str | None = Field(None, description="JSONL of general text (a path or an s3:// address)")
@@ -235,6 +293,7 @@ class EvaluationConfig(Section):
     batch_tokens: int = Field(2048, ge=16, description="padded tokens in a batch; a GPU wants more")
     max_documents: int = Field(200, ge=1, description="test documents a domain")
     max_chars: int = Field(0, ge=0, description="characters of test text a domain; 0: no limit")
+    document_start: bool = Field(False, description="put the end-of-text token before each document and charge its first token too: bits per byte then compares exactly across tokenizers")
     max_document_chars: int = Field(0, ge=0, description="longer test documents are cut; 0: never")
     prompts: str = Field("../eval_prompts.jsonl", description="prompts with reference answers, beside or above the config")
     scoring_rules: str = Field("../scoring_rules.yaml", description="rubric of the 5-point scale")
@@ -243,7 +302,14 @@ class EvaluationConfig(Section):
     multiple_choice: list[str] = Field(default_factory=lambda: ["../eval_choices.jsonl"], description="JSONL files of question, choices, answer, subject")
     max_questions: int = Field(200, ge=1, description="questions a file")
     continuation_documents: int = Field(40, ge=1, description="test documents a domain that the models continue, for BLEU, chrF and ROUGE")
-    rouge_tokenizers: list[Literal["char", "morph"]] = Field(default_factory=lambda: ["char"], description="units of ROUGE: characters, morphemes (kiwipiepy)")
+    bleu_tokenizers: list[Literal["char", "morph", "13a", "none"]] = Field(default_factory=lambda: ["char"], description="units of BLEU: characters, morphemes (kiwipiepy), sacrebleu's 13a for English, white space")
+    rouge_tokenizers: list[Literal["char", "morph", "word"]] = Field(default_factory=lambda: ["char"], description="units of ROUGE: characters, morphemes (kiwipiepy), rouge-score's own words for English")
+    bertscore_model: str | None = Field(None, description="folder of an encoder (Hugging Face format) for BERTScore; none: not computed. Nothing is downloaded")
+    bertscore_layer: int | None = Field(None, description="its layer, 0 for the embeddings; none: the last (9 is the published choice for bert-base-multilingual-cased)")
+    reference_pairs: list[str] = Field(default_factory=list, description="JSONL files of input and reference (task is optional), such as translations: each model writes, BLEU, chrF and ROUGE compare; results/pairs.csv")
+    max_pairs: int = Field(100, ge=1, description="pairs a file")
+    inference: InferenceSettings = InferenceSettings()
+    judge: JudgeSettings = JudgeSettings()
     seed: int = Field(0)
 
 class LoggingConfig(Section):
@@ -252,7 +318,7 @@ class LoggingConfig(Section):
     progress: bool = Field(True, description="progress bars on a terminal; plain lines otherwise")
     format: str = "%(asctime)s %(levelname)s %(message)s"
 
-# %% ../../nbs/00a_settings.ipynb #c023
+# %% ../../nbs/00a_settings.ipynb #c024
 class ReportSettings(Section):
     "The section `report` of evaluation_config.yaml: phase 5."
     language: Literal["ko", "en"] = Field("ko", description="language of report.md: Korean, or English on request")
@@ -268,7 +334,7 @@ class Settings(DatasetConfig):
     logging: LoggingConfig = LoggingConfig()
     config_dir: str = Field("", description="the folder that these settings came from")
 
-# %% ../../nbs/00a_settings.ipynb #c025
+# %% ../../nbs/00a_settings.ipynb #c026
 def project_root() -> Path: # the checkout that holds nbs/, configs/ and _quarto.yml
     "The project's checkout: the current folder or one above it, else the folder of the installed package."
     here, package = Path.cwd(), importlib.util.find_spec("yunmin_efficientdata")
@@ -276,7 +342,7 @@ def project_root() -> Path: # the checkout that holds nbs/, configs/ and _quarto
         if (folder/"settings.ini").is_file() and (folder/"nbs").is_dir() and (folder/"configs").is_dir(): return folder
     raise UserError("the project's notebooks and configs were not found: run this from a checkout of YunMin-EfficientData, or install it with `pip install -e .`")
 
-# %% ../../nbs/00a_settings.ipynb #c026
+# %% ../../nbs/00a_settings.ipynb #c027
 def config_folder(
     config: str # a folder, or its path below the project's root
 ) -> Path: # the folder
@@ -288,7 +354,7 @@ def config_folder(
         if below.is_dir(): return below
     raise UserError(f"config folder {config!r} does not exist; configs/demo and configs/yunmin-3b come with the project")
 
-# %% ../../nbs/00a_settings.ipynb #c028
+# %% ../../nbs/00a_settings.ipynb #c029
 def _read_yaml(path: Path) -> dict:
     if not path.is_file(): return {}
     try: data = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -298,7 +364,7 @@ def _read_yaml(path: Path) -> dict:
     if not isinstance(data, dict): raise UserError(f"{path}: expected keys and values at the top, found {type(data).__name__}")
     return data
 
-# %% ../../nbs/00a_settings.ipynb #c029
+# %% ../../nbs/00a_settings.ipynb #c030
 def _fields(model, loc):
     "The field names at the parent of `loc`, to suggest the one that was meant."
     for part in loc[:-1]:
@@ -307,7 +373,7 @@ def _fields(model, loc):
         model = field.annotation
     return list(model.model_fields)
 
-# %% ../../nbs/00a_settings.ipynb #c030
+# %% ../../nbs/00a_settings.ipynb #c031
 def _explain(model, error: ValidationError, where: str, prefix: str = "") -> str:
     "The first error of pydantic as one line: file, key, what is wrong, what to write instead."
     first = error.errors()[0]
@@ -321,7 +387,7 @@ def _explain(model, error: ValidationError, where: str, prefix: str = "") -> str
         return f"{where}: {key}: unknown key; {hint}{more}"
     return f"{where}: {key}: {first['msg']}, got {first['input']!r}{more}"
 
-# %% ../../nbs/00a_settings.ipynb #c032
+# %% ../../nbs/00a_settings.ipynb #c033
 def _override(data: dict, text: str) -> None:
     "Apply one `a.b=value` to a nested dict in place."
     key, eq, value = text.partition("=")
@@ -339,7 +405,7 @@ def _number(value):
     try: return float(value) if isinstance(value, str) and value[:1] in "+-.0123456789" else value
     except ValueError: return value
 
-# %% ../../nbs/00a_settings.ipynb #c033
+# %% ../../nbs/00a_settings.ipynb #c034
 def load_settings(
     config: str = "configs/demo", # config folder
     overrides: list[str] | tuple = () # `key=value` texts, as from --set
@@ -369,7 +435,7 @@ def _check(model, data: dict, where: str):
     try: return model.model_validate(data)
     except ValidationError as e: raise UserError(_explain(model, e, where)) from None
 
-# %% ../../nbs/00a_settings.ipynb #c038
+# %% ../../nbs/00a_settings.ipynb #c039
 def describe(
     model=Settings # a settings model
 ) -> list[tuple[str, str, str]]: # (key, default, meaning) of every field, sections flattened

@@ -6,6 +6,7 @@
 from __future__ import annotations
 import io
 from functools import cached_property
+from typing import Callable, NamedTuple
 import numpy as np, pandas as pd, torch
 from ..core.context import Context, open_phase
 from ..core.figures import korean_style, save_figure
@@ -16,11 +17,12 @@ from ..core.store import Store
 from . import choices as mc, inference as speed, inputs, overlap as ov, perplexity as ppl, prompts as pr
 
 # %% auto #0
-__all__ = ['PPL_COLUMNS', 'OVERLAP_COLUMNS', 'CHOICE_COLUMNS', 'SUMMARY_COLUMNS', 'STAGES', 'Evaluation', 'each_model',
-           'write_table', 'read_table', 'perplexity_rows', 'perplexity_stage', 'overlap_rows', 'overlap_stage',
-           'choice_rows', 'choices_stage', 'asked', 'answer_rows', 'with_answers', 'gains_record', 'write_prompts',
-           'prompts_stage', 'inference_stage', 'summary_rows', 'before_after', 'performance_page', 'draw_figures',
-           'summary_stage', 'read_by', 'run']
+__all__ = ['PPL_COLUMNS', 'OVERLAP_COLUMNS', 'ITEM_COLUMNS', 'SUMMARY_COLUMNS', 'DOCUMENTS', 'TABLES', 'STEPS', 'Evaluation',
+           'each_model', 'write_table', 'read_table', 'perplexity_rows', 'pair_rows_of', 'perplexity_stage',
+           'overlap_rows', 'overlap_stage', 'choice_rows', 'choices_stage', 'asked', 'answer_rows', 'with_answers',
+           'gains_record', 'prompts_stage', 'read_rows', 'inference_stage', 'scored_items', 'contamination_stage',
+           'summary_rows', 'before_after', 'performance_page', 'draw_figures', 'summary_stage', 'Step', 'named_files',
+           'depends_on', 'run']
 
 # %% ../../nbs/04_evaluation.ipynb #c006
 class Evaluation:
@@ -38,6 +40,9 @@ class Evaluation:
         return {d: inputs.sample_documents(self.store, self.files[d], self.settings) for d in self.domains}
     @cached_property
     def general(self) -> list | None: return inputs.general_documents(self.store, self.settings, self.ctx.settings.config_dir)
+    @cached_property
+    def model_keys(self) -> list[str]: # files of models, tokenizer and test text: what the models' stages depend on
+        return sorted({*(k for folder in self.folders.values() for k in self.store.list(folder + "/")), *(k for ks in self.files.values() for k in ks), *self.store.list("tokenizer/")})
     def file(self, name: str, setting: str): return inputs.find_file(name, self.ctx.settings.config_dir, setting)
 
 # %% ../../nbs/04_evaluation.ipynb #c008
@@ -74,26 +79,38 @@ PPL_COLUMNS = ["model", "domain", "perplexity", "bits_per_byte", "tokens", "docu
 
 def perplexity_rows(
     run: Evaluation, name: str, model # a model and its name
-) -> list[dict]: # rows of perplexity.csv
+) -> list[dict]: # rows of perplexity.csv, with the documents' sums
     "Perplexity of one model on every domain and on general text."
     s, rows = run.settings, []
-    score = lambda docs: ppl.document_scores(model, run.models.tokenizer, [d.text for d in docs], s.seq_len, s.stride, s.batch_tokens)
+    start = run.models.tokenizer.eos_token_id if s.document_start else None
+    score = lambda docs: ppl.document_scores(model, run.models.tokenizer, [d.text for d in docs], s.seq_len, s.stride, s.batch_tokens, start)
     scores = {d: score(docs) for d, docs in run.documents.items()}
     known = [scores[d] for d in s.general_domains if d in scores]
     if run.general: scores["general"] = score(run.general)
     elif known: scores["general"] = ppl.DocumentScores(*map(np.concatenate, zip(*known)))
     for domain, sums in scores.items():
-        rows.append(ppl.perplexity_row(name, domain, sums, s.seed))
+        rows.append({**ppl.perplexity_row(name, domain, sums, s.seed), "sums": ppl.pack(sums)})
         if not np.isfinite(rows[-1]["perplexity"]): run.ctx.warn(f"perplexity of {name} on {domain} is {rows[-1]['perplexity']}: no text of two tokens, or a broken model")
     return rows
 
+# %% ../../nbs/04_evaluation.ipynb #c013
+def pair_rows_of(
+    run: Evaluation, rows: list[dict] # as from `perplexity_rows`, of all models
+) -> list[dict]: # rows of perplexity_pairs.csv
+    "Every model against base; merged against uniform and mixed."
+    sums: dict[str, dict] = {}
+    for r in rows: sums.setdefault(r["model"], {})[r["domain"]] = ppl.unpack(r["sums"])
+    others = [o for o in ("uniform", "mixed") if o in sums]
+    return ppl.paired_rows(sums, inputs.BASE, seed=run.settings.seed) + [row for o in others for row in ppl.paired_rows(sums, o, [inputs.MERGED], seed=run.settings.seed)]
+
 def perplexity_stage(run: Evaluation, stage) -> dict:
-    "results/perplexity.csv"
+    "results/perplexity.csv and perplexity_pairs.csv"
     rows = each_model(run, stage, list(run.folders), lambda name, model: perplexity_rows(run, name, model))
     table = write_table(run.store, "results/perplexity.csv", rows, PPL_COLUMNS)
+    write_table(run.store, "results/perplexity_pairs.csv", pair_rows_of(run, rows), ppl.PAIR_COLUMNS)
     return {"models": len(run.folders), "rows": len(table), "tokens_per_model": int(table[(table.model == inputs.BASE) & (table.domain != "general")].tokens.sum()), "missing": run.missing}
 
-# %% ../../nbs/04_evaluation.ipynb #c013
+# %% ../../nbs/04_evaluation.ipynb #c015
 OVERLAP_COLUMNS = ["model", "domain", "metric", "value", "low", "high", "n", "signature"]
 
 def overlap_rows(
@@ -114,29 +131,34 @@ def overlap_stage(run: Evaluation, stage) -> dict:
     table = write_table(run.store, "results/overlap.csv", rows, OVERLAP_COLUMNS)
     return {"models": len(run.folders), "rows": len(table), "continuations_per_model": int(table[(table.model == inputs.BASE) & (table.metric == "chrf")].n.sum())}
 
-# %% ../../nbs/04_evaluation.ipynb #c015
-CHOICE_COLUMNS = ["model", "file", "subject", "accuracy", "low", "high", "chance", "n"]
+# %% ../../nbs/04_evaluation.ipynb #c017
+ITEM_COLUMNS = ["model", "file", "size", "index", "id", "subject", "choices", "answer", "predicted", "correct", "raw", "margin"]
 
 def choice_rows(
     run: Evaluation, name: str, model # a model and its name
-) -> list[dict]: # rows of choices.csv
-    "Accuracy of one model on every file of questions."
+) -> list[dict]: # one row a question
+    "Answers of one model to every file of questions."
     s, rows = run.settings, []
     limit = getattr(model.config, "max_position_embeddings", None)
     for named in s.multiple_choice:
         where, key = run.file(named, "evaluation.multiple_choice")
-        answers = mc.answer_questions(model, run.models.tokenizer, mc.read_questions(where, key, s.max_questions), s.seed, limit, s.batch_tokens)
-        rows += mc.accuracy_rows(name, key.rsplit(".jsonl", 1)[0], answers, s.seed)
+        questions = mc.read_questions(where, key, s.max_questions)
+        answers = mc.answer_questions(model, run.models.tokenizer, questions, s.seed, limit, s.batch_tokens)
+        rows += [{"model": name, "file": key.rsplit(".jsonl", 1)[0], "size": questions[0]["size"], **a} for a in answers.to_dict("records")]
     return rows
 
 def choices_stage(run: Evaluation, stage) -> dict:
-    "results/choices.csv"
+    "results/choices.csv, choices_by_subject.csv and choices_items.csv"
     names = list(run.folders) if run.settings.multiple_choice else []
-    table = write_table(run.store, "results/choices.csv", each_model(run, stage, names, lambda name, model: choice_rows(run, name, model)), CHOICE_COLUMNS)
-    whole = table[(table.subject == "all") & (table.model == inputs.BASE)]
+    items = pd.DataFrame(each_model(run, stage, names, lambda name, model: choice_rows(run, name, model)), columns=ITEM_COLUMNS)
+    rows = [r for (model, file), part in items.groupby(["model", "file"], sort=False) for r in mc.accuracy_rows(model, file, part)]
+    table = write_table(run.store, "results/choices.csv", [r for r in rows if r["subject"] == "all"], mc.CHOICE_COLUMNS)
+    write_table(run.store, "results/choices_by_subject.csv", [r for r in rows if r["subject"] != "all"], mc.CHOICE_COLUMNS)
+    write_table(run.store, "results/choices_items.csv", items.to_dict("records"), ITEM_COLUMNS)
+    whole = table[table.model == inputs.BASE]
     return {"models": len(names), "questions": int(whole.n.sum()), "chance": round(float(whole.chance.mean()), 4) if len(whole) else None}
 
-# %% ../../nbs/04_evaluation.ipynb #c017
+# %% ../../nbs/04_evaluation.ipynb #c019
 def asked(
     run: Evaluation, name: str, # model
     prompts: list[dict] # each with `domain`
@@ -155,7 +177,7 @@ def answer_rows(
     known = pr.per_character(model, tokenizer, sentences, s.batch_tokens) if name in (inputs.BASE, inputs.MERGED) and sentences else []
     return [{"model": name, "answers": {p["id"]: a for p, a in zip(mine, answers)}, "sentences": [ppl.six(v) for v in known]}]
 
-# %% ../../nbs/04_evaluation.ipynb #c018
+# %% ../../nbs/04_evaluation.ipynb #c020
 def with_answers(
     run: Evaluation, items: list[dict] # sentences with `prompt`
 ) -> list[dict]: # the same with what base and merged wrote after the prompt
@@ -174,40 +196,59 @@ def gains_record(
     return {**rule, "unit": "nats per character of the reference, merged minus base", "sentences": len(sentences), "sentences_improved": int((merged > base).sum()),
             "mean_gain": ppl.six((merged - base).mean()) if len(sentences) else None, "gains": with_answers(run, gains), "losses": with_answers(run, losses)}
 
-# %% ../../nbs/04_evaluation.ipynb #c019
-def write_prompts(
-    store: Store, rows: list[dict], # as from `assemble`
-    rubric: dict, missing: list[str], gains: dict # what the page and the JSON file say
-) -> None:
-    "results/eval_prompts.jsonl, eval_prompt_comparison.md and gains.json"
-    import orjson
-    with JsonlWriter(store, "results/eval_prompts.jsonl") as w:
-        for row in rows: w.write(row)
-    store.write("results/eval_prompt_comparison.md", pr.comparison_page(rows, rubric, missing))
-    store.write("results/gains.json", orjson.dumps(gains, option=orjson.OPT_INDENT_2))
-
+# %% ../../nbs/04_evaluation.ipynb #c021
 def prompts_stage(run: Evaluation, stage) -> dict:
-    "Prompts, sentences and the comparison page."
-    s, fields = run.settings, {"id": str, "domain": str, "prompt": str, "reference": str}
-    prompts = pr.spread(inputs.read_items(*run.file(s.prompts, "evaluation.prompts"), fields, "evaluation.prompts"), s.max_prompts)
+    "results/eval_prompts.jsonl and gains.json"
+    import orjson
+    s = run.settings
+    prompts = pr.spread(pr.read_prompts(*run.file(s.prompts, "evaluation.prompts")), s.max_prompts)
     rubric = pr.read_rubric(*run.file(s.scoring_rules, "evaluation.scoring_rules"))
     sentences = [item for d in run.domains for item in pr.sentence_items(d, run.documents[d])]
     said = {r["model"]: r for r in each_model(run, stage, list(run.folders), lambda name, model: answer_rows(run, name, model, prompts, sentences))}
     rows = pr.assemble(prompts, {m: r["answers"] for m, r in said.items()})
     gains = gains_record(run, pr.improved_rule(rows, rubric), sentences, said[inputs.BASE]["sentences"], said[inputs.MERGED]["sentences"])
-    write_prompts(run.store, rows, rubric, run.missing, gains)
+    with JsonlWriter(run.store, "results/eval_prompts.jsonl") as w:
+        for row in rows: w.write(row)
+    run.store.write("results/gains.json", orjson.dumps(gains, option=orjson.OPT_INDENT_2))
     return {k: gains[k] for k in ("prompts", "improved", "needed", "met", "sentences", "sentences_improved")}
 
-# %% ../../nbs/04_evaluation.ipynb #c021
-def inference_stage(run: Evaluation, stage) -> dict:
-    "results/inference.csv: base and merged, at batch 1 and 4."
-    weight = next(run.models[inputs.BASE].parameters())
-    peak = speed.device_peak(weight.device, weight.dtype)
-    rows = [r for name in (inputs.BASE, inputs.MERGED) for r in speed.inference_rows(name, run.models[name], peak, prompt_tokens=run.settings.seq_len//2)]
-    table = write_table(run.store, "results/inference.csv", rows, list(rows[0]))
-    return {"rows": len(table), "tokens_per_second": float(table.tokens_per_second.max())}
+def read_rows(
+    store: Store, key: str # JSONL file
+) -> list[dict]:
+    "All objects of a JSONL file of the workspace."
+    from yunmin_efficientdata.core.records import read_jsonl
+    return [row for _, row in read_jsonl(store, key)]
 
 # %% ../../nbs/04_evaluation.ipynb #c023
+def inference_stage(run: Evaluation, stage) -> dict:
+    "results/inference.csv: base and merged at every batch size; in turns where both fit, else one after the other."
+    s, names = run.settings.inference, (inputs.BASE, inputs.MERGED)
+    weight = next(run.models[inputs.BASE].parameters())
+    peak, prompt = speed.device_peak(weight.device, weight.dtype, s), s.prompt_tokens or run.settings.seq_len//2
+    together = 2*inputs.weight_bytes(run.models[inputs.BASE]) <= run.models.limit//2
+    rows = [r for group in ([names] if together else [(n,) for n in names]) for r in speed.inference_rows({n: run.models[n] for n in group}, peak, s, prompt)]
+    table = write_table(run.store, "results/inference.csv", sorted(rows, key=lambda r: (names.index(r["model"]), r["batch"])), list(rows[0]))
+    return {"rows": len(table), "tokens_per_s": float(table.tokens_per_s.max()), "goodput": float(table.goodput.max())}
+
+# %% ../../nbs/04_evaluation.ipynb #c025
+def scored_items(
+    run: Evaluation # the phase
+): # yields (set, lines of the set, table of model, index, value; name of the metric)
+    "Every item that a model was asked, with what it scored."
+    items = read_table(run.store, "results/choices_items.csv")
+    for (file, size), part in (items.groupby(["file", "size"], sort=False) if len(items) else ()): yield file, int(size), part.assign(value=part["correct"]), "accuracy"
+    where, key = run.file(run.settings.prompts, "evaluation.prompts")
+    rows = [{"model": m, "index": r["index"], "value": v} for r in read_rows(run.store, "results/eval_prompts.jsonl") for m, v in r["log_likelihood"].items()]
+    yield key.rsplit(".jsonl", 1)[0], len(pr.read_prompts(where, key)), pd.DataFrame(rows), "log_likelihood"
+
+def contamination_stage(run: Evaluation, stage) -> dict:
+    "results/contamination.csv"
+    rows = [r for name, size, table, metric in scored_items(run) for r in inputs.contamination_rows(run.store, name, size, table[["model", "index", "value"]], metric)]
+    table = write_table(run.store, "results/contamination.csv", rows, inputs.CONTAMINATION_COLUMNS)
+    known = table[(table.model == inputs.BASE) & table.checked]
+    return {"sets": int((table.model == inputs.BASE).sum()), "checked": len(known), "items": int(known["items"].sum()), "contaminated": int(known.contaminated.sum())}
+
+# %% ../../nbs/04_evaluation.ipynb #c027
 SUMMARY_COLUMNS = ["model", "domain", "metric", "value", "low", "high", "n"]
 
 def summary_rows(
@@ -219,14 +260,12 @@ def summary_rows(
     bits = table.drop(columns=["low", "high"]).rename(columns={"bits_per_byte": "value", "bits_low": "low", "bits_high": "high", **names})
     rows += bits.assign(metric="bits_per_byte")[SUMMARY_COLUMNS].to_dict("records")
     if len(overlap): rows += overlap[SUMMARY_COLUMNS].sort_values("metric", kind="stable").to_dict("records")
-    if len(choices):
-        whole = choices[choices.subject == "all"].assign(weight=lambda t: t.n/t.groupby("model").n.transform("sum"))
-        for model, part in whole.groupby("model", sort=False):
-            mean = {c: ppl.six((part[c]*part.weight).sum()) for c in ("accuracy", "low", "high")}
-            rows.append({"model": model, "domain": "general", "metric": "accuracy", "value": mean["accuracy"], "low": mean["low"], "high": mean["high"], "n": int(part.n.sum())})
+    for model, part in (choices.groupby("model", sort=False) if len(choices) else ()):
+        found = mc.pooled(part[part.subject == "all"].to_dict("records"))
+        rows.append({"model": model, "domain": "general", "metric": "accuracy", "value": found["accuracy"], **{k: found[k] for k in ("low", "high", "n")}})
     return rows
 
-# %% ../../nbs/04_evaluation.ipynb #c025
+# %% ../../nbs/04_evaluation.ipynb #c029
 def before_after(
     table: pd.DataFrame, metric: str, # metric_summary.csv and one of its metrics
     relative: bool # change in percent, else in points
@@ -241,7 +280,7 @@ def before_after(
         lines.append(f"| {domain} | {show(base)} | {show(merged)} | {'-' if pd.isna(change) else f'{change:+.2f}' + (' %' if relative else '점')} | {show(row.get('mixed', np.nan))} |")
     return lines
 
-# %% ../../nbs/04_evaluation.ipynb #c027
+# %% ../../nbs/04_evaluation.ipynb #c031
 def performance_page(
     table: pd.DataFrame, overlap: pd.DataFrame, # metric_summary.csv, overlap.csv
     missing: list[str], general: str # models left out; what the general text is
@@ -257,13 +296,14 @@ def performance_page(
     if missing: lines += ["", f"이 작업 공간에 없어서 빠진 모델: {', '.join(missing)}"]
     return "\n".join(lines) + "\n"
 
-# %% ../../nbs/04_evaluation.ipynb #c028
+# %% ../../nbs/04_evaluation.ipynb #c032
 def draw_figures(
     run: Evaluation, tables: dict[str, pd.DataFrame], rows: list[dict] # tables by name; rows of eval_prompts.jsonl
 ) -> list[str]: # keys of the figures
     "reports/figures/evaluation_*.png"
     korean_style()
     plots = {"perplexity": lambda: ppl.plot_perplexity(tables["perplexity"]), "gains": lambda: pr.plot_gains(rows), "inference": lambda: speed.plot_inference(tables["inference"])}
+    if len(tables["perplexity_pairs"]): plots["pairs"] = lambda: ppl.plot_pairs(tables["perplexity_pairs"])
     if len(tables["overlap"]): plots["overlap"] = lambda: ov.plot_overlap(tables["overlap"])
     if len(tables["choices"]): plots["choices"] = lambda: mc.plot_choices(tables["choices"])
     keys = []
@@ -272,33 +312,64 @@ def draw_figures(
     return keys
 
 def summary_stage(run: Evaluation, stage) -> dict:
-    "results/metric_summary.csv, perf_summary.md and the figures."
-    from yunmin_efficientdata.core.records import read_jsonl
-    tables = {n: read_table(run.store, f"results/{n}.csv") for n in ("perplexity", "overlap", "choices", "inference")}
+    "results/metric_summary.csv, perf_summary.md, eval_prompt_comparison.md and the figures."
+    import json
+    tables = {n: read_table(run.store, f"results/{n}.csv") for n in ("perplexity", "perplexity_pairs", "overlap", "choices", "inference")}
     table = write_table(run.store, "results/metric_summary.csv", summary_rows(tables["perplexity"], tables["overlap"], tables["choices"]), SUMMARY_COLUMNS)
     general = f"설정한 일반 글({run.settings.general.rsplit('/', 1)[-1]})" if run.settings.general else f"기준 모델이 사전 학습한 영역({', '.join(run.settings.general_domains)})의 시험 문서"
     run.store.write("results/perf_summary.md", performance_page(table, tables["overlap"], run.missing, general))
-    figures = draw_figures(run, tables, [row for _, row in read_jsonl(run.store, "results/eval_prompts.jsonl")])
-    return {"rows": len(table), "figures": len(figures)}
+    rows, rubric = read_rows(run.store, "results/eval_prompts.jsonl"), pr.read_rubric(*run.file(run.settings.scoring_rules, "evaluation.scoring_rules"))
+    gains = json.loads(run.store.read("results/gains.json")) if run.ctx.settings.report.quotes else None
+    run.store.write("results/eval_prompt_comparison.md", pr.comparison_page(rows, rubric, run.missing, {}, gains))
+    return {"rows": len(table), "figures": len(draw_figures(run, tables, rows))}
 
-# %% ../../nbs/04_evaluation.ipynb #c030
-STAGES = {"perplexity": (perplexity_stage, ["results/perplexity.csv"]), "overlap": (overlap_stage, ["results/overlap.csv"]), "choices": (choices_stage, ["results/choices.csv"]),
-          "prompts": (prompts_stage, ["results/eval_prompts.jsonl", "results/eval_prompt_comparison.md", "results/gains.json"]), "inference": (inference_stage, ["results/inference.csv"])}
+# %% ../../nbs/04_evaluation.ipynb #c034
+class Step(NamedTuple):
+    "A stage of this phase: its work, what it writes and what it depends on."
+    work: Callable # work(evaluation, stage) -> counts
+    outputs: tuple # keys in the workspace
+    settings: tuple # fields of EvaluationConfig
+    code: tuple # our modules, besides this one and `inputs`
+    files: tuple = () # fields of EvaluationConfig that name files
+    tables: tuple | None = None # keys that it reads where they exist, in place of models and texts
+    after: tuple = ("dem.merge",)
+    optional: str = "" # the stage runs when this setting is on
 
-def read_by(
-    run: Evaluation # the phase
+DOCUMENTS = ("max_documents", "max_chars", "max_document_chars", "seed")
+TABLES = ("perplexity", "overlap", "choices", "inference", "prompts")
+
+STEPS = {
+    "perplexity": Step(perplexity_stage, ("results/perplexity.csv", "results/perplexity_pairs.csv"), ("general_domains", "seq_len", "stride", "batch_tokens", "document_start", *DOCUMENTS), ("perplexity",), ("general",)),
+    "overlap": Step(overlap_stage, ("results/overlap.csv",), ("seq_len", "max_new_tokens", "continuation_documents", "rouge_tokenizers", *DOCUMENTS), ("overlap", "perplexity")),
+    "choices": Step(choices_stage, ("results/choices.csv", "results/choices_by_subject.csv", "results/choices_items.csv"), ("max_questions", "batch_tokens", "seed"), ("choices", "perplexity"), ("multiple_choice",)),
+    "prompts": Step(prompts_stage, ("results/eval_prompts.jsonl", "results/gains.json"), ("max_prompts", "max_new_tokens", "batch_tokens", *DOCUMENTS), ("prompts", "choices", "overlap", "perplexity"), ("prompts", "scoring_rules")),
+    "inference": Step(inference_stage, ("results/inference.csv",), ("inference", "seq_len"), ("inference",)),
+    "contamination": Step(contamination_stage, ("results/contamination.csv",), (), (), ("prompts",), ("results/choices_items.csv", "results/eval_prompts.jsonl", "dedup_ready/contamination.json"), ("evaluation.choices", "evaluation.prompts")),
+    "summary": Step(summary_stage, ("results/metric_summary.csv", "results/perf_summary.md", "results/eval_prompt_comparison.md", "reports/figures/evaluation_perplexity.png", "reports/figures/evaluation_gains.png"),
+                    ("general", "general_domains"), ("prompts", "perplexity", "overlap", "choices", "inference"), ("scoring_rules",),
+                    ("results/perplexity.csv", "results/perplexity_pairs.csv", "results/overlap.csv", "results/choices.csv", "results/inference.csv", "results/eval_prompts.jsonl", "results/gains.json"), tuple(f"evaluation.{t}" for t in TABLES))}
+
+# %% ../../nbs/04_evaluation.ipynb #c035
+def named_files(
+    run: Evaluation, fields: tuple # fields of EvaluationConfig: a name, a list of names, or None
+) -> dict[str, tuple[Store, str]]: # "field name" -> (store, key)
+    "The files that the config names. Raises `UserError` with the key of the setting when one does not exist."
+    found = {}
+    for field in fields:
+        value = getattr(run.settings, field)
+        for name in [value] if isinstance(value, str) else value or []: found[f"{field} {name}"] = run.file(name, f"evaluation.{field}")
+    return found
+
+def depends_on(
+    run: Evaluation, step: Step # the phase and one of its stages
 ) -> tuple[list, dict]: # (inputs for the fingerprint, settings with digests of the named files)
-    "What every stage depends on."
-    s = run.settings
-    keys = sorted({*(k for folder in run.folders.values() for k in run.store.list(folder + "/")), *(k for ks in run.files.values() for k in ks), *run.store.list("tokenizer/")})
-    named = [(s.prompts, "evaluation.prompts"), (s.scoring_rules, "evaluation.scoring_rules"), *((m, "evaluation.multiple_choice") for m in s.multiple_choice)]
-    found = {f"{setting} {name}": run.file(name, setting) for name, setting in named}
-    if s.general:
-        where, key = run.file(s.general, "evaluation.general")
-        keys.append(where.stat(key))
-    return keys, {"settings": s.model_dump(mode="json"), "files": {n: digest(w.read(k)) for n, (w, k) in found.items()}, "missing": run.missing}
+    "What a stage depends on."
+    plain = run.settings.model_dump(mode="json")
+    settings = {"settings": {f: plain[f] for f in step.settings}, "missing": run.missing, "quotes": step.work is summary_stage and run.ctx.settings.report.quotes,
+                "files": {n: digest(where.read(key)) for n, (where, key) in named_files(run, step.files).items()}}
+    return run.model_keys if step.tables is None else [k for name in step.tables for k in (run.store.list(name) if name.endswith("/") else [name] if run.store.exists(name) else [])], settings
 
-# %% ../../nbs/04_evaluation.ipynb #c031
+# %% ../../nbs/04_evaluation.ipynb #c036
 def run(
     workspace: str = "workspace", # folder or s3://bucket/prefix
     config: str = "configs/demo", # config folder
@@ -310,11 +381,10 @@ def run(
     with open_phase("evaluation", workspace, config=config, overrides=overrides, executor=executor, workers=workers) as ctx:
         evaluation = Evaluation(ctx)
         if evaluation.missing: ctx.warn(f"left out, not in this workspace: {', '.join(evaluation.missing)}")
-        keys, settings = read_by(evaluation)
+        for step in STEPS.values(): named_files(evaluation, step.files)      # a wrong path is said before the first hour of work
         counts = {}
-        for name, (work, outputs) in STAGES.items():
-            counts[name] = ctx.stage(f"evaluation.{name}", lambda stage, work=work: work(evaluation, stage), settings=settings, inputs=keys, after=["dem.merge"], outputs=outputs, code=["evaluation"])
-        ready = [o for _, outputs in STAGES.values() for o in outputs]
-        counts["summary"] = ctx.stage("evaluation.summary", lambda stage: summary_stage(evaluation, stage), settings=settings, inputs=ready, after=[f"evaluation.{n}" for n in STAGES], code=["evaluation"],
-                                      outputs=["results/metric_summary.csv", "results/perf_summary.md", "reports/figures/evaluation_perplexity.png", "reports/figures/evaluation_gains.png"])
+        for name, step in STEPS.items():
+            keys, settings = depends_on(evaluation, step)
+            counts[name] = ctx.stage(f"evaluation.{name}", lambda stage, step=step: step.work(evaluation, stage), settings=settings, inputs=keys, after=list(step.after), outputs=list(step.outputs),
+                                     code=[f"evaluation.{c}" for c in ("phase", "inputs", *step.code)])
     return {"models": list(evaluation.folders), "missing": evaluation.missing, "stages": counts}

@@ -8,14 +8,15 @@ import re
 import numpy as np, pandas as pd, yaml
 from ..core.settings import UserError
 from ..core.store import Store
-from .choices import log_likelihoods
-from .inputs import BASE, MERGED, TestDocument
+from .choices import log_likelihoods, wilson
+from .inputs import BASE, MERGED, TestDocument, read_items
 from .overlap import generate
 from .perplexity import six
 
 # %% auto #0
-__all__ = ['CRITERIA', 'SENTENCE', 'HANGUL', 'read_rubric', 'spread', 'answer_prompts', 'assemble', 'improved_rule', 'is_korean',
-           'sentence_items', 'rank_gains', 'per_character', 'one_line', 'rubric_table', 'prompt_block',
+__all__ = ['CRITERIA', 'SENTENCE', 'HANGUL', 'JUDGES', 'read_rubric', 'overall', 'read_prompts', 'spread', 'answer_prompts',
+           'assemble', 'improved_rule', 'points_rule', 'is_korean', 'sentence_items', 'rank_gains', 'per_character',
+           'one_line', 'rubric_table', 'rule_lines', 'domain_table', 'change_table', 'changes', 'prompt_block',
            'comparison_page', 'plot_gains']
 
 # %% ../../nbs/04d_prompts.ipynb #c006
@@ -35,6 +36,28 @@ def read_rubric(
     return {"criteria": {n: {"name": n, "question": "", **criteria[n]} for n in CRITERIA}, "improved": {"at_least": 6, "of": 10, **(rules.get("improved") or {})}}
 
 # %% ../../nbs/04d_prompts.ipynb #c009
+def overall(
+    points: dict, # criterion -> points from 1 to 5; None or nan where there are none
+    rubric: dict # as from `read_rubric`
+) -> float: # weighted mean; nan when a criterion is missing
+    "One number for an answer: the rubric's weights, divided by their sum."
+    weights = {n: c["weight"] for n, c in rubric["criteria"].items()}
+    given = [points.get(n) for n in weights]
+    if any(v is None or np.isnan(v) for v in given): return float("nan")
+    return float(np.dot(given, list(weights.values()))/sum(weights.values()))
+
+# %% ../../nbs/04d_prompts.ipynb #c012
+def read_prompts(
+    where: Store, key: str # eval_prompts.jsonl: id, domain, prompt, reference; task is optional
+) -> list[dict]: # the same with `task` and `index`, the line from 0
+    "Read and check the prompts. Raises `UserError` with file and line; two prompts of one id are an error too."
+    items = read_items(where, key, {"id": str, "domain": str, "prompt": str, "reference": str}, "evaluation.prompts")
+    seen: dict[str, int] = {}
+    for i, p in enumerate(items):
+        if p["id"] in seen: raise UserError(f"{key} line {i + 1}: id {p['id']!r} was used in line {seen[p['id']] + 1}; ids must differ (evaluation.prompts)")
+        seen[p["id"]] = i
+    return [{**p, "task": str(p.get("task") or "-"), "index": i} for i, p in enumerate(items)]
+
 def spread(
     prompts: list[dict], # with `domain`
     limit: int # how many
@@ -45,7 +68,7 @@ def spread(
     turns = max(map(len, queues.values()))
     return [q[i] for i in range(turns) for q in queues.values() if i < len(q)][:limit]
 
-# %% ../../nbs/04d_prompts.ipynb #c012
+# %% ../../nbs/04d_prompts.ipynb #c015
 def answer_prompts(
     model, tokenizer, # causal language model and its tokenizer
     prompts: list[dict], # each with `prompt` and `reference`
@@ -59,7 +82,7 @@ def answer_prompts(
     nats = log_likelihoods(model, tokenizer, [(p["prompt"], p["reference"]) for p in prompts], batch_tokens=batch_tokens)
     return [{"answer": a, "log_likelihood": six(n/len(p["reference"]))} for p, a, n in zip(prompts, answers, nats)]
 
-# %% ../../nbs/04d_prompts.ipynb #c013
+# %% ../../nbs/04d_prompts.ipynb #c016
 def assemble(
     prompts: list[dict], # id, domain, prompt, reference
     answered: dict[str, dict[str, dict]] # model -> prompt id -> {"answer", "log_likelihood"}
@@ -69,22 +92,32 @@ def assemble(
     for p in prompts:
         mine = {m: a[p["id"]] for m, a in answered.items() if p["id"] in a}
         gain = six(mine[MERGED]["log_likelihood"] - mine[BASE]["log_likelihood"])
-        rows.append({**{k: p[k] for k in ("id", "domain", "prompt", "reference")}, "answers": {m: a["answer"] for m, a in mine.items()},
+        rows.append({**{k: p[k] for k in ("id", "domain", "task", "index", "prompt", "reference") if k in p}, "answers": {m: a["answer"] for m, a in mine.items()},
                      "log_likelihood": {m: a["log_likelihood"] for m, a in mine.items()}, "gain": gain, "improved": gain > 0})
     return rows
 
-# %% ../../nbs/04d_prompts.ipynb #c016
+# %% ../../nbs/04d_prompts.ipynb #c019
 def improved_rule(
-    rows: list[dict], # as from `assemble`
+    rows: list[dict], # with `improved`, as from `assemble`
     rubric: dict # as from `read_rubric`
-) -> dict: # improved, prompts, needed, met
-    "How many prompts have a likelier reference after merging, and whether that is enough."
+) -> dict: # improved, prompts, needed, met, low, high
+    "How many prompts have a likelier reference after merging, whether that is enough, and the interval of the share."
     n, rule = len(rows), rubric["improved"]
     needed = -(-n*rule["at_least"]//rule["of"])
     better = sum(r["improved"] for r in rows)
-    return {"improved": better, "prompts": n, "needed": needed, "met": better >= needed}
+    low, high = wilson(better, n) if n else (0., 1.)
+    return {"improved": better, "prompts": n, "needed": needed, "met": better >= needed, "low": six(low), "high": six(high)}
 
-# %% ../../nbs/04d_prompts.ipynb #c019
+def points_rule(
+    rows: list[dict], points: dict[tuple[str, str], float], # (prompt id, model) -> overall score of people or judge
+    rubric: dict
+) -> dict | None: # as `improved_rule`; None when no prompt has points for both models
+    "The rule over the prompts whose answers of base and merged were both scored; a tie is no improvement."
+    both = [(points.get((r["id"], BASE)), points.get((r["id"], MERGED))) for r in rows]
+    scored = [{"improved": b < m} for b, m in both if b is not None and m is not None and not np.isnan(b + m)]
+    return improved_rule(scored, rubric) if scored else None
+
+# %% ../../nbs/04d_prompts.ipynb #c022
 SENTENCE = re.compile(r"[^.!?。\n]{16,200}[.!?。]?")
 HANGUL = re.compile("[가-힣]")
 
@@ -109,7 +142,7 @@ def sentence_items(
             items.append({"id": f"{doc.id}#{i + 1}", "domain": domain, "prompt": s[:cut], "reference": s[cut:]})
     return items[:limit]
 
-# %% ../../nbs/04d_prompts.ipynb #c021
+# %% ../../nbs/04d_prompts.ipynb #c024
 def rank_gains(
     items: list[dict], # sentences: id, domain, prompt, reference
     base: np.ndarray, merged: np.ndarray, # log-likelihood per character of each reference
@@ -121,7 +154,7 @@ def rank_gains(
     order = sorted(range(len(items)), key=lambda i: (-gain[i], items[i]["id"]))
     return [entry(i) for i in order if gain[i] > 0][:top], [entry(i) for i in reversed(order) if gain[i] < 0][:top]
 
-# %% ../../nbs/04d_prompts.ipynb #c023
+# %% ../../nbs/04d_prompts.ipynb #c026
 def per_character(
     model, tokenizer, items: list[dict], # each with `prompt` and `reference`
     batch_tokens: int = 2048
@@ -130,7 +163,7 @@ def per_character(
     nats = log_likelihoods(model, tokenizer, [(i["prompt"], i["reference"]) for i in items], batch_tokens=batch_tokens)
     return nats/[len(i["reference"]) for i in items]
 
-# %% ../../nbs/04d_prompts.ipynb #c026
+# %% ../../nbs/04d_prompts.ipynb #c029
 def one_line(
     text: str, limit: int = 300 # characters
 ) -> str: # safe in a Markdown table
@@ -149,46 +182,102 @@ def rubric_table(
     rows = [[f"{p}점"] + [one_line(c["anchors"][p]) for c in criteria.values()] for p in (5, 4, 3, 2, 1)]
     return ["| 점수 | " + " | ".join(head) + " |", "|---|" + "---|"*len(head)] + ["| " + " | ".join(r) + " |" for r in rows]
 
-# %% ../../nbs/04d_prompts.ipynb #c028
+# %% ../../nbs/04d_prompts.ipynb #c032
+JUDGES = {"people": "사람", "judge": "심사 모델"}
+
+def rule_lines(
+    rows: list[dict], rubric: dict, # as from `assemble` and `read_rubric`
+    points: dict[str, dict] # people, judge -> (prompt id, model) -> overall score
+) -> list[str]: # Markdown lines
+    "The rule by the automatic column, by people and by the judge."
+    say = lambda r: f"{r['prompts']}개 가운데 **{r['improved']}개 개선** (필요 {r['needed']}개, **{'충족' if r['met'] else '미충족'}**; 비율의 95 % 구간 {r['low']:.0%}~{r['high']:.0%})"
+    lines = [f"- **개선 규칙(10개 중 6개), 자동 지표**: 프롬프트 {say(improved_rule(rows, rubric))}"]
+    for key, name in JUDGES.items():
+        rule = points_rule(rows, points.get(key, {}), rubric)
+        lines.append(f"- **개선 규칙, {name}의 점수**: " + (f"점수가 있는 프롬프트 {say(rule)}" if rule else "이 실행에서는 아직 채점되지 않았습니다."))
+    return lines
+
+def domain_table(
+    rows: list[dict], points: dict[str, dict] # as above
+) -> list[str]: # Markdown lines
+    "By domain: prompts, improved ones, mean change, and mean points of base and merged."
+    scored = [k for k in JUDGES if points.get(k)]
+    lines = ["| 영역 | 프롬프트 | 개선(자동) | 평균 변화 |" + "".join(f" {JUDGES[k]}: base → merged |" for k in scored), "|---|---:|---:|---:|" + "---:|"*len(scored)]
+    for name in [*dict.fromkeys(r["domain"] for r in rows), None]:
+        part = [r for r in rows if name in (None, r["domain"])]
+        cells = [one_line(name or "전체"), str(len(part)), str(sum(r["improved"] for r in part)), f"{np.mean([r['gain'] for r in part]):+.3f}"]
+        for k in scored:
+            pairs = [(points[k].get((r["id"], BASE)), points[k].get((r["id"], MERGED))) for r in part]
+            pairs = [p for p in pairs if None not in p]
+            cells.append(f"{np.mean([b for b, _ in pairs]):.2f} → {np.mean([m for _, m in pairs]):.2f} ({len(pairs)}개)" if pairs else "-")
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+# %% ../../nbs/04d_prompts.ipynb #c033
+def change_table(
+    items: list[dict] # gains or losses, with domain, prompt, reference, base, merged, gain
+) -> list[str]: # Markdown lines
+    "What changed most, one line each: beginning, reference, both models' texts, change."
+    lines = ["| 영역 | 프롬프트 | 모범 답안 | base | merged | 변화 |", "|---|---|---|---|---|---:|"]
+    for i in items: lines.append("| " + " | ".join([one_line(i["domain"]), *(one_line(i[k], 120) or "(빈 답)" for k in ("prompt", "reference", "base", "merged")), f"{i['gain']:+.3f}"]) + " |")
+    return lines
+
+def changes(
+    rows: list[dict], gains: dict | None, top: int = 3 # rows of eval_prompts.jsonl; gains.json, or None where the corpus may not be quoted
+) -> list[str]: # Markdown lines
+    "The clearest gains and the worst losses: among the prompts, and among held-out sentences."
+    flat = sorted(({**r, "base": r["answers"][BASE], "merged": r["answers"][MERGED]} for r in rows), key=lambda r: -r["gain"])
+    parts = [("프롬프트: 가장 뚜렷한 개선", [r for r in flat if r["gain"] > 0][:top]), ("프롬프트: 가장 나빠진 것", [r for r in flat[::-1] if r["gain"] < 0][:top])]
+    if gains: parts += [("시험 문서의 문장: 가장 뚜렷한 개선", gains["gains"][:5]), ("시험 문서의 문장: 가장 나빠진 것", gains["losses"][:5])]
+    lines = []
+    for title, items in parts: lines += [f"### {title}", "", *(change_table(items) if items else ["이 실행에는 없습니다."]), ""]
+    return lines
+
+# %% ../../nbs/04d_prompts.ipynb #c034
 def prompt_block(
     number: int, row: dict, # place and row of results/eval_prompts.jsonl
-    scores: dict | None = None # model -> points, where people have scored
+    points: dict[str, dict] | None = None # people, judge -> (prompt id, model) -> overall score
 ) -> list[str]: # Markdown lines
     "One prompt with the answers of all models side by side."
-    lines = [f"### {number}. {row['id']} ({row['domain']})", "", f"**프롬프트:** {one_line(row['prompt'])}", "", f"**모범 답안:** {one_line(row['reference'])}", "",
-             "| 모델 | 답 (그리디) | 모범 답안의 글자당 로그우도 | 5점 척도 |", "|---|---|---:|---:|"]
+    points = points or {}
+    lines = [f"### {number}. {row['id']} ({row['domain']}" + (f", {row['task']}" if row.get("task", "-") != "-" else "") + ")", "",
+             f"**프롬프트:** {one_line(row['prompt'])}", "", f"**모범 답안:** {one_line(row['reference'])}", "",
+             "| 모델 | 답 (그리디) | 모범 답안의 글자당 로그우도 | " + " | ".join(f"{n} (5점)" for n in JUDGES.values()) + " |", "|---|---|---:|---:|---:|"]
     for m, answer in row["answers"].items():
-        points = (scores or {}).get(m)
-        lines.append(f"| {one_line(m)} | {one_line(answer) or '(빈 답)'} | {row['log_likelihood'][m]:.3f} | {'미채점' if points is None else f'{points:.1f}'} |")
+        scores = [points.get(k, {}).get((row["id"], m)) for k in JUDGES]
+        lines.append(f"| {one_line(m)} | {one_line(answer) or '(빈 답)'} | {row['log_likelihood'][m]:.3f} | " + " | ".join("미채점" if v is None else f"{v:.1f}" for v in scores) + " |")
     return lines + ["", f"base에서 merged로의 변화: **{row['gain']:+.3f}** ({'개선' if row['improved'] else '개선 아님'})", ""]
 
-# %% ../../nbs/04d_prompts.ipynb #c029
+# %% ../../nbs/04d_prompts.ipynb #c035
 def comparison_page(
     rows: list[dict], rubric: dict, # as from `assemble` and `read_rubric`
-    missing: list[str] # models that are not in this workspace
+    missing: list[str], # models that are not in this workspace
+    points: dict[str, dict] | None = None, # people, judge -> (prompt id, model) -> overall score
+    gains: dict | None = None, # gains.json; None: no sentences of the corpus on this page
+    notes=() # further Markdown lines: who scored, how far they agree
 ) -> str: # Markdown, in Korean
     "results/eval_prompt_comparison.md."
-    rule = improved_rule(rows, rubric)
+    points = points or {}
     lines = ["# 프롬프트별 답 비교", "", "같은 프롬프트를 base, 해당 도메인 모델, 병합 모델(merged), 혼합 학습 모델(mixed)에 주고 그리디 디코딩으로 이어 쓰게 한 결과입니다.", "",
         "- **자동 지표**: 프롬프트 뒤에 모범 답안이 올 로그우도를 글자 수로 나눈 값입니다. 0에 가까울수록 모델이 모범 답안을 더 그럴듯하게 봅니다. 모델이 쓴 답 자체를 채점한 값은 아닙니다.",
-        "- **5점 척도**: 사람이나 심사 모델이 아래 기준으로 매기는 점수입니다. **이 실행에서는 아직 채점되지 않았습니다.**",
-        f"- **개선 규칙**: 프롬프트 {rule['prompts']}개 가운데 {rule['needed']}개 이상 개선. 자동 지표로 **{rule['improved']}개 개선, {'충족' if rule['met'] else '미충족'}**."]
+        "- **5점 척도**: 사람이나 심사 모델이 아래 기준으로 매긴 점수의 가중 평균입니다.", *rule_lines(rows, rubric, points)]
     if missing: lines.append(f"- 이 작업 공간에 없어서 빠진 모델: {', '.join(missing)}")
-    lines += ["", "## 채점 기준", "", *rubric_table(rubric), "", "## 답", ""]
-    for i, row in enumerate(rows, 1): lines += prompt_block(i, row)
+    lines += ["", "## 영역별 요약", "", *domain_table(rows, points), "", *notes, *([""] if notes else []), "## 가장 크게 달라진 것", "", *changes(rows, gains), "## 채점 기준", "", *rubric_table(rubric), "", "## 답", ""]
+    for i, row in enumerate(rows, 1): lines += prompt_block(i, row, points)
     return "\n".join(lines).rstrip() + "\n"
 
-# %% ../../nbs/04d_prompts.ipynb #c032
+# %% ../../nbs/04d_prompts.ipynb #c038
 def plot_gains(
     rows: list[dict] # as from `assemble`
 ): # matplotlib figure
     "Change of every prompt's automatic column from base to merged, coloured by domain."
     import matplotlib.pyplot as plt, seaborn as sns
     table = pd.DataFrame([{"prompt": r["id"], "domain": r["domain"], "gain": r["gain"]} for r in rows]).sort_values("gain", ascending=False)
-    fig, ax = plt.subplots(figsize=(7.2, 1.4 + .26*len(table)))
-    sns.barplot(table, x="gain", y="prompt", hue="domain", dodge=False, ax=ax)
-    ax.axvline(0, color="#444444", lw=1)
-    ax.set(xlabel="글자당 로그우도의 변화 (오른쪽이 개선)", ylabel=None, title="프롬프트별 변화: base에서 merged로")
-    ax.legend(title=None, fontsize=9)
+    fig, ax = plt.subplots(figsize=(7.2, 1.5 + .21*len(table)))
+    sns.barplot(table, x="gain", y="prompt", hue="domain", hue_order=sorted(set(table["domain"])), dodge=False, ax=ax)
+    ax.axvline(0, color="#444444", lw=1); ax.tick_params(axis="y", labelsize=8.5)
+    better = int((table["gain"] > 0).sum())
+    ax.set(xlabel="글자당 로그우도의 변화 (nats, 오른쪽이 개선)", ylabel=None, title=f"base에서 merged로: 프롬프트 {len(table)}개 중 {better}개 개선")
+    ax.legend(title=None, fontsize=9, loc="lower right" if better >= len(table)/2 else "upper left")
     fig.tight_layout()
     return fig
