@@ -14,8 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 __all__ = ['DOMAINS', 'UserError', 'Section', 'SampleSettings', 'CleanSettings', 'SpanSettings', 'ContaminationSettings',
            'SemanticSettings', 'AuditSettings', 'DedupSettings', 'HeldoutSettings', 'TokenizerSettings',
            'FormatSettings', 'InstructionSettings', 'ShareSettings', 'DatasetConfig', 'BaseSettings', 'LoraSettings',
-           'VectorSettings', 'MergeSettings', 'DemConfig', 'InferenceSettings', 'JudgeSettings', 'EvaluationConfig',
-           'LoggingConfig', 'ReportSettings', 'Settings', 'project_root', 'config_folder', 'load_settings', 'describe']
+           'VectorSettings', 'MergeSettings', 'DemConfig', 'InferenceSettings', 'JudgeSettings', 'HarnessSettings',
+           'DataCurveSettings', 'EvaluationConfig', 'LoggingConfig', 'ReportSettings', 'Settings', 'project_root',
+           'config_folder', 'load_settings', 'describe']
 
 # %% ../../nbs/00a_settings.ipynb #c006
 class UserError(Exception):
@@ -284,6 +285,30 @@ class JudgeSettings(Section):
     price_output: float = Field(0, ge=0, description="price of a million tokens written")
 
 # %% ../../nbs/00a_settings.ipynb #c023
+class HarnessSettings(Section):
+    "The section `harness` of evaluation_config.yaml: tasks of lm-evaluation-harness."
+    tasks: list[str] = Field(default_factory=list, description="names that lm-evaluation-harness knows (kmmlu, haerae, kobest, kmmlu_accounting, ...), or paths of JSONL files of questions; none: it is not run")
+    data: str | None = Field(None, description="folder of local data sets, <dataset>/<configuration>/<split>.jsonl, for example HAERAE-HUB/KMMLU/Accounting/test.jsonl; looked at first")
+    hub: bool = Field(False, description="may fetch data sets from the Hugging Face hub; false: local data and the hub's cache only")
+    limit: int = Field(0, ge=0, description="questions a task; 0: all")
+    shots: int = Field(0, ge=0, description="solved examples before each question")
+    batch_size: int = Field(8, ge=1, description="requests at once")
+
+# %% ../../nbs/00a_settings.ipynb #c024
+class DataCurveSettings(Section):
+    "The section `data_curve` of evaluation_config.yaml: how much would more data bring?"
+    on: bool = Field(False, description="train small models on shares of the training tokens and extrapolate; minutes to hours, so off by default")
+    shares: list[float] = Field(default_factory=lambda: [.25, .5, 1.], min_length=2, description="shares of the training tokens, each above 0 and at most 1; steps are proportional")
+    seeds: int = Field(2, ge=1, description="models for each share; they differ in initial weights and in the text drawn")
+    max_tokens: int = Field(4_000_000, ge=1000, description="tokens of the largest share at most; 0 is not allowed, a curve over everything is a pretraining")
+    extrapolate: float = Field(2., gt=1, description="times the data that the curve is extended to")
+    seq_len: int = Field(128, ge=8, description="tokens in a training window")
+    batch_size: int = Field(8, ge=1, description="windows in a step")
+    learning_rate: float = Field(8e-3, gt=0, description="peak of the cosine schedule")
+    hidden_size: int = Field(0, ge=0, description="width of the small Mamba2; 0: the shape of models/base, which must then be below 20 million parameters")
+    layers: int = Field(3, ge=1, description="its layers, when hidden_size is given")
+
+# %% ../../nbs/00a_settings.ipynb #c025
 class EvaluationConfig(Section):
     "evaluation_config.yaml"
     general: str | None = Field(None, description="JSONL of general text (a path or an s3:// address)")
@@ -308,6 +333,8 @@ class EvaluationConfig(Section):
     bertscore_layer: int | None = Field(None, description="its layer, 0 for the embeddings; none: the last (9 is the published choice for bert-base-multilingual-cased)")
     reference_pairs: list[str] = Field(default_factory=list, description="JSONL files of input and reference (task is optional), such as translations: each model writes, BLEU, chrF and ROUGE compare; results/pairs.csv")
     max_pairs: int = Field(100, ge=1, description="pairs a file")
+    harness: HarnessSettings = HarnessSettings()
+    data_curve: DataCurveSettings = DataCurveSettings()
     inference: InferenceSettings = InferenceSettings()
     judge: JudgeSettings = JudgeSettings()
     seed: int = Field(0)
@@ -318,7 +345,7 @@ class LoggingConfig(Section):
     progress: bool = Field(True, description="progress bars on a terminal; plain lines otherwise")
     format: str = "%(asctime)s %(levelname)s %(message)s"
 
-# %% ../../nbs/00a_settings.ipynb #c024
+# %% ../../nbs/00a_settings.ipynb #c026
 class ReportSettings(Section):
     "The section `report` of evaluation_config.yaml: phase 5."
     language: Literal["ko", "en"] = Field("ko", description="language of report.md: Korean, or English on request")
@@ -334,7 +361,7 @@ class Settings(DatasetConfig):
     logging: LoggingConfig = LoggingConfig()
     config_dir: str = Field("", description="the folder that these settings came from")
 
-# %% ../../nbs/00a_settings.ipynb #c026
+# %% ../../nbs/00a_settings.ipynb #c028
 def project_root() -> Path: # the checkout that holds nbs/, configs/ and _quarto.yml
     "The project's checkout: the current folder or one above it, else the folder of the installed package."
     here, package = Path.cwd(), importlib.util.find_spec("yunmin_efficientdata")
@@ -342,7 +369,7 @@ def project_root() -> Path: # the checkout that holds nbs/, configs/ and _quarto
         if (folder/"settings.ini").is_file() and (folder/"nbs").is_dir() and (folder/"configs").is_dir(): return folder
     raise UserError("the project's notebooks and configs were not found: run this from a checkout of YunMin-EfficientData, or install it with `pip install -e .`")
 
-# %% ../../nbs/00a_settings.ipynb #c027
+# %% ../../nbs/00a_settings.ipynb #c029
 def config_folder(
     config: str # a folder, or its path below the project's root
 ) -> Path: # the folder
@@ -354,7 +381,7 @@ def config_folder(
         if below.is_dir(): return below
     raise UserError(f"config folder {config!r} does not exist; configs/demo and configs/yunmin-3b come with the project")
 
-# %% ../../nbs/00a_settings.ipynb #c029
+# %% ../../nbs/00a_settings.ipynb #c031
 def _read_yaml(path: Path) -> dict:
     if not path.is_file(): return {}
     try: data = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -364,7 +391,7 @@ def _read_yaml(path: Path) -> dict:
     if not isinstance(data, dict): raise UserError(f"{path}: expected keys and values at the top, found {type(data).__name__}")
     return data
 
-# %% ../../nbs/00a_settings.ipynb #c030
+# %% ../../nbs/00a_settings.ipynb #c032
 def _fields(model, loc):
     "The field names at the parent of `loc`, to suggest the one that was meant."
     for part in loc[:-1]:
@@ -373,7 +400,7 @@ def _fields(model, loc):
         model = field.annotation
     return list(model.model_fields)
 
-# %% ../../nbs/00a_settings.ipynb #c031
+# %% ../../nbs/00a_settings.ipynb #c033
 def _explain(model, error: ValidationError, where: str, prefix: str = "") -> str:
     "The first error of pydantic as one line: file, key, what is wrong, what to write instead."
     first = error.errors()[0]
@@ -387,7 +414,7 @@ def _explain(model, error: ValidationError, where: str, prefix: str = "") -> str
         return f"{where}: {key}: unknown key; {hint}{more}"
     return f"{where}: {key}: {first['msg']}, got {first['input']!r}{more}"
 
-# %% ../../nbs/00a_settings.ipynb #c033
+# %% ../../nbs/00a_settings.ipynb #c035
 def _override(data: dict, text: str) -> None:
     "Apply one `a.b=value` to a nested dict in place."
     key, eq, value = text.partition("=")
@@ -405,7 +432,7 @@ def _number(value):
     try: return float(value) if isinstance(value, str) and value[:1] in "+-.0123456789" else value
     except ValueError: return value
 
-# %% ../../nbs/00a_settings.ipynb #c034
+# %% ../../nbs/00a_settings.ipynb #c036
 def load_settings(
     config: str = "configs/demo", # config folder
     overrides: list[str] | tuple = () # `key=value` texts, as from --set
@@ -435,7 +462,7 @@ def _check(model, data: dict, where: str):
     try: return model.model_validate(data)
     except ValidationError as e: raise UserError(_explain(model, e, where)) from None
 
-# %% ../../nbs/00a_settings.ipynb #c039
+# %% ../../nbs/00a_settings.ipynb #c041
 def describe(
     model=Settings # a settings model
 ) -> list[tuple[str, str, str]]: # (key, default, meaning) of every field, sections flattened

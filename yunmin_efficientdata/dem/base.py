@@ -8,15 +8,18 @@ import itertools, json, os, re, shutil, warnings
 from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is loaded, see below
 import numpy as np, torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, Mamba2Config, MambaConfig
+from transformers.pytorch_utils import Conv1D
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as hf_logging
 from ..core.settings import BaseSettings, UserError
 
 # %% auto #0
-__all__ = ['TOKENIZER_FILES', 'make_deterministic', 'quiet', 'is_hub_id', 'check_folder', 'find_base', 'check_base',
-           'demo_config', 'published_config', 'parameter_count', 'cycle', 'cosine', 'pretrain', 'copy_tokenizer',
-           'save_model', 'copy_model', 'load_model', 'check_tokenizer']
+__all__ = ['PEAK_FLOPS', 'TOKENIZER_FILES', 'make_deterministic', 'quiet', 'is_hub_id', 'check_folder', 'find_base', 'check_base',
+           'demo_config', 'published_config', 'meta_model', 'parameter_count', 'matrix_flops', 'scan_flops',
+           'mixing_flops', 'forward_flops', 'peak_flops', 'cycle', 'cosine', 'pretrain', 'copy_tokenizer', 'save_model',
+           'copy_model', 'load_model', 'check_tokenizer']
 
 # %% ../../nbs/03a_base.ipynb #c006
 def make_deterministic(
@@ -119,15 +122,71 @@ def published_config() -> MambaConfig: # the shape of YunMin-Mamba 3B
     return MambaConfig(vocab_size=50280, hidden_size=2560, num_hidden_layers=64, state_size=16)
 
 # %% ../../nbs/03a_base.ipynb #c022
+def meta_model(
+    config # any causal LM's config
+): # the model without storage
+    "A model whose tensors have shapes and no memory."
+    quiet()
+    with torch.device("meta"): return AutoModelForCausalLM.from_config(config)
+
 def parameter_count(
     config # any causal LM's config
 ) -> int: # parameters, tied ones once
     "Count parameters on the meta device: nothing is allocated, so 3B takes a second."
-    with torch.device("meta"): model = AutoModelForCausalLM.from_config(config)
-    model.tie_weights()
+    model = meta_model(config); model.tie_weights()
     return sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
 
 # %% ../../nbs/03a_base.ipynb #c025
+def matrix_flops(
+    model # any model, meta will do
+) -> float: # a token
+    "Two operations for each weight of a linear layer or convolution that a token passes; a tied output layer counts, an embedding does not."
+    def weights(m): return m.weight.numel() if isinstance(m, (nn.Linear, Conv1D, nn.Conv1d)) else 0
+    return 2.*sum(weights(m) for m in model.modules())
+
+# %% ../../nbs/03a_base.ipynb #c027
+def scan_flops(
+    mixer # a Mamba or Mamba2 mixer: it has `A_log`
+) -> float: # a token
+    "Operations of the selective scan in one layer."
+    if mixer.A_log.dim() == 2: return 9.*mixer.A_log.numel()
+    heads, state, width = mixer.A_log.numel(), mixer.ssm_state_size, mixer.head_dim
+    groups, chunk = getattr(mixer, "n_groups", 1), getattr(mixer, "chunk_size", 256)
+    return 2.*chunk*(groups*state + heads*width) + 4.*heads*width*state
+
+def mixing_flops(
+    model, # any model, meta will do
+    seq_len: int # tokens in a window
+) -> float: # a token
+    "Operations of all scans and all attention layers."
+    scans = sum(scan_flops(m) for m in model.modules() if hasattr(m, "A_log"))
+    layers = sum(n.rsplit(".", 1)[-1] in ("q_proj", "c_attn", "query_key_value", "qkv_proj") for n, _ in model.named_modules())
+    heads = getattr(model.config, "num_attention_heads", 0) or 0
+    width = heads*(getattr(model.config, "head_dim", None) or model.config.hidden_size//heads) if heads else 0
+    return scans + 4.*layers*seq_len*width
+
+# %% ../../nbs/03a_base.ipynb #c028
+def forward_flops(
+    config, # any causal LM's config
+    seq_len: int # tokens in a window
+) -> float: # a token
+    "Floating-point operations of one forward pass, a token."
+    model = meta_model(config)
+    return matrix_flops(model) + mixing_flops(model, seq_len)
+
+# %% ../../nbs/03a_base.ipynb #c032
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "A10": 125e12, "V100": 125e12, "T4": 65e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
+
+def peak_flops(
+    given: float | None = None # from the settings
+) -> tuple[float | None, str]: # FLOP/s of one device, and where the figure comes from
+    "The best rate of the device that trains: as configured, else by the GPU's name; a CPU has none."
+    if given: return given, "lora.peak_flops"
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    known = next((n for n in sorted(PEAK_FLOPS, key=len, reverse=True) if n.lower() in name.lower()), None)
+    return (PEAK_FLOPS[known], f"data sheet of {known}") if known else (None, f"no peak is known for {name or 'a CPU'}")
+
+# %% ../../nbs/03a_base.ipynb #c035
 def cycle(
     loader # yields batches for one epoch; `set_epoch` is called when it has one
 ):
@@ -138,7 +197,7 @@ def cycle(
         for n, batch in enumerate(loader, 1): yield batch
         if not n: raise UserError("the training text is too short for one batch: lower seq_len or batch_size")
 
-# %% ../../nbs/03a_base.ipynb #c026
+# %% ../../nbs/03a_base.ipynb #c036
 def cosine(
     step: int, # 0-based
     steps: int, # in all
@@ -148,7 +207,7 @@ def cosine(
     if step < warmup: return (step + 1)/warmup
     return .5*(1 + np.cos(np.pi*(step - warmup)/max(1, steps - warmup)))
 
-# %% ../../nbs/03a_base.ipynb #c028
+# %% ../../nbs/03a_base.ipynb #c038
 def pretrain(
     config, # of the model to make
     loader, # batches of `input_ids`, int64 [batch, tokens]
@@ -172,7 +231,7 @@ def pretrain(
         if log: log({"step": step, "loss": loss.item(), "learning_rate": rate, "tokens": tokens})
     return model.eval()
 
-# %% ../../nbs/03a_base.ipynb #c034
+# %% ../../nbs/03a_base.ipynb #c044
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
                    "vocab.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json")
 
@@ -185,7 +244,7 @@ def copy_tokenizer(
     for name in names: shutil.copyfile(Path(source)/name, Path(target)/name)
     return names
 
-# %% ../../nbs/03a_base.ipynb #c035
+# %% ../../nbs/03a_base.ipynb #c045
 def save_model(
     model, # a transformers model
     out: Path, # folder, made when missing
@@ -196,7 +255,7 @@ def save_model(
     model.save_pretrained(out, safe_serialization=True)
     if tokenizer is not None: copy_tokenizer(tokenizer, out)
 
-# %% ../../nbs/03a_base.ipynb #c036
+# %% ../../nbs/03a_base.ipynb #c046
 def copy_model(
     source: Path, # model folder
     out: Path, # new folder
@@ -210,7 +269,7 @@ def copy_model(
         except OSError: shutil.copyfile(f, Path(out)/f.name)
     if tokenizer is not None and not (Path(out)/"tokenizer.json").is_file() and not (Path(out)/"tokenizer_config.json").is_file(): copy_tokenizer(tokenizer, out)
 
-# %% ../../nbs/03a_base.ipynb #c037
+# %% ../../nbs/03a_base.ipynb #c047
 def load_model(
     folder: Path, # HF format
     dtype=torch.float32, # of the weights in memory
@@ -220,7 +279,7 @@ def load_model(
     check_folder(Path(folder)); quiet()
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True).to(device).eval()
 
-# %% ../../nbs/03a_base.ipynb #c040
+# %% ../../nbs/03a_base.ipynb #c050
 def _vocabulary(folder: Path):
     from transformers import AutoTokenizer
     if not any((folder/n).is_file() for n in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")): return None

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/03b_lora.ipynb #c004
 from __future__ import annotations
-import csv, io, json, math, tempfile, time
+import copy, csv, hashlib, io, json, math, os, socket, subprocess, sys, tempfile, time
 from pathlib import Path
 import numpy as np, torch
 from torch import nn
@@ -12,43 +12,58 @@ from torch.nn.utils import parametrize
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 from ..core.settings import LoraSettings, UserError
-from .base import load_model, make_deterministic, quiet
-from .vectors import Adapter, Weights
+from ..core.store import open_store
+from .base import load_model, make_deterministic, matrix_flops, meta_model, mixing_flops, peak_flops, quiet
+from .vectors import Adapter, Weights, fingerprint
 from ..format.loader import TokenLoader, TokenPages
 
 # %% auto #0
-__all__ = ['MAMBA_TYPES', 'UNREACHED', 'COLUMNS', 'targets', 'LowRank', 'adapt', 'adapter_parameters', 'check_gradients',
-           'heldout_windows', 'token_loss', 'window_loss', 'Batches', 'WindowTrainer', 'Record', 'precision',
-           'arguments', 'total_steps', 'train_adapter', 'save_adapter', 'domain_model', 'training_table',
-           'training_log', 'plot_training']
+__all__ = ['COLUMNS', 'targets', 'reads_weight', 'LowRank', 'adapt', 'adapter_parameters', 'gradient_norms', 'check_gradients',
+           'adapter_report', 'heldout_windows', 'token_loss', 'window_loss', 'place', 'Batches', 'WindowTrainer',
+           'precision', 'arguments', 'logging_steps', 'adapter_size', 'training_flops', 'Record', 'adapter_state',
+           'load_adapter', 'save_adapter', 'domain_model', 'Checkpoints', 'open_checkpoints', 'belonging', 'Resume',
+           'training_table', 'training_log', 'TrainingFiles', 'total_steps', 'train_adapter', 'describe', 'Drawn',
+           'undescribe', 'run_job', 'launch', 'plot_training']
 
 # %% ../../nbs/03b_lora.ipynb #c006
+def _adaptable(model) -> dict: # module name -> module, in the model's order
+    "Linear layers, GPT-2's transposed ones, and the convolution of Mamba blocks."
+    def is_convolution(n, m): return isinstance(m, nn.Conv1d) and hasattr(_parent(model, n), "A_log")
+    return {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) or is_convolution(n, m)}
+
+def _parent(model, name: str): return model.get_submodule(name.rpartition(".")[0])
+
 def targets(
     model, # a transformers model
     names: list[str] # endings of module names, for example ["in_proj", "out_proj"]
 ) -> dict: # module name -> module, in the model's order
     "The modules to adapt. Raises `UserError` naming what matches nothing, is tied, or is no matrix."
-    linear = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
+    able = _adaptable(model)
     tied = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     for name in names:
         found = [n for n, _ in model.named_modules() if n == name or n.endswith("." + name)]
-        if not found: raise UserError(f"lora.target_modules: {name!r} matches no module of this {model.config.model_type} model; it has {', '.join(sorted({n.rsplit('.', 1)[-1] for n in linear}))}")
-        bad = next((n for n in found if n not in linear or id(linear[n].weight) in tied), None)
-        if bad: raise UserError(f"lora.target_modules: {bad} is an embedding, a convolution or tied to one, and cannot be adapted; remove {name!r}")
-    return {n: m for n, m in linear.items() if any(n == name or n.endswith("." + name) for name in names)}
+        if not found: raise UserError(f"lora.target_modules: {name!r} matches no module of this {model.config.model_type} model; it has {', '.join(sorted({n.rsplit('.', 1)[-1] for n in able}))}")
+        bad = next((n for n in found if n not in able or id(able[n].weight) in tied), None)
+        if bad: raise UserError(f"lora.target_modules: {bad} is an embedding, no matrix, or tied to an embedding, and cannot be adapted; remove {name!r}")
+    return {n: m for n, m in able.items() if any(n == name or n.endswith("." + name) for name in names)}
 
 # %% ../../nbs/03b_lora.ipynb #c008
-MAMBA_TYPES = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}  # where peft cannot reach some modules
-UNREACHED = {"out_proj", "dt_proj", "x_proj"}  # their weight is read directly by some path of the Mamba block
+def reads_weight(
+    model, name: str # a module's name in it
+) -> bool: # the weight must be re-parametrised
+    "True for modules of a Mamba block whose weight some path reads without calling the module."
+    return hasattr(_parent(model, name), "A_log") and name.rsplit(".", 1)[-1] != "in_proj"
 
 class LowRank(nn.Module):
-    "Parametrisation `W -> W + scale * B @ A`; B begins at zero, so training begins at the base."
+    "Parametrisation `W -> W + scale * B @ A`; B begins at zero, so training begins at the base. A convolution's weight counts as [channels, kernel]."
     def __init__(self, weight: torch.Tensor, r: int, alpha: float):
         super().__init__()
-        self.scale, rows, columns = alpha/r, *weight.shape
-        self.lora_A, self.lora_B = nn.Parameter(torch.empty(r, columns, device=weight.device)), nn.Parameter(torch.zeros(rows, r, device=weight.device))
+        rows, columns = weight.shape[0], weight[0].numel(); r = min(r, columns) if weight.dim() > 2 else r
+        self.scale, where = alpha/r, weight.device
+        self.lora_A, self.lora_B = nn.Parameter(torch.empty(r, columns, device=where)), nn.Parameter(torch.zeros(rows, r, device=where))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-    def forward(self, weight): return weight + (self.scale*(self.lora_B @ self.lora_A)).to(weight.dtype)
+    def forward(self, weight):
+        with torch.autocast(weight.device.type, enabled=False): return weight + (self.scale*(self.lora_B @ self.lora_A)).view_as(weight).to(weight.dtype)
 
 # %% ../../nbs/03b_lora.ipynb #c009
 def adapt(
@@ -57,14 +72,16 @@ def adapt(
 ): # the model with adapters; peft's wrapper where peft is used
     "Attach an adapter to each target: peft where it reaches, a re-parametrised weight elsewhere."
     found = targets(model, s.target_modules)
-    direct = [n for n in found if model.config.model_type in MAMBA_TYPES and n.rsplit(".", 1)[-1] in UNREACHED]  # in the model's order, which is the order of the random draws
+    direct = [n for n in found if reads_weight(model, n)]  # in the model's order, which is the order of the random draws
+    rest = [n for n in found if n not in direct]
+    if len({isinstance(found[n], Conv1D) for n in found}) > 1: raise UserError(f"lora.target_modules: {', '.join(s.target_modules)} mixes transposed and plain matrices, which one adapter_config.json cannot say; name modules of one kind")
     for p in model.parameters(): p.requires_grad_(False)
-    for name in direct: parametrize.register_parametrization(found[name], "weight", LowRank(found[name].weight, s.r, s.alpha))
-    if rest := [n for n in found if n not in direct]:
+    for n in direct: parametrize.register_parametrization(found[n], "weight", LowRank(found[n].weight, s.r, s.alpha))
+    if rest:
         from peft import LoraConfig, get_peft_model
         model = get_peft_model(model, LoraConfig(r=s.r, lora_alpha=s.alpha, lora_dropout=s.dropout, target_modules=rest, fan_in_fan_out=isinstance(found[rest[0]], Conv1D)))
-        for name in direct:
-            for p in found[name].parametrizations.weight[0].parameters(): p.requires_grad_(True)
+    for n in direct:
+        for p in found[n].parametrizations.weight[0].parameters(): p.requires_grad_(True)
     return model
 
 # %% ../../nbs/03b_lora.ipynb #c010
@@ -81,15 +98,71 @@ def adapter_parameters(
     return {m: (pairs[m]["A"], pairs[m]["B"]) for m in sorted(pairs)}
 
 # %% ../../nbs/03b_lora.ipynb #c013
+def gradient_norms(
+    model # after a backward pass
+) -> dict[str, tuple[float, float]]: # module -> norms of the gradients of A and B; 0 where there is none
+    "Gradient norm of every adapter tensor."
+    def norm(p): return 0. if p.grad is None else p.grad.float().norm().item()
+    return {n: (norm(A), norm(B)) for n, (A, B) in adapter_parameters(model).items()}
+
 def check_gradients(
     model # after a backward pass
-):
-    "Raise `UserError` naming the first adapted module without a gradient, and the remedy."
+) -> bool: # every tensor, A and B, has a gradient
+    "Raise `UserError` naming the first adapter that gets no gradient where it must, and the remedy. False: some A cannot have one yet."
+    whole, norms = True, gradient_norms(model)
     for name, (A, B) in adapter_parameters(model).items():
-        if B.grad is None or not torch.any(B.grad != 0):
-            raise UserError(f"lora.target_modules: the adapter of {name} gets no gradient, so it would learn nothing; remove {name.rsplit('.', 1)[-1]!r} from target_modules")
+        began = bool(torch.any(B != 0)); a, b = norms[name]; whole &= began
+        if b == 0 or (began and a == 0):
+            raise UserError(f"lora.target_modules: the adapter of {name} gets no gradient ({'B' if b == 0 else 'A'}), so it would learn nothing; remove {name.rsplit('.', 1)[-1]!r} from target_modules, or train where its block does not bypass it")
+    return whole
 
 # %% ../../nbs/03b_lora.ipynb #c019
+def _two_steps(model, ids, rate: float = .05) -> dict[str, tuple[float, float]]: # module -> (A's, B's norm)
+    "Gradient norms of B at the first and of A at the second step of plain gradient descent, each tensor's step of length `rate`."
+    norms = {}
+    for step in range(2):
+        model.zero_grad(); token_loss(model(input_ids=ids, use_cache=False).logits, ids).backward()
+        found = gradient_norms(model)
+        norms = {n: (found[n][0], norms[n][1] if step else found[n][1]) for n in found}
+        with torch.no_grad():
+            for A, B in adapter_parameters(model).values():
+                for p in (A, B):
+                    if p.grad is not None and p.grad.norm() > 0: p.sub_(rate*p.grad/p.grad.norm())
+    return norms
+
+@torch.no_grad()
+def _effects(base, model, ids, size: float) -> dict[str, tuple[float, float]]: # module -> (effect, merge error)
+    "Each adapter alone at `size` times its weight's norm, in place and added to the weight of `base`; everything is put back."
+    def logits(m): return m(input_ids=ids, use_cache=False).logits.float()
+    pairs, plain, out = adapter_parameters(model), logits(base), {}
+    for _, B in pairs.values(): B.zero_()
+    for name, (A, B) in pairs.items():
+        weight = base.get_submodule(name).weight; kept = weight.clone(); transposed = isinstance(base.get_submodule(name), Conv1D)
+        nn.init.normal_(B, generator=torch.Generator(B.device).manual_seed(0)); delta = (B @ A).T if transposed else B @ A
+        factor = size*kept.float().norm()/delta.norm(); B.mul_(factor/_scale_of(model, name))
+        tuned = logits(model); weight.add_((factor*delta).view_as(weight).to(weight.dtype)); merged = logits(base)
+        out[name] = ((tuned - plain).abs().max().item(), (merged - tuned).abs().max().item())
+        weight.copy_(kept); B.zero_()
+    return out
+
+# %% ../../nbs/03b_lora.ipynb #c020
+def _scale_of(model, name: str) -> float: # of one adapted module
+    module = (model.base_model.model if hasattr(model, "peft_config") else model).get_submodule(name)
+    return module.parametrizations.weight[0].scale if parametrize.is_parametrized(module) else module.scaling["default"]
+
+def adapter_report(
+    model, # a base model; left as it was
+    s: LoraSettings, # rank, scale, target modules
+    ids: torch.Tensor, # int64 [batch, tokens] to try it on
+    size: float = 1. # of the correction, as a share of the weight's norm
+) -> list[dict]: # a row for each module: module, way, gradient_a, gradient_b, effect, merge_error
+    "Gradient norms and merge error of every adapted module, on the model's own device and in its own precision."
+    tuned = adapt(copy.deepcopy(model), s); base = copy.deepcopy(model).eval()
+    norms = _two_steps(tuned.train(), ids); effects = _effects(base, tuned.eval(), ids, size)
+    return [{"module": n, "way": "weight" if reads_weight(base, n) else "peft", "gradient_a": norms[n][0], "gradient_b": norms[n][1],
+             "effect": effects[n][0], "merge_error": effects[n][1]} for n in norms]
+
+# %% ../../nbs/03b_lora.ipynb #c022
 def heldout_windows(
     files: list, # Parquet files with tokens
     seq_len: int, # tokens in a window
@@ -101,7 +174,7 @@ def heldout_windows(
     if not n: return np.zeros((0, seq_len), np.int64)
     return pages.take(np.unique(np.linspace(0, n - 1, min(n, limit)).astype(np.int64))*seq_len, seq_len).astype(np.int64)
 
-# %% ../../nbs/03b_lora.ipynb #c020
+# %% ../../nbs/03b_lora.ipynb #c023
 def token_loss(
     logits: torch.Tensor, # [batch, tokens, vocabulary]
     ids: torch.Tensor # int64 [batch, tokens]
@@ -120,48 +193,87 @@ def window_loss(
     model.eval()
     for i in range(0, len(windows), batch_size):
         ids = torch.from_numpy(windows[i:i + batch_size]).to(device)
-        total += token_loss(model(input_ids=ids).logits, ids).item()*len(ids)
+        total += token_loss(model(input_ids=ids, use_cache=False).logits, ids).item()*len(ids)
     model.train(training)
     return total/len(windows)
 
-# %% ../../nbs/03b_lora.ipynb #c023
-class Batches:
-    "Trainer's view of a loader: length, batches, epoch."
-    def __init__(self, loader): self.loader, self.dataset = loader, getattr(loader, "dataset", None)
-    def __len__(self): return len(self.loader)
-    def __iter__(self): return ({"input_ids": b["input_ids"]} for b in self.loader)
+# %% ../../nbs/03b_lora.ipynb #c028
+def place(
+    loader, # a TokenLoader, or anything that yields global batches
+    rank: int, world: int, # this process among all
+    parts: int = 1 # in which a slice is computed
+) -> bool: # the loader slices by itself
+    "Let a loader hand out this rank's slice. Raises `UserError` for a batch that cannot be divided."
+    sampler = getattr(loader, "batch_sampler", None)
+    size = getattr(sampler, "batch_size", None)
+    if size and size % (world*parts): raise UserError(f"lora.batch_size: {size} windows cannot be divided by {world} processes x lora.accumulation {parts}; choose a multiple of {world*parts}")
+    if not hasattr(sampler, "world_size"): return False
+    sampler.rank, sampler.world_size = rank, world
+    return True
 
+class Batches:
+    "Trainer's view of a loader: parts of this rank's slice, epoch after epoch, and where it is."
+    def __init__(self, loader, steps: int, parts: int = 1, rank: int = 0, world: int = 1):
+        self.loader, self.steps, self.parts, self.rank, self.world = loader, steps, parts, rank, world
+        self.dataset, self.sliced, self.given, self.skip = getattr(loader, "dataset", None), place(loader, rank, world, parts), 0, 0
+    def __len__(self): return self.steps*self.parts
+
+# %% ../../nbs/03b_lora.ipynb #c029
+def _parts_of(self: Batches):
+    for epoch in range(1 << 62):
+        if hasattr(self.loader, "set_epoch"): self.loader.set_epoch(epoch)
+        found = False
+        for batch in self.loader:
+            found = True
+            if self.skip: self.skip -= 1; continue
+            ids = batch["input_ids"]; self.given += 1
+            if not self.sliced: ids = _slice(ids, self.rank, self.world)
+            for part in _split(ids, self.parts): yield {"input_ids": part}
+        if not found: raise UserError("the training text is too short for one batch: lower lora.seq_len or lora.batch_size")
+
+def _split(ids, parts: int):
+    if len(ids) % parts: raise UserError(f"lora.accumulation: {len(ids)} windows of a process cannot be computed in {parts} equal parts")
+    return ids.split(len(ids)//parts)
+
+def _slice(ids, rank: int, world: int):
+    if len(ids) % world: raise UserError(f"lora.batch_size: {len(ids)} windows cannot be divided by {world} processes")
+    return _split(ids, world)[rank]
+
+Batches.__iter__ = _parts_of
+
+# %% ../../nbs/03b_lora.ipynb #c031
+def _position(self: Batches) -> dict: # JSON-able
+    "Batches handed out so far, and the loader's own state where it has one."
+    return {"given": self.given, "loader": self.loader.state_dict() if hasattr(self.loader, "state_dict") else None}
+
+def _go_to(self: Batches, position: dict):
+    self.given = position["given"]
+    if position["loader"] is not None: self.loader.load_state_dict(position["loader"])
+    else: self.skip = self.given
+
+Batches.state_dict, Batches.load_state_dict = _position, _go_to
+
+# %% ../../nbs/03b_lora.ipynb #c034
 class WindowTrainer(Trainer):
-    "Trainer on ready-made batches, with its own loss and evaluation over fixed windows."
-    def __init__(self, *args, batches, windows, **kwargs):
+    "Trainer on ready-made batches, with its own loss, evaluation and saved state."
+    def __init__(self, *args, batches, windows, save=None, **kwargs):
         super().__init__(*args, train_dataset=batches.dataset, eval_dataset=list(windows), **kwargs)
-        self.batches, self.windows, self.model_accepts_loss_kwargs = batches, windows, False
+        self.batches, self.windows, self.save, self.model_accepts_loss_kwargs = batches, windows, save, False
     def get_train_dataloader(self): return self.batches
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         out = model(input_ids=inputs["input_ids"], use_cache=False); loss = token_loss(out.logits, inputs["input_ids"])
-        if model.training and not loss.requires_grad: check_gradients(model)
+        if model.training and not loss.requires_grad: check_gradients(self.model)
         return (loss, out) if return_outputs else loss
     def evaluate(self, *args, **kwargs):
-        with self.compute_loss_context_manager(): metrics = {"eval_loss": window_loss(self.model, self.windows)} if len(self.windows) else {}
-        if metrics: self.log(metrics)
+        if not len(self.windows): return {}
+        rank, world = self.args.process_index, self.args.world_size; mine = self.windows[rank::world]
+        with self.compute_loss_context_manager(): total = window_loss(self.model, mine, max(1, self.args.per_device_train_batch_size))*len(mine) if len(mine) else 0.
+        if world > 1: total = self.accelerator.reduce(torch.tensor(total, dtype=torch.float64, device=self.args.device), "sum").item()
+        metrics = {"eval_loss": total/len(self.windows)}; self.log(metrics)
         return metrics
+    def _save_checkpoint(self, model, trial): self.save(self)
 
-# %% ../../nbs/03b_lora.ipynb #c024
-class Record(TrainerCallback):
-    "Collect the log as rows, and check the gradients at the first step."
-    def __init__(self, tokens_a_step: int, log=None): self.tokens, self.log, self.rows, self.began = tokens_a_step, log, [], time.perf_counter()
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        if state.global_step == 0: check_gradients(model)
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        row = {k: logs[k] for k in ("loss", "eval_loss", "learning_rate") if k in (logs or {})}
-        if not row: return
-        if not all(math.isfinite(v) for v in row.values()): raise UserError(f"the loss is not finite after step {state.global_step}: lower lora.learning_rate, or use bf16")
-        new = not (self.rows and self.rows[-1]["step"] == state.global_step)
-        if new: self.rows.append({"step": state.global_step, "epoch": round(state.epoch or 0, 4), "tokens": state.global_step*self.tokens, "seconds": round(time.perf_counter() - self.began, 2)})
-        first = "eval_loss" in row and "eval_loss" not in self.rows[-1]; self.rows[-1].update(row)
-        if self.log and first: self.log({"loss": next((r["loss"] for r in reversed(self.rows) if "loss" in r), math.nan), **self.rows[-1]})
-
-# %% ../../nbs/03b_lora.ipynb #c025
+# %% ../../nbs/03b_lora.ipynb #c035
 def precision(
     s: LoraSettings, # `precision`
     cuda: bool # is there a GPU
@@ -176,47 +288,125 @@ def arguments(
     steps: int # optimizer steps
 ) -> TrainingArguments: # for Trainer
     "Published hyper-parameters as Trainer's arguments: AdamW, cosine schedule, no checkpoints of its own."
-    cuda = torch.cuda.is_available(); half = precision(s, cuda)
-    return TrainingArguments(output_dir=str(folder), max_steps=steps, num_train_epochs=s.epochs, learning_rate=s.learning_rate, lr_scheduler_type="cosine",
-        warmup_steps=math.ceil(s.warmup_ratio*steps), weight_decay=0., max_grad_norm=1., per_device_train_batch_size=s.batch_size, seed=s.seed, fp16=half == "fp16", bf16=half == "bf16",
-        gradient_checkpointing=s.gradient_checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False} if s.gradient_checkpointing else None,
-        logging_steps=max(1, min(10, steps//20)), eval_strategy="steps", eval_steps=min(s.eval_steps, steps), save_strategy="no", report_to="none", disable_tqdm=True,
-        remove_unused_columns=False, use_cpu=not cuda, dataloader_pin_memory=cuda, optim="adamw_torch")
+    cuda = torch.cuda.is_available(); half = precision(s, cuda); world = int(os.environ.get("WORLD_SIZE", 1))
+    out = TrainingArguments(output_dir=str(folder), max_steps=steps, num_train_epochs=s.epochs, learning_rate=s.learning_rate, lr_scheduler_type="cosine",
+        warmup_steps=math.ceil(s.warmup_ratio*steps), weight_decay=0., max_grad_norm=1., per_device_train_batch_size=max(1, s.batch_size//(world*s.accumulation)), gradient_accumulation_steps=s.accumulation,
+        seed=s.seed, fp16=half == "fp16", bf16=half == "bf16", gradient_checkpointing=s.gradient_checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False} if s.gradient_checkpointing else None,
+        logging_steps=logging_steps(steps), logging_nan_inf_filter=False, eval_strategy="steps", eval_steps=min(s.eval_steps, steps), save_strategy="no", report_to="none", disable_tqdm=True,
+        remove_unused_columns=False, use_cpu=not cuda, dataloader_pin_memory=cuda, optim="adamw_torch", ddp_backend="gloo" if world > 1 and not cuda else None, ddp_find_unused_parameters=False)
+    if world == 1: out._n_gpu = min(1, out.n_gpu)  # several GPUs without a launcher: Trainer would wrap the model in DataParallel and cut the batches
+    return out
 
-# %% ../../nbs/03b_lora.ipynb #c026
-def total_steps(
-    s: LoraSettings, # `max_steps`, `epochs`
-    batches: int # in an epoch
-) -> int: # optimizer steps
-    "Steps of a run: by epochs, cut at `max_steps` when that is positive."
-    steps = max(1, math.ceil(s.epochs*batches))
-    return steps if s.max_steps < 1 else s.max_steps
+def logging_steps(steps: int) -> int: # optimizer steps between rows of the log
+    "A row each ten steps; more often in a short run, a thousand rows at most in a long one."
+    return max(1, min(10, steps//20), steps//1000)
 
-def train_adapter(
-    base: Path, # HF folder
-    loader, # batches of `input_ids`
-    windows: np.ndarray, # int64 [n, tokens], validation
-    s: LoraSettings, # hyper-parameters
-    out: Path, # folder of the adapter, made here
-    steps: int | None = None, # instead of the settings' own
-    threads: int = 2, # of torch; part of the result
-    log=None # called with a row at each evaluation
-) -> list[dict]: # rows: step, epoch, loss, eval_loss, learning_rate, tokens, seconds
-    "Train one adapter from the base and save it. Same inputs, same bytes. Raises `UserError` when it would learn nothing."
-    quiet(); make_deterministic(s.seed, threads); steps = steps or total_steps(s, len(loader))
-    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision(s, torch.cuda.is_available())]
-    model = adapt(load_model(base, dtype), s); record = Record(s.batch_size*loader.dataset.seq_len, log)
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = WindowTrainer(model=model, args=arguments(s, folder, steps), batches=Batches(loader), windows=windows, callbacks=[record])
-        trainer.remove_callback(_printer()); trainer.train()
-    save_adapter(model, out, s)
-    return record.rows
+# %% ../../nbs/03b_lora.ipynb #c037
+def adapter_size(
+    model, s: LoraSettings # a model, meta will do
+) -> tuple[int, int]: # parameters of the adapter, and of the weights that are re-parametrised
+    "Count what `adapt` would add, without adding it."
+    found = targets(model, s.target_modules)
+    def rank(m): return min(s.r, m.weight[0].numel()) if m.weight.dim() > 2 else s.r
+    return (sum(rank(m)*(m.weight.shape[0] + m.weight[0].numel()) for m in found.values()), sum(m.weight.numel() for n, m in found.items() if reads_weight(model, n)))
 
-def _printer():
-    from transformers import PrinterCallback
-    return PrinterCallback
+def training_flops(
+    config, s: LoraSettings # the base's shape; targets, window, checkpointing
+) -> tuple[float, float]: # a token: the model's work, the machine's work
+    "Floating-point operations of one training step, a token."
+    model = meta_model(config); forward = matrix_flops(model) + mixing_flops(model, s.seq_len); adapter, direct = adapter_size(model, s)
+    needed = 2*forward + 6*adapter
+    return needed, needed + 2*direct + (forward if s.gradient_checkpointing else 0)
 
-# %% ../../nbs/03b_lora.ipynb #c028
+# %% ../../nbs/03b_lora.ipynb #c040
+class Record(TrainerCallback):
+    "Collect the log as rows, check the gradients, stop early or in time."
+    def __init__(self, s: LoraSettings, steps: int, epoch: int, flops: float, peak: float | None, log=None, files=None):
+        self.s, self.steps, self.epoch, self.flops, self.peak, self.log, self.files = s, steps, epoch, flops, peak, log, files
+        self.rows, self.notes, self.checked, self.worse, self.best, self.stopped = [], [], False, 0, None, None
+        self.began, self.before, self.busy, self.busy_steps = time.perf_counter(), 0., 0., 0
+    @property
+    def seconds(self) -> float: return self.before + time.perf_counter() - self.began
+    def on_step_begin(self, args, state, control, **kwargs): self.step_began = time.perf_counter()
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if self.checked: return
+        norms = gradient_norms(model); self.checked = check_gradients(model)
+        if self.checked or state.global_step == 0:
+            which, place_ = ("A", 0) if self.checked else ("B", 1); low = min(norms, key=lambda n: norms[n][place_])
+            self.notes.append(f"gradients of {which} at step {state.global_step + 1}: {len(norms)} adapters, norms {norms[low][place_]:.2g} ({low}) to {max(n[place_] for n in norms.values()):.2g}")
+
+# %% ../../nbs/03b_lora.ipynb #c041
+def _on_step_end(self: Record, args, state, control, **kwargs):
+    self.busy += time.perf_counter() - self.step_began; self.busy_steps += 1
+    if self.s.max_hours and state.global_step < self.steps and _any_rank(self.seconds > 3600*self.s.max_hours, args): self._stop(control, "max_hours", f"stopped after {self.seconds/3600:.2f} h at step {state.global_step} of {self.steps} (lora.max_hours)")
+    if state.global_step >= self.steps: control.should_log = control.should_evaluate = True
+    if self.s.checkpoint_steps and state.global_step % _every(self.s, self.steps) == 0 and state.global_step < self.steps: control.should_save = True
+
+def _stop(self: Record, control, why: str, text: str):
+    self.stopped = why; self.notes.append(text)
+    control.should_log = control.should_evaluate = control.should_training_stop = True
+
+def _every(s: LoraSettings, steps: int) -> int: # a multiple of the log's, so that no mean is cut in two
+    return -(-s.checkpoint_steps//logging_steps(steps))*logging_steps(steps)
+
+def _any_rank(flag: bool, args) -> bool: # the same answer on all ranks
+    if args.world_size == 1: return flag
+    found = torch.tensor(int(flag), device=args.device); torch.distributed.all_reduce(found)
+    return bool(found.item())
+
+Record.on_step_end, Record._stop = _on_step_end, _stop
+
+# %% ../../nbs/03b_lora.ipynb #c042
+def _on_log(self: Record, args, state, control, logs=None, model=None, **kwargs):
+    row = {k: logs[k] for k in ("loss", "eval_loss", "learning_rate") if k in (logs or {})}
+    if not row: return
+    if not all(math.isfinite(v) for v in row.values()): raise UserError(f"the loss is not finite after step {state.global_step}: lower lora.learning_rate, or use bf16")
+    tokens = self.s.batch_size*self.s.seq_len
+    if not (self.rows and self.rows[-1]["step"] == state.global_step): self.rows.append({"step": state.global_step, "epoch": round(state.global_step/self.epoch, 4), "tokens": state.global_step*tokens})
+    self.rows[-1] |= {"seconds": round(self.seconds, 2)}
+    if "loss" in row and self.busy_steps:
+        speed = self.busy_steps*tokens/self.busy; self.busy, self.busy_steps = 0., 0
+        row |= {"tokens_per_s": round(speed, 1)} | ({"mfu": speed*self.flops/(self.peak*args.world_size)} if self.peak else {})
+    first = "eval_loss" in row and "eval_loss" not in self.rows[-1]; self.rows[-1].update(row)
+    if first and self.s.patience: self._watch(row["eval_loss"], state.global_step, model, control)
+    if self.files: self.files(self.rows, self.notes)
+    if self.log and first: self.log({"loss": next((r["loss"] for r in reversed(self.rows) if "loss" in r), math.nan), **self.rows[-1]})
+
+def _watch(self: Record, loss: float, step: int, model, control):
+    "Keep the best adapter; stop when nothing was better for `patience` validations."
+    if self.best is None or loss < self.best["loss"]: self.best, self.worse = {"loss": loss, "step": step, "tensors": adapter_state(model)}, 0; return
+    self.worse += 1
+    if self.worse >= self.s.patience and step < self.steps: self._stop(control, "patience", f"stopped at step {step} of {self.steps}: no better validation loss {self.worse} times (lora.patience)")
+
+Record.on_log, Record._watch = _on_log, _watch
+
+# %% ../../nbs/03b_lora.ipynb #c044
+def adapter_state(
+    model # as returned by `adapt`
+) -> dict[str, torch.Tensor]: # name in peft's layout -> float32
+    "Copies of the factors."
+    return {f"base_model.model.{m}.lora_{k}.weight": p.detach().float().cpu().clone() for m, pair in adapter_parameters(model).items() for k, p in zip("AB", pair)}
+
+def load_adapter(
+    model, # as returned by `adapt`
+    source # an adapter folder, or a dict as `adapter_state` gives it
+):
+    "Put saved factors into a model. Raises `UserError` when they belong to other modules or another rank."
+    if not isinstance(source, dict): source, name = _read_factors(Path(source)), str(source)
+    else: name = "the adapter given as start"
+    mine = {f"base_model.model.{m}.lora_{k}.weight": p for m, pair in adapter_parameters(model).items() for k, p in zip("AB", pair)}
+    if odd := sorted(set(mine) ^ set(source)): raise UserError(f"{name}: {odd[0]} is in only one of this adapter and the configured one; use the same lora.target_modules and r")
+    for key, p in mine.items():
+        if p.shape != source[key].shape: raise UserError(f"{name}: {key} is {list(source[key].shape)}, configured is {list(p.shape)}; use the same lora.r")
+        with torch.no_grad(): p.copy_(source[key])
+
+def _read_factors(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+    file = folder/"adapter_model.safetensors"
+    if not file.is_file(): raise UserError(f"{file}: no such file: an adapter folder holds adapter_config.json and adapter_model.safetensors")
+    return load_file(file)
+
+# %% ../../nbs/03b_lora.ipynb #c045
 def save_adapter(
     model, # as returned by `adapt`
     out: Path, # folder
@@ -226,14 +416,13 @@ def save_adapter(
     from peft import LoraConfig
     from safetensors.torch import save_file
     Path(out).mkdir(parents=True, exist_ok=True)
-    tensors = {f"base_model.model.{m}.lora_{k}.weight": p.detach().float().cpu().contiguous() for m, pair in adapter_parameters(model).items() for k, p in zip("AB", pair)}
-    save_file(tensors, Path(out)/"adapter_model.safetensors", metadata={"format": "pt"})
+    save_file({k: p.contiguous() for k, p in adapter_state(model).items()}, Path(out)/"adapter_model.safetensors", metadata={"format": "pt"})
     fan = any(isinstance(m, Conv1D) for m in targets(model, s.target_modules).values()) if not hasattr(model, "peft_config") else next(iter(model.peft_config.values())).fan_in_fan_out
     config = LoraConfig(r=s.r, lora_alpha=s.alpha, lora_dropout=s.dropout, target_modules=sorted(s.target_modules), task_type="CAUSAL_LM", inference_mode=True, fan_in_fan_out=fan).to_dict()
     plain = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
     (Path(out)/"adapter_config.json").write_text(json.dumps(plain, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
 
-# %% ../../nbs/03b_lora.ipynb #c029
+# %% ../../nbs/03b_lora.ipynb #c046
 def domain_model(
     base: Path, # HF folder
     adapter: Path, # adapter folder in peft's layout
@@ -248,26 +437,292 @@ def domain_model(
         with torch.no_grad(): state[key].copy_((state[key].float() + delta).to(dtype))
     return model
 
-# %% ../../nbs/03b_lora.ipynb #c033
-COLUMNS = ("step", "epoch", "loss", "eval_loss", "learning_rate", "tokens", "seconds")
+# %% ../../nbs/03b_lora.ipynb #c048
+class Checkpoints:
+    "The last states of one training, in a folder of a store."
+    def __init__(self, store, prefix: str, keep: int = 2): self.store, self.prefix, self.keep = store, prefix.rstrip("/"), keep
+    def steps(self) -> list[int]: # of whole checkpoints, newest first
+        names = {k[len(self.prefix) + 1:].split("/")[0] for k in self.store.list(self.prefix + "/") if k.endswith("/_COMMIT")}
+        return sorted((int(n.removeprefix("step-")) for n in names), reverse=True)
+    def key(self, step: int) -> str: return f"{self.prefix}/step-{step:08d}"
+    def clear(self): self.store.delete_prefix(self.prefix + "/")
+    def save(self, step: int, tensors: dict, state: dict):
+        from safetensors.torch import save_file
+        with self.store.output(self.key(step)) as out:
+            out.mkdir(); save_file(tensors, out/"state.safetensors"); (out/"state.json").write_text(json.dumps(state), encoding="utf-8")
+        for old in self.steps()[self.keep:]: self.store.delete_prefix(self.key(old) + "/")
+
+# %% ../../nbs/03b_lora.ipynb #c049
+def _load_checkpoint(self: Checkpoints, belongs: str) -> tuple[dict, dict] | None: # tensors, state
+    "The newest state of this very training; states of another one are deleted."
+    from safetensors.torch import load_file
+    for step in self.steps():
+        folder = self.store.fetch(self.key(step) + "/"); state = json.loads((folder/"state.json").read_text(encoding="utf-8"))
+        if state["belongs"] == belongs: return load_file(folder/"state.safetensors"), state
+        self.store.delete_prefix(self.key(step) + "/")
+    return None
+
+Checkpoints.load = _load_checkpoint
+
+def open_checkpoints(
+    resume # None; a folder; or (store, key of a folder)
+) -> Checkpoints | None:
+    "Where states are saved and looked for."
+    if resume is None or isinstance(resume, Checkpoints): return resume
+    if isinstance(resume, (str, Path)): return Checkpoints(open_store(str(Path(resume).parent)), Path(resume).name)
+    store, key = resume
+    return Checkpoints(open_store(store) if isinstance(store, str) else store, key)
+
+# %% ../../nbs/03b_lora.ipynb #c050
+def _digest(*things) -> str: # 16 hexadecimal digits
+    return hashlib.sha256(json.dumps(things, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+def belonging(
+    base: Path, loader, windows: np.ndarray, s: LoraSettings, steps: int, start=None # as for `train_adapter`
+) -> str: # digest of all that decides what a training becomes
+    "Name of a training: its checkpoints can only be continued by the same one."
+    data = loader.fingerprint() if hasattr(loader, "fingerprint") else [len(loader), loader.dataset.seq_len]
+    begun = {k: v.double().sum().item() for k, v in (start if isinstance(start, dict) else _read_factors(Path(start))).items()} if start is not None else None
+    free = {"processes", "checkpoint_steps", "max_hours", "peak_flops", "accumulation"}
+    return _digest(fingerprint(Weights(base)), data, hashlib.sha256(np.ascontiguousarray(windows)).hexdigest(), s.model_dump(exclude=free), steps, begun)
+
+# %% ../../nbs/03b_lora.ipynb #c052
+def _snapshot(trainer: WindowTrainer, record: Record) -> tuple[dict, dict]: # tensors, state
+    "All that the next step depends on."
+    inner = trainer.optimizer.state_dict()
+    tensors = {f"adapter.{k}": v for k, v in adapter_state(trainer.model).items()}
+    tensors |= {f"optimizer.{i}.{k}": torch.as_tensor(v).detach().cpu().clone() for i, found in inner["state"].items() for k, v in found.items()}
+    if record.best: tensors |= {f"best.{k}": v for k, v in record.best["tensors"].items()}
+    tensors |= _random_state(trainer)
+    state = {"step": trainer.state.global_step, "rates": [g["lr"] for g in inner["param_groups"]], "schedule": trainer.lr_scheduler.state_dict(),
+             "scaler": trainer.accelerator.scaler.state_dict() if trainer.accelerator.scaler else None, "batches": trainer.batches.state_dict(), "rows": record.rows, "notes": record.notes,
+             "seconds": record.seconds, "worse": record.worse, "best": {k: record.best[k] for k in ("loss", "step")} if record.best else None}
+    return tensors, state
+
+def _random_state(trainer) -> dict[str, torch.Tensor]: # of every rank
+    mine = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
+    ranks = [mine]
+    if trainer.args.world_size > 1: ranks = [None]*trainer.args.world_size; torch.distributed.all_gather_object(ranks, mine)
+    return {f"random.{r}.{i}": t for r, found in enumerate(ranks) for i, t in enumerate(found)}
+
+# %% ../../nbs/03b_lora.ipynb #c053
+class Resume(TrainerCallback):
+    "Puts a saved state back, once Trainer has made optimizer and schedule."
+    def __init__(self, tensors: dict, state: dict, record: Record): self.tensors, self.saved, self.record, self.trainer = tensors, state, record, None
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        t, saved, trainer = self.tensors, self.saved, self.trainer
+        load_adapter(model, {k.removeprefix("adapter."): v for k, v in t.items() if k.startswith("adapter.")})
+        inner = trainer.optimizer.state_dict(); inner["state"] = {}
+        for name, v in t.items():
+            if name.startswith("optimizer."): _, i, k = name.split(".", 2); inner["state"].setdefault(int(i), {})[k] = v
+        for group, rate in zip(inner["param_groups"], saved["rates"]): group["lr"] = rate
+        trainer.optimizer.load_state_dict(inner); trainer.lr_scheduler.load_state_dict(saved["schedule"])
+        if saved["scaler"]: trainer.accelerator.scaler.load_state_dict(saved["scaler"])
+        trainer.batches.load_state_dict(saved["batches"]); state.global_step = trainer._globalstep_last_logged = saved["step"]
+        self._random(args)
+
+# %% ../../nbs/03b_lora.ipynb #c054
+def _restore_random(self: Resume, args):
+    "This rank's generators; those of rank 0 when the number of processes changed."
+    rank = args.process_index if f"random.{args.process_index}.0" in self.tensors else 0
+    torch.set_rng_state(self.tensors[f"random.{rank}.0"])
+    if torch.cuda.is_available() and f"random.{rank}.1" in self.tensors: torch.cuda.set_rng_state(self.tensors[f"random.{rank}.1"])
+
+def _restore_record(record: Record, tensors: dict, state: dict):
+    record.rows, record.before, record.worse = state["rows"], state["seconds"], state["worse"]
+    record.notes = [*state["notes"], f"continued at step {state['step']} of {record.steps}, after {state['seconds']:.0f} s"]
+    if state["best"]: record.best = {**state["best"], "tensors": {k.removeprefix("best."): v for k, v in tensors.items() if k.startswith("best.")}}
+
+Resume._random = _restore_random
+
+# %% ../../nbs/03b_lora.ipynb #c056
+COLUMNS = ("step", "epoch", "loss", "eval_loss", "learning_rate", "tokens", "seconds", "tokens_per_s", "mfu")
 
 def training_table(
     rows: list[dict] # from `train_adapter`
 ) -> str: # CSV text for summary/train_<domain>.csv
     "One row for each logged step; empty where nothing was measured."
-    out = io.StringIO(); w = csv.DictWriter(out, COLUMNS, lineterminator="\n", restval=""); w.writeheader()
+    out = io.StringIO(); w = csv.DictWriter(out, COLUMNS, lineterminator="\n", restval="", extrasaction="ignore"); w.writeheader()
     for r in rows: w.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in r.items()})
     return out.getvalue()
 
 def training_log(
     domain: str, rows: list[dict], # what was trained, and its log
-    s: LoraSettings # as trained
+    s: LoraSettings, # as trained
+    notes=() # lines about the run: gradients, peak, interruptions
 ) -> str: # text for logs/train_<domain>.log
     "The same for people to read, headed by the hyper-parameters."
     head = f"domain {domain}: r {s.r}, alpha {s.alpha:g}, {'+'.join(s.target_modules)}, learning rate {s.learning_rate:g}, batch {s.batch_size} x {s.seq_len} tokens, precision {s.precision}, seed {s.seed}"
-    return "\n".join([head, *("  ".join(f"{k} {v:.5g}" if isinstance(v, float) else f"{k} {v}" for k, v in r.items()) for r in rows)]) + "\n"
+    notes = [*notes, *(n for r in rows[-1:] for n in r.get("notes", ()))]
+    lines = ["  ".join(f"{k} {v:.5g}" if isinstance(v, float) else f"{k} {v}" for k, v in r.items() if k not in ("notes",)) for r in rows]
+    return "\n".join([head, *dict.fromkeys(notes), *lines]) + "\n"
 
-# %% ../../nbs/03b_lora.ipynb #c035
+# %% ../../nbs/03b_lora.ipynb #c057
+class TrainingFiles:
+    "Writes summary/train_<name>.csv and logs/train_<name>.log as rows come, at most every two seconds."
+    def __init__(self, store, name: str, s: LoraSettings): self.store, self.name, self.s, self.last = store, name, s, 0.
+    def __call__(self, rows, notes=(), now: bool = False):
+        if not now and time.monotonic() - self.last < 2: return
+        self.last = time.monotonic()
+        self.store.write(f"summary/train_{self.name}.csv", training_table(rows)); self.store.write(f"logs/train_{self.name}.log", training_log(self.name, rows, self.s, notes))
+
+# %% ../../nbs/03b_lora.ipynb #c059
+def total_steps(
+    s: LoraSettings, # `max_steps`, `epochs`
+    batches: int # in an epoch
+) -> int: # optimizer steps
+    "Steps of a run: by epochs, cut at `max_steps` when that is positive."
+    steps = max(1, math.ceil(s.epochs*batches))
+    return steps if s.max_steps < 1 else s.max_steps
+
+def train_adapter(
+    base: Path, # HF folder
+    loader, # global batches of `input_ids`: a TokenLoader, or anything with `dataset.seq_len`, a length and an iterator
+    windows: np.ndarray, # int64 [n, tokens], validation
+    s: LoraSettings, # hyper-parameters
+    out: Path, # folder of the adapter, made here
+    steps: int | None = None, # instead of the settings' own
+    threads: int = 2, # of torch; part of the result
+    log=None, # called with a row at each evaluation
+    start=None, # an adapter folder, or its tensors, to begin from
+    resume=None, # a folder, or (store, key): states are saved there, and the training continues from the last one
+    files=None # (store, name): log and table are written there as the training goes on
+) -> list[dict]: # rows: step, epoch, loss, eval_loss, learning_rate, tokens, seconds, tokens_per_s, mfu; the last also `notes` and, if so, `stopped`
+    "Train one adapter and save it. Same inputs, same bytes, interrupted or not. Raises `UserError` when it would learn nothing."
+    steps = steps or total_steps(s, len(loader)); files = TrainingFiles(open_store(files[0]) if isinstance(files[0], str) else files[0], files[1], s) if files else None
+    if s.processes > 1 and "RANK" not in os.environ: return launch(base, loader, windows, s, out, steps, threads, log, start, resume, files)
+    quiet(); make_deterministic(s.seed, threads)
+    return _train(base, loader, windows, s, out, steps, log, start, open_checkpoints(resume if s.checkpoint_steps else None), files)
+
+# %% ../../nbs/03b_lora.ipynb #c060
+def _train(base, loader, windows, s, out, steps, log, start, checkpoints, files) -> list[dict]:
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision(s, torch.cuda.is_available())]
+    model = adapt(load_model(base, dtype), s); config = model.config
+    if start is not None: load_adapter(model, start)
+    peak, source = peak_flops(s.peak_flops); name = belonging(base, loader, windows, s, steps, start)
+    record = Record(s, steps, len(loader), training_flops(config, s)[0], peak, log, files)
+    record.notes.append(f"{record.flops/1e6:,.3g} MFLOP a token; " + (f"peak {peak/1e12:g} TFLOP/s a device ({source})" if peak else f"no MFU: {source}"))
+    callbacks, found = [record], checkpoints.load(name) if checkpoints else None
+    if found: _restore_record(record, *found); callbacks.append(Resume(*found, record))
+    with tempfile.TemporaryDirectory() as folder:
+        args = arguments(s, folder, steps); main = args.process_index == 0
+        if not main: record.log = record.files = None
+        def save(trainer):
+            tensors, state = _snapshot(trainer, record)
+            if main and checkpoints: checkpoints.save(state["step"], tensors, {**state, "belongs": name})
+        trainer = WindowTrainer(model=model, args=args, batches=Batches(loader, steps, s.accumulation, args.process_index, args.world_size), windows=windows, callbacks=callbacks, save=save)
+        for c in callbacks[1:]: c.trainer = trainer
+        trainer.remove_callback(_printer()); trainer.train()
+    return _finish(model, record, s, out, main)
+
+# %% ../../nbs/03b_lora.ipynb #c061
+def _finish(model, record: Record, s, out, main: bool) -> list[dict]:
+    "Save the adapter, the best one where early stopping asks for it, and close the log."
+    if not record.checked and record.rows and record.rows[-1]["step"] > 3 and record.stopped is None: raise UserError("lora: an adapter's B never moved from zero; raise lora.learning_rate")
+    if record.best and s.patience:
+        load_adapter(model, record.best["tensors"]); record.notes.append(f"kept: the adapter of step {record.best['step']}, validation loss {record.best['loss']:.4f}")
+    record.rows[-1] |= {"notes": record.notes} | ({"stopped": record.stopped} if record.stopped else {})
+    if main:
+        save_adapter(model, out, s)
+        if record.files: record.files(record.rows, now=True)
+    return record.rows
+
+def _printer():
+    from transformers import PrinterCallback
+    return PrinterCallback
+
+# %% ../../nbs/03b_lora.ipynb #c069
+def describe(
+    loader, steps: int, # what to train on, and for how long
+    folder: Path # for batches that are drawn beforehand
+) -> dict: # JSON-able
+    "How another process can make the same batches."
+    if isinstance(loader, TokenLoader):
+        b, o = loader.batch_sampler, loader.batch_sampler.order
+        return {"paths": [str(p) for p in loader.pages.paths], "seq_len": loader.dataset.seq_len, "batch_size": b.batch_size, "seed": loader.seed, "shuffle": o.shuffle, "group": o.group, "mix": o.mix, "last": b.last, "state": loader.state_dict()}
+    batches, rows = Batches(loader, steps), None
+    for i, part in zip(range(steps), batches):
+        ids = part["input_ids"].numpy()
+        if rows is None: rows = np.lib.format.open_memmap(folder/"batches.npy", mode="w+", dtype=np.int32, shape=(steps, *ids.shape))
+        rows[i] = ids
+    rows.flush()
+    return {"drawn": str(folder/"batches.npy"), "epoch": len(loader)}
+
+class Drawn:
+    "Batches that were drawn beforehand, from a memory map."
+    def __init__(self, file: str, epoch: int): self.rows, self.epoch, self.step, self.dataset = np.load(file, mmap_mode="r", allow_pickle=False), epoch, 0, None; self.dataset = self; self.seq_len = self.rows.shape[2]
+    def __len__(self): return self.epoch
+    def __iter__(self):
+        while self.step < len(self.rows): self.step += 1; yield {"input_ids": torch.from_numpy(self.rows[self.step - 1].astype(np.int64))}
+    def state_dict(self): return {"step": self.step}
+    def load_state_dict(self, state): self.step = state["step"]
+    def fingerprint(self): return hashlib.sha256(np.ascontiguousarray(self.rows[:2])).hexdigest()[:16]
+
+# %% ../../nbs/03b_lora.ipynb #c070
+def undescribe(found: dict): # a loader
+    "The loader of a description."
+    if "drawn" in found: return Drawn(found["drawn"], found["epoch"])
+    found = dict(found); state = found.pop("state"); paths = found.pop("paths")
+    loader = TokenLoader(paths, found.pop("seq_len"), found.pop("batch_size"), **found); loader.load_state_dict(state)
+    return loader
+
+def run_job(
+    file: Path # JSON, written by `launch`
+):
+    "Train as one of several processes; rows and errors go to standard output as JSON lines."
+    job = json.loads(Path(file).read_text(encoding="utf-8")); s = LoraSettings(**job["settings"]); first = os.environ.get("RANK", "0") == "0"
+    def tell(kind, value): print(f"yunmin-{kind} {json.dumps(value)}", flush=True)
+    try:
+        if int(os.environ.get("WORLD_SIZE", 1)) != job["world"]: raise UserError(f"lora.processes: {job['world']} were asked for, accelerate started {os.environ.get('WORLD_SIZE', 1)}")
+        rows = train_adapter(Path(job["base"]), undescribe(job["loader"]), np.load(job["windows"], allow_pickle=False), s, Path(job["out"]), job["steps"], job["threads"],
+            log=lambda row: tell("row", row), start=job["start"], resume=job["resume"], files=job["files"])
+        if first: tell("rows", rows)
+    except UserError as e:
+        if first: tell("error", str(e))
+        raise SystemExit(2)
+
+# %% ../../nbs/03b_lora.ipynb #c071
+def _launcher(processes: int) -> list[str]: # command before the module's arguments
+    "`--multi_gpu` is what makes accelerate start several processes, through torchrun, on a CPU too."
+    with socket.socket() as free: free.bind(("127.0.0.1", 0)); port = free.getsockname()[1]
+    return [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+            "--main_process_port", str(port), "--module", "yunmin_efficientdata.dem.lora"]
+
+def launch(base, loader, windows, s, out, steps, threads, log, start, resume, files) -> list[dict]: # as `train_adapter`
+    "Train in `lora.processes` processes through `accelerate launch`. Raises `UserError` when they fail."
+    if torch.cuda.is_available() and torch.cuda.device_count() < s.processes: raise UserError(f"lora.processes: {s.processes} processes, but there are {torch.cuda.device_count()} GPUs")
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder); np.save(folder/"windows.npy", windows); store = open_checkpoints(resume)
+        if isinstance(start, dict): from safetensors.torch import save_file; (folder/"start").mkdir(); save_file(start, folder/"start"/"adapter_model.safetensors"); start = folder/"start"
+        job = {"base": str(Path(base).resolve()), "loader": describe(loader, steps, folder), "windows": str(folder/"windows.npy"), "settings": s.model_dump() | {"processes": 1}, "world": s.processes, "out": str(Path(out).resolve()), "steps": steps, "threads": threads,
+               "start": str(Path(start).resolve()) if start else None, "resume": [store.store.uri, store.prefix] if store else None, "files": [files.store.uri, files.name] if files else None}
+        (folder/"job.json").write_text(json.dumps(job), encoding="utf-8")
+        return _follow([*_launcher(s.processes), str(folder/"job.json")], log)
+
+# %% ../../nbs/03b_lora.ipynb #c072
+def _follow(command: list[str], log) -> list[dict]:
+    "Run the processes; pass their rows on, and turn their failure into one line."
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "TOKENIZERS_PARALLELISM": "false"})
+    rows, error, tail = None, None, []
+    try:
+        for line in child.stdout:
+            kind, _, text = line.partition(" ")
+            if kind == "yunmin-row": log and log(json.loads(text))
+            elif kind == "yunmin-rows": rows = json.loads(text)
+            elif kind == "yunmin-error": error = json.loads(text)
+            else: tail = [*tail[-40:], line.strip()]
+    finally:
+        if child.poll() is None: child.terminate() if rows is None and error is None else None
+        child.wait()
+    if error: raise UserError(error)
+    if child.returncode or rows is None: raise UserError(f"lora.processes: the training processes ended with code {child.returncode}: {next((t for t in reversed(tail) if 'Error' in t), tail[-1] if tail else 'no output')[:300]}")
+    return rows
+
+# %% ../../nbs/03b_lora.ipynb #c073
+#| eval: false
+if __name__ == "__main__": run_job(sys.argv[1])
+
+# %% ../../nbs/03b_lora.ipynb #c075
 def plot_training(
     tables: dict[str, list[dict]] # domain -> rows with step, loss, eval_loss
 ): # matplotlib figure
