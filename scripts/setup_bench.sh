@@ -4,14 +4,17 @@
 # and the benchmark lists it as not run. Environments that are ready are left alone; needs pip only.
 #   scripts/setup_bench.sh                       all peers
 #   scripts/setup_bench.sh datasketch rensa      these
-# Peers of `yunmin bench dedup`: datasketch rensa datatrove text-dedup; of `yunmin bench loader`: mosaicml-streaming litdata lance.
+# Peers of `yunmin bench dedup`: datasketch rensa datatrove text-dedup; of `yunmin bench loader`: mosaicml-streaming litdata lance;
+# of `yunmin bench merge`: mergekit, which fits the project's own torch and transformers and reads them from .venv, so that no second gigabyte is needed.
+# ray, for tests/test_ray.py, runs our own code and so stands on .venv too.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 folder=${YUNMIN_BENCH:-.bench}
 declare -A wants=([datasketch]="datasketch xxhash orjson" [rensa]="rensa numpy orjson" [datatrove]="datatrove[processing,io]" [text-dedup]="text-dedup"
-  [mosaicml-streaming]="mosaicml-streaming torch" [litdata]="litdata torch" [lance]="pylance numpy pyarrow")
-order=(datasketch rensa datatrove text-dedup mosaicml-streaming litdata lance)
+  [mosaicml-streaming]="mosaicml-streaming torch" [litdata]="litdata torch" [lance]="pylance numpy pyarrow" [mergekit]="mergekit" [ray]="ray[client]")
+shares=" mergekit ray "   # these see the packages of .venv, after their own, and the project
+order=(datasketch rensa datatrove text-dedup mosaicml-streaming litdata lance mergekit ray)
 [ $# -gt 0 ] && order=("$@")
 mkdir -p "$folder"
 exec 9> "$folder/.lock"
@@ -25,7 +28,12 @@ for peer in "${order[@]}"; do
   echo "$peer: installing ..."
   rm -rf "$env" "$failed"
   read -ra packages <<< "${wants[$peer]}"
-  if log=$({ "$python" -m venv "$env" && "$env/bin/python" -m pip --disable-pip-version-check install -q -c "$pins" "${packages[@]}"; } 2>&1); then
+  shared= creator=$python
+  if [[ $shares == *" $peer "* && -f .venv/.complete ]]; then
+    shared=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') creator=.venv/bin/python
+  fi
+  if log=$({ "$creator" -m venv "$env" && { [ -z "$shared" ] || printf '%s\n' "$shared" "$PWD" > "$("$env/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_shared.pth"; } &&
+             "$env/bin/python" -m pip --disable-pip-version-check install -q -c "$pins" "${packages[@]}"; } 2>&1); then
     echo "$want" > "$env/.complete"
     echo "$peer: ready"
   else

@@ -4,16 +4,20 @@
 
 # %% ../../nbs/03d_merge.ipynb #c004
 from __future__ import annotations
-import errno, json, math, os, shutil
+import errno, fcntl, hashlib, json, math, os, shutil, threading
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 import numpy as np, torch
+from numba import njit
+from xxhash import xxh3_64_hexdigest, xxh3_128_hexdigest
 from ..core.settings import UserError
 from ..core.store import _commit
-from .base import TOKENIZER_FILES, copy_tokenizer
-from .vectors import CHUNK, FLOATS, Tensor, Vector, Weights, fingerprint, read_flat, read_header, shards, tied_keys
+from .vectors import CHUNK, FLOATS, ModelVector, Source, Tensor, Vector, Weights, disk_error, domain_of, fingerprint, manifest_file, open_vector, read_header, read_into, read_native, shards, thin_product, tied_keys
 
 # %% auto #0
-__all__ = ['COPIED', 'METHODS', 'merge_weights', 'threshold', 'Combine', 'write_shard', 'check_vectors', 'model_card', 'merge']
+__all__ = ['WEIGHTS', 'OURS', 'METHODS', 'CALIBRATED', 'merge_weights', 'threshold', 'Combine', 'merged_chunk', 'write_shard',
+           'shard_sum', 'check_vectors', 'model_card', 'Unfinished', 'merge_with', 'merge_tensors', 'labels', 'merge']
 
 # %% ../../nbs/03d_merge.ipynb #c006
 def merge_weights(
@@ -29,108 +33,187 @@ def merge_weights(
     return {n: float(w)/total if normalize else float(w) for n, w in weights.items()}
 
 # %% ../../nbs/03d_merge.ipynb #c009
+@njit(nogil=True, cache=True)
+def _count(x, high, prefix, counts):
+    "Count the upper 16 bits of the magnitudes, or the lower ones of those whose upper bits are `prefix`."
+    for v in x.view(np.uint32):
+        bits = v & np.uint32(0x7fffffff)
+        if high: counts[bits >> np.uint32(16)] += 1
+        elif bits >> np.uint32(16) == prefix: counts[bits & np.uint32(0xffff)] += 1
+
 def threshold(
-    v: Vector, # a difference vector
+    v: Source, # a difference
     key: str, # tensor
     density: float, # share to keep
     chunk: int = CHUNK # elements in memory at a time
 ) -> float: # magnitude of the smallest element kept
-    "The exact k-th largest magnitude of a tensor, k = ceil(density * size), in two counting passes."
-    keep, prefix = max(1, math.ceil(density*v.size(key))), 0
-    for shift in (16, 0):
+    "The exact k-th largest magnitude of a tensor, k = floor(density * size) but at least 1, in two counting passes."
+    keep, prefix = max(1, int(density*v.size(key))), 0
+    for high in (True, False):
         counts = np.zeros(1 << 16, np.int64)
-        for i in range(0, v.size(key), chunk):
-            bits = np.abs(v.read(key, i, min(v.size(key), i + chunk))).view(np.uint32)
-            if shift == 0: bits = bits[bits >> 16 == prefix]
-            counts += np.bincount(bits >> 16 if shift else bits & 0xffff, minlength=1 << 16)
+        for i in range(0, v.size(key), chunk): _count(v.read(key, i, min(v.size(key), i + chunk)), high, prefix, counts)
         above = np.cumsum(counts[::-1]); top = int(np.searchsorted(above, keep))
         digit = (1 << 16) - 1 - top; keep -= int(above[top - 1]) if top else 0
-        prefix = digit if shift else prefix << 16 | digit
+        prefix = digit if high else prefix << 16 | digit
     return float(np.array([prefix], np.uint32).view(np.float32)[0])
 
 # %% ../../nbs/03d_merge.ipynb #c010
-def _coin(seed: int, which: int, start: int, stop: int) -> np.ndarray: # float64 [stop - start] in [0, 1)
-    "Uniform numbers that depend on seed, vector and element number only (splitmix64)."
-    with np.errstate(over="ignore"):
-        z = np.arange(start, stop, dtype=np.uint64)*np.uint64(0x9E3779B97F4A7C15) + np.uint64((seed*1_000_003 + which*7919 + 1)*0xD1B54A32D192ED03 % 2**64)
+@njit(nogil=True, cache=True)
+def _drop_and_add(total, x, weight, keep, salt, at):
+    "total += weight * x where the coin of the element falls below `keep` * 2^53."
+    for i in range(len(x)):
+        z = np.uint64(at + i)*np.uint64(0x9E3779B97F4A7C15) + salt
         z = (z ^ (z >> np.uint64(30)))*np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27)))*np.uint64(0x94D049BB133111EB)
-    return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)).astype(np.float64)/2.**53
+        if (z ^ (z >> np.uint64(31))) >> np.uint64(11) < keep: total[i] += weight*x[i]
+
+def _salt(seed: int, which: int) -> np.uint64: return np.uint64((seed*1_000_003 + which*7919 + 1)*0xD1B54A32D192ED03 % 2**64)
+
+@njit(nogil=True, cache=True)
+def _elect(x, weights, cuts, normalize, total):
+    "TIES for one chunk: x [vectors, elements]; trim, elect a sign, average what agrees."
+    for i in range(x.shape[1]):
+        lean = np.float32(0)
+        for k in range(len(weights)):
+            if abs(x[k, i]) >= cuts[k]: lean += weights[k]*x[k, i]
+        up, found, share = lean >= 0, np.float32(0), np.float32(0)
+        for k in range(len(weights)):
+            y = weights[k]*x[k, i]
+            if abs(x[k, i]) >= cuts[k] and y != 0 and (y > 0) == up: found += y; share += abs(weights[k])
+        total[i] = found/share if normalize and share > 0 else found
 
 # %% ../../nbs/03d_merge.ipynb #c011
+@njit(nogil=True, cache=True)
+def _add(total, x, weight):
+    for i in range(len(x)): total[i] += weight*x[i]
+
 class Combine:
-    "Sum up difference vectors chunk by chunk: `combine(key, start, stop)` -> float32, or None where no vector changes the tensor."
-    def __init__(self, vectors: list[tuple[Vector, float]], method="linear", normalize=True, density=.2, seed=0, chunk=CHUNK):
+    "Sum up differences chunk by chunk: `combine(key, start, stop)` -> float32, or None where nothing changes the tensor. Safe in threads."
+    parallel = True
+    def __init__(self, vectors: list[tuple[Source, float]], method="linear", normalize=True, density=.2, seed=0, chunk=CHUNK):
         self.vectors, self.method, self.normalize, self.density, self.seed, self.chunk = vectors, method, normalize, density, seed, chunk
-        self.cuts: dict[tuple[str, int], float] = {}
+        self.lock, self.cuts, self.thin = threading.Lock(), {}, {}
     def __call__(self, key, start, stop):
-        parts = [(n, v, w) for n, (v, w) in enumerate(self.vectors) if v.changed(key) and w]
+        parts = [(n, v, w) for n, (v, w) in enumerate(self.vectors) if w and v.changed(key)]
         return getattr(self, f"_{self.method}")(parts, key, start, stop) if parts else None
     def _linear(self, parts, key, start, stop):
-        total = np.zeros(stop - start, np.float32)
-        for _, v, w in parts: total += np.float32(w)*v.read(key, start, stop)
+        low, dense = self._stacked(parts, key)
+        total = thin_product(*low, start, stop) if low else np.zeros(stop - start, np.float32)
+        for v, w in dense: _add(total, v.read(key, start, stop), np.float32(w))
         return total
     def _dare(self, parts, key, start, stop):
         total = np.zeros(stop - start, np.float32)
-        for n, v, w in parts:
-            at = v.tensors[key]["offset"]
-            total += np.where(_coin(self.seed, n, at + start, at + stop) < self.density, np.float32(w/self.density)*v.read(key, start, stop), np.float32(0))
+        for n, v, w in parts: _drop_and_add(total, v.read(key, start, stop), np.float32(w/self.density), np.uint64(math.ceil(self.density*2**53)), _salt(self.seed, n), v.offset(key) + start)
         return total
-    def _trim(self, n, v, key, start, stop):
-        if (key, n) not in self.cuts: self.cuts[key, n] = threshold(v, key, self.density, self.chunk)
-        x = v.read(key, start, stop)
-        return np.where(np.abs(x) >= self.cuts[key, n], x, np.float32(0))
     def _ties(self, parts, key, start, stop):
-        x = np.stack([self._trim(n, v, key, start, stop) for n, v, _ in parts]); w = np.array([w for *_, w in parts], np.float32)[:, None]
-        agree = (np.sign(x*w) == np.sign((x*w).sum(0))) & (x != 0)
-        total, share = (x*w*agree).sum(0), np.abs(w*agree).sum(0)
-        return (total/np.where(share > 0, share, 1) if self.normalize else total).astype(np.float32)
+        x, total = np.stack([v.read(key, start, stop) for _, v, _ in parts]), np.empty(stop - start, np.float32)
+        _elect(x, np.array([w for *_, w in parts], np.float32), np.array([self._cut(n, v, key) for n, v, _ in parts], np.float32), self.normalize, total)
+        return total
 
-# %% ../../nbs/03d_merge.ipynb #c015
-def _cast(x: np.ndarray, dtype: str) -> bytes:
-    "float32 to the stored type, rounded to nearest."
-    return torch.from_numpy(np.ascontiguousarray(x)).to(FLOATS[dtype]).view(torch.uint8).numpy().tobytes()
+# %% ../../nbs/03d_merge.ipynb #c012
+def _stacked(self: Combine, parts, key): # (left [rows, all ranks], right [all ranks, columns]) or None; [(source, weight)]
+    "Factors of all low-rank parts side by side, weights inside; the rest as it is."
+    with self.lock:
+        if key not in self.thin:
+            found = [(v, w, v.factors(key)) for _, v, w in parts]
+            pairs = [(left*np.float32(w), right) for _, w, p in found if p is not None for left, right in [p]]
+            low = (np.concatenate([a for a, _ in pairs], 1), np.concatenate([b for _, b in pairs])) if pairs else None
+            while len(self.thin) > 1: self.thin.pop(next(iter(self.thin)))
+            self.thin[key] = low, [(v, w) for v, w, p in found if p is None]
+        return self.thin[key]
 
-def _write_tensor(f, key: str, t: Tensor, combine, chunk: int):
-    "Base plus the combined difference, or the base's bytes as they are where nothing changes."
-    width = (t.stop - t.start)//max(1, t.size)
-    for i in range(0, t.size, chunk):
-        j = min(t.size, i + chunk)
-        delta = combine(key, i, j) if t.dtype in FLOATS else None
-        if delta is None:
-            with open(t.file, "rb") as g: g.seek(t.start + i*width); f.write(g.read((j - i)*width)); continue
-        merged = read_flat(t, i, j) + delta
-        if not np.isfinite(merged).all(): raise UserError(_nan_message(key, combine, t, i, j))
-        data = _cast(merged, t.dtype)
-        if t.dtype == "F16" and not np.isfinite(np.frombuffer(data, np.float16)).all(): raise UserError(f"merge: {key} leaves the range of float16: lower the weights, or convert the base to bfloat16")
-        f.write(data)
+def _cut(self: Combine, n, v, key) -> float:
+    "The threshold of one tensor of one vector, counted once."
+    with self.lock:
+        if (key, n) not in self.cuts: self.cuts[key, n] = threshold(v, key, self.density, self.chunk)
+        return self.cuts[key, n]
+
+Combine._stacked, Combine._cut = _stacked, _cut
 
 # %% ../../nbs/03d_merge.ipynb #c016
+def _checked(x: torch.Tensor, name: str) -> torch.Tensor: # of the stored type
+    "Cast back. Raises `ValueError` when something is or becomes infinite or NaN."
+    low, high = (float(v) for v in torch.aminmax(x)); y = x.to(FLOATS[name])
+    if not (math.isfinite(low) and math.isfinite(high)): raise ValueError("not finite")
+    if max(-low, high) > torch.finfo(y.dtype).max and not torch.isfinite(y).all(): raise ValueError("overflow")
+    return y
+
+def merged_chunk(t: Tensor, key: str, i: int, j: int, delta: np.ndarray, combine) -> np.ndarray: # uint8
+    "Bytes of base plus difference. Raises `UserError` naming who brought a NaN."
+    base = read_native(t, i, j); wide = base.double() if t.dtype == "F64" else base.float()
+    try: return _checked(wide.add_(torch.from_numpy(delta)), t.dtype).view(torch.uint8).numpy()
+    except ValueError: raise UserError(_nan_message(key, combine, t, i, j)) from None
+
 def _nan_message(key: str, combine, t: Tensor, i: int, j: int) -> str:
     "Which file brought the NaN."
-    for v, _ in combine.vectors:
-        if key in v.tensors and not np.isfinite(v.read(key, i, j)).all(): return f"{v.file}: {key} holds NaN or infinity; train this domain again with a lower lora.learning_rate"
-    if not np.isfinite(read_flat(t, i, j)).all(): return f"{t.file}: {key} of the base holds NaN or infinity"
-    return f"merge: {key} overflows float32: lower the weights"
+    for v, w in getattr(combine, "vectors", ()):
+        if w and v.changed(key) and not np.isfinite(v.read(key, i, j)).all(): return f"{v.file}: {key} holds NaN or infinity; train this domain again with a lower lora.learning_rate"
+    if not torch.isfinite(read_native(t, i, j)).all(): return f"{t.file}: {key} of the base holds NaN or infinity"
+    return f"merge: {key} leaves the range of {FLOATS[t.dtype]}: lower the weights".replace("torch.", "") + (", or convert the base to bfloat16" if t.dtype == "F16" else "")
+
+# %% ../../nbs/03d_merge.ipynb #c017
+def _tasks(header: dict, at: int, source: Path, chunk: int): # (key, Tensor, first element, one past the last)
+    for key, t in sorted(((k, t) for k, t in header.items() if k != "__metadata__"), key=lambda kt: kt[1]["data_offsets"]):
+        tensor = Tensor(source, t["dtype"], tuple(t["shape"]), at + t["data_offsets"][0], at + t["data_offsets"][1])
+        for i in range(0, tensor.size, chunk): yield key, tensor, i, min(tensor.size, i + chunk)
+
+def _chunk_bytes(key: str, t: Tensor, i: int, j: int, combine) -> np.ndarray: # uint8
+    "What goes into the merged file: base plus difference, or the base's bytes as they are."
+    delta = combine(key, i, j) if t.dtype in FLOATS else None
+    if delta is not None: return merged_chunk(t, key, i, j, delta, combine)
+    width = (t.stop - t.start)//t.size
+    data = read_into(t.file, t.start + i*width, np.empty((j - i)*width, np.uint8))
+    if t.dtype in FLOATS and math.isnan(float(torch.aminmax(torch.from_numpy(data).view(FLOATS[t.dtype]))[0])): raise UserError(f"{t.file}: {key} of the base holds NaN")
+    return data
+
+def _write_at(fd: int, data, at: int):
+    view = memoryview(data)
+    while len(view): n = os.pwrite(fd, view, at); view, at = view[n:], at + n
+
+# %% ../../nbs/03d_merge.ipynb #c018
+def _claim(fd: int, size: int):
+    "Take the room on the disk now, where the file system can."
+    try: os.posix_fallocate(fd, 0, size)
+    except OSError as e:
+        if e.errno not in (errno.EOPNOTSUPP, errno.EINVAL): raise
+
+def _each(pool: ThreadPoolExecutor | None, work, tasks) -> list:
+    "Results in the order of tasks; after a failure nothing runs on."
+    if pool is None: return [work(t) for t in tasks]
+    futures = [pool.submit(work, t) for t in tasks]
+    try: return [f.result() for f in futures]
+    except BaseException:
+        for f in futures: f.cancel()
+        wait(futures); raise
 
 def write_shard(
     source: Path, # shard of the base
     target: Path, # new file
     combine, # (key, start, stop) -> float32 difference or None
-    chunk: int = CHUNK # elements in memory at a time
-):
-    "Write one merged shard: the base's header as it is, then every tensor in the order of its bytes."
+    chunk: int = CHUNK, # elements in memory at a time, for each thread and vector
+    pool: ThreadPoolExecutor | None = None # None: one chunk after another
+) -> str: # checksum, as `shard_sum` finds it
+    "Write one merged shard: the base's header as it is, then every tensor at the place of its bytes."
     header, at = read_header(source)
-    tensors = sorted(((k, t) for k, t in header.items() if k != "__metadata__"), key=lambda kt: kt[1]["data_offsets"])
-    with open(source, "rb") as g, open(target, "wb") as f:
-        f.write(g.read(at))
-        for key, t in tensors: _write_tensor(f, key, Tensor(source, t["dtype"], tuple(t["shape"]), at + t["data_offsets"][0], at + t["data_offsets"][1]), combine, chunk)
-        f.flush(); os.fsync(f.fileno())
+    with open(target, "wb", buffering=0) as f:
+        _claim(f.fileno(), source.stat().st_size); _write_at(f.fileno(), read_into(source, 0, np.empty(at, np.uint8)), 0)
+        def work(task):
+            key, t, i, j = task; data = _chunk_bytes(key, t, i, j, combine)
+            _write_at(f.fileno(), data, t.start + i*((t.stop - t.start)//t.size))
+            return xxh3_64_hexdigest(data)
+        sums = _each(pool, work, list(_tasks(header, at, source, chunk)))
+        os.fsync(f.fileno())
+    return xxh3_128_hexdigest("".join(sums).encode())
 
-# %% ../../nbs/03d_merge.ipynb #c018
+def shard_sum(file: Path, chunk: int) -> str:
+    "Checksum of a finished shard: of the checksums of its chunks."
+    header, at = read_header(file)
+    return xxh3_128_hexdigest("".join(xxh3_64_hexdigest(read_into(file, t.start + i*(w := (t.stop - t.start)//t.size), np.empty((j - i)*w, np.uint8))) for _, t, i, j in _tasks(header, at, file, chunk)).encode())
+
+# %% ../../nbs/03d_merge.ipynb #c020
 def check_vectors(
     base: Weights, # the base
-    vectors: list[Vector] # to be added
+    vectors: list[Source] # to be added
 ) -> dict: # {"left_out": names in only one of them, "warnings": lines}
     "Shapes must agree and names be shared. Raises `UserError` naming file and key."
     left_out, warnings, print_ = set(), [], fingerprint(base)
@@ -140,78 +223,212 @@ def check_vectors(
         for k in shared:
             if v.shape(k) != base.shape(k): raise UserError(f"{v.file}: {k} is {list(v.shape(k))}, in {base.folder} it is {list(base.shape(k))}: it was made from another model")
         left_out |= set(v.keys()) ^ set(base.keys())
-        made_from = v.manifest.get("base")
+        made_from, lost = v.manifest.get("base"), v.manifest.get("relative_error", 0)
         if made_from and made_from != print_: warnings.append(f"{v.file.name} was made from another base (fingerprint {made_from}, this one {print_})")
+        if lost > .05: warnings.append(f"{v.file.name} is a truncation that lost {lost:.1%} of the difference's norm")
     return {"left_out": sorted(left_out), "warnings": warnings}
 
-# %% ../../nbs/03d_merge.ipynb #c019
-COPIED = ("config.json", "generation_config.json", "model.safetensors.index.json", *TOKENIZER_FILES)
-
-def _check_out(out: Path, base: Path):
-    "Never write over something that is no model, nor over the base."
-    if out.exists() and not out.is_dir(): raise UserError(f"{out}: is a file; name a new folder for the merged model")
-    if out.exists() and out.resolve() == base.resolve(): raise UserError(f"{out}: is the base itself; name another folder for the merged model")
-    if out.is_dir() and any(out.iterdir()) and not (out/"config.json").is_file(): raise UserError(f"{out}: this folder holds something that is no model; name a new folder for the merged model")
-    need = sum(f.stat().st_size for f in shards(base)); free = shutil.disk_usage(next(p for p in (out, *out.resolve().parents) if p.exists())).free
-    if free < need: raise UserError(f"{out}: the merged model needs {need/1e9:.1f} GB, the disk has {free/1e9:.1f} GB left; free some room or name a folder elsewhere")
-
 # %% ../../nbs/03d_merge.ipynb #c021
+def _check_out(out: Path, base: Path, others=(), done: int = 0):
+    "Never write over something that is no model, nor over what is read. `done` bytes are there from a killed merge."
+    if out.exists() and not out.is_dir(): raise UserError(f"{out}: is a file; name a new folder for the merged model")
+    for path, what in ((base, "the base itself"), *((o, "one of the models to be merged") for o in others)):
+        if out.exists() and out.resolve() == Path(path).resolve(): raise UserError(f"{out}: is {what}; name another folder for the merged model")
+    if out.is_dir() and any(out.iterdir()) and not (out/"config.json").is_file(): raise UserError(f"{out}: this folder holds something that is no model; name a new folder for the merged model")
+    need = sum(f.stat().st_size for f in shards(base)) - done; free = shutil.disk_usage(next(p for p in (out, *out.absolute().parents) if p.exists())).free
+    if free < need: raise UserError(f"{out}: the merged model needs {need/1e9:.2f} GB, the disk has {free/1e9:.2f} GB left; free some room or name a folder elsewhere")
+
+# %% ../../nbs/03d_merge.ipynb #c023
 def model_card(
     recipe: dict # as returned by `merge`
 ) -> str: # README.md
     "Model card with the merge recipe, readable and machine-readable (front matter as on the Hub)."
-    rows = "\n".join(f"| {name} | {w:.6f} |" for name, w in recipe["weights"].items())
-    left = ", ".join(f"`{k}`" for k in recipe["left_out"]) or "none"
-    notes = "".join(f"\n- warning: {w}" for w in recipe["warnings"])
-    extra = f", density {recipe['density']}" if recipe["method"] in ("ties", "dare") else ""
-    return (f"---\nlibrary_name: transformers\ntags: [merge, dem]\n---\n\n# Merged model\n\n`base + sum of weight x difference vector` (DEM), method `{recipe['method']}`{extra}.\n\n"
-            f"| difference vector | weight |\n|---|---|\n{rows}\n\n- weights divided by their sum: {'yes' if recipe['normalize'] else 'no'}\n- fingerprint of the base: `{recipe['base']}`\n"
+    rows = "\n".join(f"| {name} | {w:.6f} |" for name, w in recipe.get("weights", {}).items())
+    left = ", ".join(f"`{k}`" for k in recipe.get("left_out", ())) or "none"
+    notes = "".join(f"\n- warning: {w}" for w in recipe.get("warnings", ()))
+    extra = "".join(f", {k} {recipe[k]}" for k in ("density", "seed", "ridge", "shrink", "windows") if k in recipe)
+    how = "`base + sum of weight x difference vector` (DEM)" if recipe["method"] in METHODS else "tensors solved from the activations of calibration windows, starting from `base + difference vector` of each domain"
+    return (f"---\nlibrary_name: transformers\ntags: [merge, dem]\n---\n\n# Merged model\n\n{how}, method `{recipe['method']}`{extra}.\n\n"
+            f"| difference vector | weight |\n|---|---|\n{rows}\n\n- weights divided by their sum: {'yes' if recipe.get('normalize') else 'no'}\n- fingerprint of the base: `{recipe['base']}`\n"
             f"- tensors changed: {recipe['changed']} of {recipe['tensors']}\n- left out: {left}\n- tied to another tensor: {', '.join(recipe['tied']) or 'none'}{notes}\n")
 
-# %% ../../nbs/03d_merge.ipynb #c023
-METHODS = ("linear", "ties", "dare")
+# %% ../../nbs/03d_merge.ipynb #c025
+class Unfinished:
+    "The folder `.NAME.partial` beside the target, its lock and its notes."
+    def __init__(self, out: Path, key: str | None):
+        self.out, self.part, self.key = out, out.with_name(f".{out.name}.partial"), key
+        self.notes = self.part/"merge_state.json"
+    def __enter__(self):
+        _recover(self.out); self.part.mkdir(parents=True, exist_ok=True); self.fd = os.open(self.part, os.O_RDONLY)
+        try: fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError: os.close(self.fd); raise UserError(f"{self.out}: another merge is writing this folder now; wait for it, or name another one") from None
+        try: state = json.loads(self.notes.read_text(encoding="utf-8"))
+        except (OSError, ValueError): state = {}
+        if self.key is None or state.get("key") != self.key: _empty(self.part); state = {"key": self.key, "shards": {}}
+        self.shards = state["shards"]
+        return self
+    def __exit__(self, kind, e, _):
+        if kind and not issubclass(kind, KeyboardInterrupt): shutil.rmtree(self.part, ignore_errors=True)
+        os.close(self.fd)
+        if isinstance(e, OSError): raise disk_error(self.out, e) from None
+    def done(self, name: str, chunk: int) -> bool:
+        file, noted = self.part/name, self.shards.get(name)
+        try: return bool(noted) and file.stat().st_size == noted["bytes"] and shard_sum(file, chunk) == noted["sum"]
+        except (OSError, UserError): return False
+    def mark(self, name: str, sum_: str):
+        self.shards[name] = {"bytes": (self.part/name).stat().st_size, "sum": sum_}
+        temporary = self.notes.with_suffix(".new"); _synced(temporary, json.dumps({"key": self.key, "shards": self.shards})); os.replace(temporary, self.notes)
 
-def _check_method(method: str, density: float):
-    if method in ("regmean", "seqmean"): raise UserError(f"merge: method {method!r} is not available for plain difference vectors: it needs calibration windows of each domain; use linear, ties or dare")
-    if method not in METHODS: raise UserError(f"merge: unknown method {method!r}; choose linear, ties or dare")
+# %% ../../nbs/03d_merge.ipynb #c026
+def _synced(path: Path, text: str):
+    with open(path, "w", encoding="utf-8") as f: f.write(text); f.flush(); os.fsync(f.fileno())
+
+def _sync_folder(path: Path):
+    fd = os.open(path, os.O_RDONLY)
+    try: os.fsync(fd)
+    finally: os.close(fd)
+
+def _empty(folder: Path):
+    for f in folder.iterdir(): shutil.rmtree(f) if f.is_dir() and not f.is_symlink() else f.unlink()
+
+def _old(out: Path) -> Path: return out.with_name(f".{out.name}.old")
+
+def _recover(out: Path):
+    "A swap that was cut in two: the old model comes back, or what is left of it goes."
+    if _old(out).exists(): shutil.rmtree(_old(out)) if out.exists() else os.rename(_old(out), out)
+
+def _swap(part: Path, out: Path):
+    "Put the finished folder in place. The old model is there until the new one is."
+    _commit(part)
+    for f in part.iterdir():
+        fd = os.open(f, os.O_RDONLY); os.fsync(fd); os.close(fd)
+    _sync_folder(part)
+    if out.exists(): os.rename(out, _old(out))
+    os.rename(part, out); _sync_folder(out.absolute().parent); shutil.rmtree(_old(out), ignore_errors=True)
+
+# %% ../../nbs/03d_merge.ipynb #c027
+WEIGHTS, OURS = (".safetensors", ".bin", ".pt", ".pth", ".msgpack", ".h5", ".onnx", ".gguf"), ("README.md", "merge_recipe.json", "_COMMIT")
+
+def _finish(made: Unfinished, base: Path, recipe: dict):
+    "Everything but weights: config, tokenizer, the recipe, the model card; then the swap."
+    for f in sorted(base.iterdir()):
+        if f.is_file() and not f.name.startswith(".") and f.suffix not in WEIGHTS and f.name not in OURS: shutil.copyfile(f, made.part/f.name)
+    made.notes.unlink(missing_ok=True)
+    (made.part/"README.md").write_text(model_card(recipe), encoding="utf-8")
+    (made.part/"merge_recipe.json").write_text(json.dumps(recipe, indent=1) + "\n", encoding="utf-8")
+    _swap(made.part, made.out)
+
+@contextmanager
+def _workers(threads: int): # a pool, or None for one thread
+    "Threads for chunks; each does its own arithmetic alone, so the bytes do not depend on how many there are."
+    before = torch.get_num_threads(); torch.set_num_threads(1)
+    try:
+        if threads == 1: yield None
+        else:
+            with ThreadPoolExecutor(threads, "merge", initializer=torch.set_num_threads, initargs=(1,)) as pool: yield pool
+    finally: torch.set_num_threads(before)
+
+# %% ../../nbs/03d_merge.ipynb #c029
+def _complete(recipe: dict | None, model: Weights) -> dict:
+    return {"method": "custom", "base": fingerprint(model), "tensors": len(model.tensors), "changed": 0, "tied": tied_keys(model), "left_out": [], "warnings": []} | (recipe or {})
+
+def merge_with(
+    base: Path, # the base, HF folder
+    out: Path, # folder of the merged model; replaced as a whole if it holds a model
+    combine, # (key, start, stop) -> float32 difference to the base, or None; called from threads if it has `parallel`
+    recipe: dict | None = None, # for card and merge_recipe.json
+    chunk: int = CHUNK, # elements in memory at a time, for each thread and vector
+    threads: int = 0, # 0: as many as cores, at most 4
+    resume_key: str | None = None, # digest of all that the bytes depend on; None: a killed merge starts anew
+    log=None # called with a line for each shard
+) -> dict: # the recipe
+    "Write `base + combine` as a model folder, streaming, resumable, atomic. Raises `UserError` naming file and key."
+    base, out = Path(base), Path(out); model = Weights(base); recipe = _complete(recipe, model); threads = threads or min(4, os.cpu_count() or 1)
+    with Unfinished(out, resume_key) as made, _workers(threads if getattr(combine, "parallel", False) else 1) as pool:
+        kept = [s for s in shards(base) if made.done(s.name, chunk)]
+        _check_out(out, base, done=sum(s.stat().st_size for s in kept))
+        for n, shard in enumerate(shards(base), 1):
+            if shard not in kept: made.mark(shard.name, write_shard(shard, made.part/shard.name, combine, chunk, pool))
+            if log: log(f"{shard.name} ({n} of {len(shards(base))}): {'taken over from a killed merge' if shard in kept else 'written'}")
+        _finish(made, base, recipe)
+    return recipe
+
+# %% ../../nbs/03d_merge.ipynb #c030
+def merge_tensors(
+    base: Path, # the base, HF folder
+    out: Path, # folder of the merged model; replaced as a whole if it holds a model
+    tensors, # iterator of (key, the whole merged tensor as a float array), in any order
+    recipe: dict | None = None # for card and merge_recipe.json
+) -> dict: # the recipe; `changed` counts the tensors
+    "Copy the base's shards and write each merged tensor at its place. Raises `UserError` naming the key."
+    base, out = Path(base), Path(out); model = Weights(base); recipe = _complete(recipe, model) | {"changed": 0}; _check_out(out, base)
+    with Unfinished(out, None) as made:
+        for shard in shards(base): shutil.copyfile(shard, made.part/shard.name)
+        for key, x in tensors:
+            if key not in model.tensors or model.tensors[key].dtype not in FLOATS or np.size(x) != model.tensors[key].size: raise UserError(f"merge: {key} of {np.size(x)} elements is no tensor of {base}")
+            t = model.tensors[key]
+            try: y = _checked(torch.from_numpy(np.ascontiguousarray(x)).reshape(-1), t.dtype)
+            except ValueError: raise UserError(f"merge: {key} holds NaN or infinity, or leaves the range of {t.dtype}, after merging by {recipe['method']}; more calibration windows or a larger ridge may help") from None
+            with open(made.part/t.file.name, "rb+", buffering=0) as f: _write_at(f.fileno(), y.view(torch.uint8).numpy(), t.start)
+            recipe["changed"] += 1
+        _finish(made, base, recipe)
+    return recipe
+
+# %% ../../nbs/03d_merge.ipynb #c032
+METHODS, CALIBRATED = ("linear", "ties", "dare"), ("regmean", "seqmean")
+
+def _check_method(method: str, density: float, calibration, names: list[str]):
+    if method not in METHODS + CALIBRATED: raise UserError(f"merge: unknown method {method!r}; choose {', '.join(METHODS + CALIBRATED)}")
     if not 0 < density <= 1: raise UserError(f"merge: density is {density}; expected a share above 0 and at most 1")
+    if method in CALIBRATED and not calibration: raise UserError(f"merge: method {method!r} needs calibration windows of each domain (--calibration NAME=FILE.parquet); without them use {', '.join(METHODS)}")
+    missing = sorted(set(names) - set(calibration or ())) if method in CALIBRATED else []
+    if missing: raise UserError(f"merge: no calibration windows for {missing[0]!r}; there are {', '.join(sorted(calibration))}")
 
-# %% ../../nbs/03d_merge.ipynb #c024
+def labels(
+    files # of vectors
+) -> dict: # file -> name in recipes, without the folders above
+    "diff_web for diff_web.npy and diff_web.lowrank.npz; with the folder's name before it where two are called the same."
+    short = {f: Path(f).name.removesuffix(".npy").removesuffix(".npz").removesuffix(".lowrank") for f in files}
+    twice = {n for n in short.values() if list(short.values()).count(n) > 1}
+    return {f: f"{Path(f).absolute().parent.name}/{Path(f).name}" if n in twice else n for f, n in short.items()}
+
+def _resume_key(base: Weights, vectors: dict, rest: dict) -> str:
+    "Digest of all that the bytes depend on; files count by size and time, vectors by their manifest too."
+    def stat(f): s = Path(f).stat(); return [Path(f).name, s.st_size, s.st_mtime_ns]
+    def of(path):
+        path = Path(path)
+        if path.is_dir(): return [stat(f) for f in sorted(path.iterdir()) if f.is_file()]
+        return [stat(path), hashlib.sha256(manifest_file(path).read_bytes()).hexdigest()]
+    rows = {"version": 2, "base": [fingerprint(base), *(stat(f) for f in shards(base.folder))], "vectors": [[str(f), of(f), w] for f, w in vectors.items()], **rest}
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+# %% ../../nbs/03d_merge.ipynb #c033
 def merge(
     base: Path, # the base, HF folder
     out: Path, # folder of the merged model; replaced as a whole if it holds a model
-    vectors: dict, # diff_<domain>.npy -> weight
-    method: str = "linear", # linear, ties or dare
+    vectors: dict, # diff_<domain>.npy, diff_<domain>.lowrank.npz, or folder of an adapter or of a full model -> weight
+    method: str = "linear", # linear, ties, dare, regmean or seqmean
     normalize: bool = True, # divide the weights by their sum
     density: float = .2, # share of elements that ties and dare keep
     seed: int = 0, # of dare
-    chunk: int = CHUNK # elements in memory at a time, for each vector
+    chunk: int = CHUNK, # elements in memory at a time, for each thread and vector
+    threads: int = 0, # 0: as many as cores, at most 4; the bytes do not depend on it
+    calibration: dict | None = None, # regmean, seqmean: domain -> int64 [windows, tokens]
+    ridge: float = .05, shrink: float = .9, # of seqmean and regmean
+    log=None # called with a line for each shard
 ) -> dict: # the recipe: weights, method, left_out, warnings, ...
-    "Write `base + sum w_i diff_i` as a model folder, streaming and atomically. Raises `UserError` naming file and key."
-    base, out = Path(base), Path(out); _check_method(method, density)
-    weights = merge_weights(vectors, normalize); model, opened = Weights(base), [Vector(f) for f in vectors]
-    found = check_vectors(model, opened); _check_out(out, base)
-    changed = sum(any(v.changed(k) for v in opened) for k in model.keys())
-    recipe = {"method": method, "normalize": normalize, "density": density, "weights": {Path(f).stem: w for f, w in weights.items()}, "base": fingerprint(model),
-              "tensors": len(model.tensors), "changed": changed, "tied": tied_keys(model), **found}
-    _write_folder(base, out, Combine(list(zip(opened, weights.values())), method, normalize, density, seed, chunk), recipe, chunk)
-    return recipe
+    "Write `base + sum w_i diff_i` as a model folder, streaming, resumable, atomic. Raises `UserError` naming file and key."
+    base, out = Path(base), Path(out); weights = merge_weights(vectors, normalize); _check_method(method, density, calibration, [domain_of(f) for f in vectors])
+    model = Weights(base); opened = [open_vector(f, model) for f in vectors]; names = labels(vectors)
+    _check_out(out, base, [f for f in vectors if Path(f).is_dir()], done=1 << 62); found = check_vectors(model, opened)
+    recipe = _complete({"method": method, "normalize": normalize, **({"density": density} if method != "linear" else {}), **({"seed": seed} if method == "dare" else {}), "weights": {names[f]: w for f, w in weights.items()},
+        "changed": sum(any(v.changed(k) for v in opened) for k in model.keys()), **found}, model)
+    if method in CALIBRATED: return _merge_calibrated(base, out, weights, calibration, ridge, shrink, recipe)
+    key = _resume_key(model, weights, {"method": method, "normalize": normalize, "density": density, "seed": seed, "chunk": chunk})
+    return merge_with(base, out, Combine(list(zip(opened, weights.values())), method, normalize, density, seed, chunk), recipe, chunk, threads, key, log)
 
-# %% ../../nbs/03d_merge.ipynb #c025
-def _write_folder(base: Path, out: Path, combine, recipe: dict, chunk: int):
-    "Fill a hidden folder beside `out`, then put it in place; `_COMMIT` is its last file."
-    part = out.with_name(f".{out.name}.partial"); shutil.rmtree(part, ignore_errors=True); part.mkdir(parents=True)
-    try:
-        for name in COPIED:
-            if (base/name).is_file(): shutil.copyfile(base/name, part/name)
-        for shard in shards(base): write_shard(shard, part/shard.name, combine, chunk)
-        (part/"README.md").write_text(model_card(recipe), encoding="utf-8")
-        (part/"merge_recipe.json").write_text(json.dumps(recipe, indent=1) + "\n", encoding="utf-8")
-        _commit(part)
-        if out.exists(): shutil.rmtree(out)
-        os.replace(part, out)
-    except OSError as e:
-        shutil.rmtree(part, ignore_errors=True)
-        if e.errno in (errno.ENOSPC, errno.EDQUOT): raise UserError(f"{out}: the disk is full; nothing was written under that name; free some room and merge again") from None
-        raise
-    except BaseException: shutil.rmtree(part, ignore_errors=True); raise
+def _merge_calibrated(base: Path, out: Path, weights: dict, calibration: dict, ridge: float, shrink: float, recipe: dict) -> dict:
+    "RegMean and SeqMean, layer by layer."
+    from yunmin_efficientdata.dem.calibrated import calibrated_tensors
+    recipe = {k: v for k, v in recipe.items() if k != "density"} | {"ridge": ridge, "shrink": shrink, "windows": {d: int(len(w)) for d, w in calibration.items()}}
+    return merge_tensors(base, out, calibrated_tensors(base, weights, calibration, recipe["method"], ridge, shrink), recipe)
