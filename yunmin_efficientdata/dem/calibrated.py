@@ -13,11 +13,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 from ..core.settings import UserError
 from .base import quiet
-from .vectors import Vector, Weights
+from .vectors import Weights, domain_of, open_vector
 
 # %% auto #0
-__all__ = ['skeleton', 'layer_list', 'fill', 'drop', 'Tensors', 'name_of', 'Stream', 'linear_groups', 'Normal', 'solve', 'Walk',
-           'solve_layer', 'calibration_windows', 'calibrated_tensors']
+__all__ = ['skeleton', 'layer_list', 'fill', 'drop', 'Tensors', 'Stream', 'linear_groups', 'Normal', 'writes_residual', 'solve',
+           'Walk', 'solve_layer', 'calibration_windows', 'calibrated_tensors']
 
 # %% ../../nbs/03f_calibrated.ipynb #c006
 def skeleton(
@@ -62,9 +62,9 @@ def drop(module: nn.Module): # part of a skeleton
 class Tensors:
     "Base, domains and their average, tensor by tensor as float32 arrays."
     def __init__(self, base: Path, vectors: dict[Path, float]):
-        self.base, self.vectors = Weights(base), {name_of(f): Vector(f) for f in vectors}
+        self.base = Weights(base); self.vectors = {domain_of(f): open_vector(f, self.base) for f in vectors}
         total = math.fsum(vectors.values())
-        self.weights = {name_of(f): w/total for f, w in vectors.items()}
+        self.weights = {domain_of(f): w/total for f, w in vectors.items()}
     def changed(self, key: str) -> bool: return any(v.changed(key) for v in self.vectors.values())
     def read(self, key: str, domain: str | None = None) -> np.ndarray: # of one domain, or the base
         if key not in self.base.tensors: raise UserError(f"{self.base.folder}: has no tensor {key}, which its config asks for: save the base again with save_pretrained")
@@ -76,10 +76,6 @@ class Tensors:
         for d, v in self.vectors.items():
             if v.changed(key): x = x + np.float32(self.weights[d])*v.read(key, 0, n)
         return x.reshape(shape)
-
-def name_of(file: Path) -> str: # domain
-    "`diff_web.npy` and `diff_web.lowrank.npz` are of `web`."
-    return Path(file).name.split(".")[0].removeprefix("diff_")
 
 # %% ../../nbs/03f_calibrated.ipynb #c011
 @dataclass
@@ -151,16 +147,45 @@ def _normal(width: int, outputs: dict[str, int]) -> Normal:
     return Normal(torch.zeros(width, width, dtype=torch.float64), {n: torch.zeros(width, o, dtype=torch.float64) for n, o in outputs.items()})
 
 # %% ../../nbs/03f_calibrated.ipynb #c015
-def _seq_sums(own, merged, group: list[str], s: Stream) -> Normal:
-    "SeqMean: inputs of the merged layer, answers of the domain's; a mean over tokens."
-    modules = {n: own.get_submodule(n) for n in group}
-    sums, tokens = None, 0
+def _seen(layer, name: str, hidden: torch.Tensor, call) -> tuple[torch.Tensor, torch.Tensor]: # [tokens, inputs], [tokens, width]
+    "What the module `name` receives, and what leaves the layer beside that module's own output: the residual stream."
+    seen = {}
+    def hook(_, args, out): seen["in"], seen["out"] = args[0], out
+    handle = layer.get_submodule(name).register_forward_hook(hook)
+    try: out = _run(layer, hidden, call)
+    finally: handle.remove()
+    return seen["in"].flatten(0, -2).float(), (out - seen["out"]).flatten(0, -2).float()
+
+def writes_residual(
+    layer, # a filled layer
+    name: str, # of a linear module
+    hidden: torch.Tensor, call # what the layer is called with
+) -> bool: # is the layer's output this module's output plus something that does not depend on it?
+    "Tried out: with the module's output set to zero, the layer's output must lose exactly that."
+    module = layer.get_submodule(name)
+    if len(_matrix(module)) != hidden.shape[-1]: return False
+    _, rest = _seen(layer, name, hidden, call)
+    handle = module.register_forward_hook(lambda _, args, out: torch.zeros_like(out))
+    try: without = _run(layer, hidden, call)
+    finally: handle.remove()
+    return torch.allclose(without.flatten(0, -2).float(), rest, rtol=1e-3, atol=1e-4*float(rest.abs().max()))
+
+# %% ../../nbs/03f_calibrated.ipynb #c016
+def _seq_sums(own, merged, group: list[str], s: Stream, residual: bool) -> Normal:
+    "SeqMean: inputs of the merged layer, answers of the domain's, with what the residual stream lacks when asked; a mean over tokens."
+    modules, sums, tokens = {n: own.get_submodule(n) for n in group}, None, 0
     for a, b, call in zip(s.own, s.merged, s.calls):
-        x, z = _input_of(own, group[0], a, call), _input_of(merged, group[0], b, call)
+        if residual: (x, r), (z, q) = _seen(own, group[0], a, call), _seen(merged, group[0], b, call)
+        else: x, z = _input_of(own, group[0], a, call), _input_of(merged, group[0], b, call)
         if sums is None: sums = _normal(x.shape[1], {n: len(_matrix(m)) for n, m in modules.items()})
-        sums.add((z.T @ z).double(), {n: (z.T @ (x @ _matrix(m).T)).double() for n, m in modules.items()}, 1.)
+        wanted = {n: x @ _matrix(m).T + _bias(m, merged.get_submodule(n)) for n, m in modules.items()}
+        if residual: wanted[group[0]] += r - q
+        sums.add((z.T @ z).double(), {n: (z.T @ y).double() for n, y in wanted.items()}, 1.)
         tokens += len(x)
     return Normal(sums.gram/tokens, {n: c/tokens for n, c in sums.cross.items()})
+
+def _bias(own, merged): # of a domain's module over the merged one's
+    return own.bias - merged.bias if own.bias is not None else 0.
 
 def _reg_sums(own, group: list[str], s: Stream, shrink: float) -> Normal:
     "RegMean: inputs of the domain's own model, off-diagonal elements shrunk."
@@ -170,7 +195,7 @@ def _reg_sums(own, group: list[str], s: Stream, shrink: float) -> Normal:
     gram = gram/tokens; gram = shrink*gram + (1 - shrink)*torch.diag(gram.diagonal())
     return Normal(gram, {n: gram @ _matrix(own.get_submodule(n)).double().T for n in group})
 
-# %% ../../nbs/03f_calibrated.ipynb #c016
+# %% ../../nbs/03f_calibrated.ipynb #c017
 def solve(
     sums: Normal, # of one group
     towards: dict[str, torch.Tensor], # module -> matrix [outputs, inputs] where the windows say nothing
@@ -181,13 +206,13 @@ def solve(
     factor = torch.linalg.cholesky(sums.gram + r*torch.eye(n, dtype=torch.float64))
     return {name: torch.cholesky_solve(c + r*towards[name].double().T, factor).T.float() for name, c in sums.cross.items()}
 
-# %% ../../nbs/03f_calibrated.ipynb #c020
+# %% ../../nbs/03f_calibrated.ipynb #c021
 class Walk:
     "The state of a walk through the layers."
-    def __init__(self, base: Path, vectors: dict, method: str, ridge: float, shrink: float):
+    def __init__(self, base: Path, vectors: dict, method: str, ridge: float, shrink: float, residual: bool):
         self.tensors, self.model = Tensors(base, vectors), skeleton(base)
         self.prefix, self.layers = layer_list(self.model)
-        self.method, self.ridge, self.shrink = method, ridge, shrink
+        self.method, self.ridge, self.shrink, self.residual = method, ridge, shrink, residual and method == "seqmean"
         self.streams: list[Stream] = []
     def outside(self, domain: str | None, average: bool = False):
         "Fill everything under the base model but the layers."
@@ -204,18 +229,18 @@ class Walk:
         for ids in parts: s.merged.append(_first_call(self.model, self.layers, ids)[0])
         self.streams.append(s)
 
-# %% ../../nbs/03f_calibrated.ipynb #c021
+# %% ../../nbs/03f_calibrated.ipynb #c022
 def _linear_names(walk: Walk, i: int) -> list[str]: # changed linear modules of a layer
     at = f"{walk.prefix}.{i}."
     return [n for n, m in walk.layers[i].named_modules() if isinstance(m, (nn.Linear, Conv1D)) and walk.tensors.changed(f"{at}{n}.weight")]
 
 @torch.no_grad()
-def _solve_group(walk: Walk, i: int, own, merged, group: list[str]) -> dict[str, torch.Tensor]:
+def _solve_group(walk: Walk, i: int, own, merged, group: list[str], residual: bool) -> dict[str, torch.Tensor]:
     "Sum up over the domains and solve."
     at, sums = f"{walk.prefix}.{i}.", None
     for s in walk.streams:
         fill(own, at, lambda k: walk.tensors.read(k, s.domain))
-        part = _seq_sums(own, merged, group, s) if walk.method == "seqmean" else _reg_sums(own, group, s, walk.shrink)
+        part = _seq_sums(own, merged, group, s, residual) if walk.method == "seqmean" else _reg_sums(own, group, s, walk.shrink)
         if sums is None: sums = _normal(len(part.gram), {n: c.shape[1] for n, c in part.cross.items()})
         sums.add(part.gram, part.cross, s.weight)
     return solve(sums, {n: _matrix(merged.get_submodule(n)) for n in group}, walk.ridge if walk.method == "seqmean" else 0.)
@@ -229,7 +254,7 @@ def _advance(walk: Walk, i: int, own, merged):
             s.own[b] = _run(own, s.own[b], call)
             if walk.method == "seqmean": s.merged[b] = _run(merged, s.merged[b], call)
 
-# %% ../../nbs/03f_calibrated.ipynb #c022
+# %% ../../nbs/03f_calibrated.ipynb #c023
 def solve_layer(
     walk: Walk, # streams at the layer's entrance; at its exit afterwards
     i: int # number of the layer
@@ -240,28 +265,29 @@ def solve_layer(
     fill(merged, at, walk.tensors.average); fill(own, at, walk.tensors.read)
     s = walk.streams[0]; groups = linear_groups(own, _linear_names(walk, i), s.own[0][:1], s.calls[0])
     for group in groups:
-        for name, w in _solve_group(walk, i, own, merged, group).items():
+        last = walk.residual and group == groups[-1] and len(group) == 1 and writes_residual(own, group[0], s.own[0][:1], s.calls[0])
+        for name, w in _solve_group(walk, i, own, merged, group, last).items():
             module = merged.get_submodule(name)
             module.weight.copy_(w.T if isinstance(module, Conv1D) else w)
     _advance(walk, i, own, merged); drop(own)
     return {f"{at}{n}": p.numpy() for n, p in merged.named_parameters() if walk.tensors.changed(f"{at}{n}")}
 
-# %% ../../nbs/03f_calibrated.ipynb #c024
+# %% ../../nbs/03f_calibrated.ipynb #c025
 def calibration_windows(
     vectors: dict, # diff_<domain> file -> weight
     calibration: dict[str, np.ndarray], # domain (or "base") -> int64 [n, tokens]
     vocab_size: int # of the base
 ) -> dict[str, np.ndarray]: # the same, checked
     "Every vector needs windows of its domain. Raises `UserError` naming the one that is missing."
-    for d in map(name_of, vectors):
+    for d in map(domain_of, vectors):
         if d not in calibration or not len(calibration[d]): raise UserError(f"merge: no calibration windows of {d!r}; regmean and seqmean need a few validation windows of each domain")
-    unknown = sorted(set(calibration) - set(map(name_of, vectors)) - {"base"})
-    if unknown: raise UserError(f"merge: calibration windows of {unknown[0]!r}, which has no difference vector; there are {', '.join(map(name_of, vectors))}")
+    unknown = sorted(set(calibration) - set(map(domain_of, vectors)) - {"base"})
+    if unknown: raise UserError(f"merge: calibration windows of {unknown[0]!r}, which has no difference vector; there are {', '.join(map(domain_of, vectors))}")
     for d, w in calibration.items():
         if len(w) and int(w.max()) >= vocab_size: raise UserError(f"merge: calibration windows of {d!r} hold token {int(w.max())}, the base knows {vocab_size}: they were made with another tokenizer")
     return {d: np.asarray(w, np.int64) for d, w in calibration.items() if len(w)}
 
-# %% ../../nbs/03f_calibrated.ipynb #c025
+# %% ../../nbs/03f_calibrated.ipynb #c026
 @torch.no_grad()
 def calibrated_tensors(
     base: Path, # HF folder
@@ -270,14 +296,15 @@ def calibrated_tensors(
     method: str = "seqmean", # or regmean
     ridge: float = .05, # of seqmean, in units of the mean diagonal
     shrink: float = .9, # of regmean's off-diagonal elements
+    residual: bool = True, # seqmean: the last matrix of a layer makes good what the residual stream lacks
     base_weight: float = 1., # of the windows named "base", where a domain's mean weight is 1
     batch_tokens: int = 4096 # tokens at a time
 ): # yields (key, float32 array of the tensor's shape) of every changed tensor
     "RegMean or SeqMean, layer by layer. Raises `UserError` for missing windows, negative weights, models it cannot walk through."
     if method not in ("regmean", "seqmean"): raise UserError(f"merge: unknown method {method!r}; choose regmean or seqmean")
     if min(vectors.values()) < 0 or math.fsum(vectors.values()) <= 0: raise UserError(f"merge: {method} takes weights as importance: none may be negative, and one must be positive")
-    used = {f: w for f, w in vectors.items() if w > 0}; walk = Walk(base, used, method, ridge, shrink)
-    windows = calibration_windows(used, {d: w for d, w in calibration.items() if d == "base" or d in map(name_of, used)}, walk.model.config.vocab_size)
+    used = {f: w for f, w in vectors.items() if w > 0}; walk = Walk(base, used, method, ridge, shrink, residual)
+    windows = calibration_windows(used, {d: w for d, w in calibration.items() if d == "base" or d in map(domain_of, used)}, walk.model.config.vocab_size)
     for d, w in windows.items():
         weight = base_weight/len(used) if d == "base" else walk.tensors.weights[d]
         if weight > 0: walk.enter(None if d == "base" else d, weight, w, max(1, batch_tokens//w.shape[1]))

@@ -4,6 +4,8 @@
 
 # %% ../../nbs/03e_weights.ipynb #c004
 from __future__ import annotations
+import math
+from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np, torch
 from ..core.settings import UserError
@@ -12,7 +14,8 @@ from .lora import token_loss
 from .vectors import Vector
 
 # %% auto #0
-__all__ = ['Mixture', 'mixture_loss', 'mean', 'search_weights', 'best', 'plot_weights', 'plot_path']
+__all__ = ['Mixture', 'mixture_loss', 'mean', 'Goal', 'search_weights', 'best', 'nelder_mead', 'weight_curves', 'mixture_advice',
+           'advice_text', 'plot_weights', 'plot_path', 'plot_curves', 'plot_table']
 
 # %% ../../nbs/03e_weights.ipynb #c006
 class Mixture:
@@ -40,50 +43,141 @@ def _delta(v: Vector, key: str, size: int) -> np.ndarray:
 def mixture_loss(
     mix: Mixture, # the model as a function of its weights
     weights, # one for each domain
-    windows: dict[str, np.ndarray], # domain -> int64 [n, tokens]
+    windows: dict[str, np.ndarray], # name of the windows -> int64 [n, tokens]
     gradient: bool = True, # also the slopes
     batch_size: int = 16 # windows at a time
-) -> tuple[dict[str, float], np.ndarray | None]: # loss of each domain in nats a token, slopes of their mean
-    "Loss on every domain's windows at these weights, each domain counting the same."
-    model = mix.set(weights); model.zero_grad(set_to_none=True); losses = {}
+) -> tuple[dict[str, float], np.ndarray | None]: # loss of each set of windows in nats a token, slopes float64 [sets, weights]
+    "Loss on every set of windows at these weights, and how it changes with each weight: one forward and one backward pass over the text."
+    model, losses, slopes = mix.set(weights), {}, []
     with torch.set_grad_enabled(gradient):
-        for domain, rows in windows.items():
-            losses[domain] = 0.
+        for name, rows in windows.items():
+            model.zero_grad(set_to_none=True); losses[name] = 0.
             for i in range(0, len(rows), batch_size):
                 ids = torch.from_numpy(rows[i:i + batch_size]); loss = token_loss(model(input_ids=ids, use_cache=False).logits, ids)*(len(ids)/len(rows))
-                if gradient: (loss/len(windows)).backward()
-                losses[domain] += loss.item()
-    return losses, mix.slopes() if gradient else None
+                if gradient: loss.backward()
+                losses[name] += loss.item()
+            if gradient: slopes.append(mix.slopes())
+    return losses, np.array(slopes) if gradient else None
 
 # %% ../../nbs/03e_weights.ipynb #c009
 def mean(losses: dict[str, float]) -> float: return float(np.mean(list(losses.values())))
 
+@dataclass
+class Goal:
+    "What the search minimises: the mean over domains, a floor under each, and what general text may lose."
+    base: dict[str, float] # loss of the base on each set of windows
+    floor: float = .02 # share by which a domain's perplexity may be worse than the base's
+    retention: float = 0. # weight of general text's loss above the base's
+    general: str = "general" # the set of windows that no domain's mean counts
+    def domains(self, losses: dict) -> dict: return {d: x for d, x in losses.items() if d != self.general}
+    def over(self, losses: dict, floor: float | None = None) -> dict: # nats beyond the floor, by domain
+        return {d: max(0., x - self.base[d] - math.log1p(self.floor if floor is None else floor)) for d, x in self.domains(losses).items()}
+    def score(self, losses: dict) -> float: # without the floor
+        return mean(self.domains(losses)) + self.retention*max(0., losses.get(self.general, 0.) - self.base.get(self.general, 0.))
+    def value(self, losses: dict, slopes: np.ndarray) -> tuple[float, np.ndarray]: # with a quadratic penalty from half the floor on, and its slopes
+        k, over, pull = len(self.domains(losses)), self.over(losses, self.floor/2), []
+        for d, x in losses.items():
+            if d == self.general: pull.append(self.retention*(x > self.base[d]))
+            else: pull.append(1/k + 100*over[d])
+        return self.score(losses) + 50*sum(e*e for e in over.values()), np.array(pull) @ slopes
+
+# %% ../../nbs/03e_weights.ipynb #c011
 class _Enough(Exception): pass
 
 def search_weights(
     mix: Mixture, # the model as a function of its weights
-    windows: dict[str, np.ndarray], # validation: domain -> int64 [n, tokens]
+    windows: dict[str, np.ndarray], # validation: domain (and "general") -> int64 [n, tokens]
     steps: int = 16, # evaluations at most, each one forward and backward over all windows
     low: float = 0., high: float = 1.5, # bounds of each weight
+    goal: Goal | None = None, # None: the mean over domains, with no floor
     log=None # called with each entry of the path
 ) -> list[dict]: # path: {"weights", "loss", "losses"}, first uniform, in the order of evaluation
-    "Gradient search over the K weights. The best entry is the one with the lowest loss."
+    "Gradient search over the K weights. `best` picks the result."
     from scipy.optimize import minimize
-    path: list[dict] = []
+    path: list[dict] = []; goal = goal or Goal(dict.fromkeys(windows, math.inf))
     def evaluate(w):
         if len(path) >= steps: raise _Enough
         losses, slopes = mixture_loss(mix, w, windows)
-        path.append({"weights": dict(zip(mix.names, map(float, w))), "loss": mean(losses), "losses": losses})
+        path.append(_entry(mix, w, losses, goal))
         if log: log(path[-1])
-        return mean(losses), slopes
+        return goal.value(losses, slopes)
     k = len(mix.names)
     try: minimize(evaluate, np.full(k, 1/k), jac=True, method="L-BFGS-B", bounds=[(low, high)]*k)
     except _Enough: pass
     return path
 
-def best(path: list[dict]) -> dict: return min(path, key=lambda e: e["loss"])
+def _entry(mix: Mixture, w, losses: dict, goal: Goal) -> dict:
+    return {"weights": dict(zip(mix.names, map(float, w))), "loss": mean(goal.domains(losses)), "losses": losses}
+
+# %% ../../nbs/03e_weights.ipynb #c012
+def best(
+    path: list[dict], # entries with "loss" and "losses"; the first is uniform
+    goal: Goal | None = None # None: the lowest loss
+) -> dict: # the entry, with "floor_met" when there is a goal
+    "The best entry that keeps every domain above the floor and is not worse than uniform; when there is none, the one that comes closest to the floor without being worse than uniform."
+    if goal is None: return min(path, key=lambda e: e["loss"])
+    fit = [e for e in path if goal.score(e["losses"]) <= goal.score(path[0]["losses"])]
+    worst = lambda e: max(goal.over(e["losses"]).values())
+    kept = [e for e in fit if worst(e) == 0]
+    found = min(kept, key=lambda e: goal.score(e["losses"])) if kept else min(fit, key=worst)
+    return {**found, "floor_met": bool(kept)}
 
 # %% ../../nbs/03e_weights.ipynb #c014
+def nelder_mead(
+    mix: Mixture, # the model as a function of its weights
+    windows: dict[str, np.ndarray], # validation: domain (and "general") -> int64 [n, tokens]
+    start: dict[str, float], # weights to begin with
+    steps: int = 30, # evaluations at most, each one forward over all windows
+    low: float = 0., high: float = 1.5, # bounds of each weight
+    goal: Goal | None = None, size: float = .2, log=None # goal, edge of the first simplex, called with each entry
+) -> list[dict]: # path, first the start
+    "Search without gradients (Nelder and Mead 1965)."
+    from scipy.optimize import minimize
+    path: list[dict] = []; goal = goal or Goal(dict.fromkeys(windows, math.inf))
+    def evaluate(w):
+        if len(path) >= steps: raise _Enough
+        losses, _ = mixture_loss(mix, w, windows, gradient=False)
+        path.append(_entry(mix, w, losses, goal))
+        if log: log(path[-1])
+        return goal.value(losses, np.zeros((len(losses), 1)))[0]
+    w0 = np.array([start[d] for d in mix.names]); simplex = np.clip(np.vstack([w0, w0 + size*np.eye(len(w0))]), low, high)
+    try: minimize(evaluate, w0, method="Nelder-Mead", bounds=[(low, high)]*len(w0), options={"initial_simplex": simplex, "maxfev": steps, "xatol": 1e-3, "fatol": 1e-4})
+    except _Enough: pass
+    return path
+
+# %% ../../nbs/03e_weights.ipynb #c021
+def weight_curves(
+    mix: Mixture, # the model as a function of its weights
+    windows: dict[str, np.ndarray], # a few validation windows of each domain
+    weights: dict[str, float], # as found
+    points: int = 5, # from 0 to `high`
+    high: float = 1.5
+) -> dict[str, list[tuple[float, float]]]: # domain -> (weight, mean loss)
+    "Mean validation loss along each weight, the others held."
+    at = lambda w: mean(mixture_loss(mix, [w[d] for d in mix.names], windows, gradient=False)[0])
+    grid = [float(x) for x in np.linspace(0, high, points)]; here = at(weights)
+    return {d: sorted([(x, at({**weights, d: x})) for x in grid] + [(weights[d], here)]) for d in mix.names}
+
+# %% ../../nbs/03e_weights.ipynb #c023
+def mixture_advice(
+    weights: dict[str, float], # as found
+    tokens: dict[str, int] # training tokens of each domain
+) -> list[dict]: # domain, weight, share_of_weights, share_of_tokens, advice
+    "Weights read as mixture proportions, beside the tokens that there are."
+    total, every = sum(max(0., w) for w in weights.values()) or 1., sum(tokens.values()) or 1
+    rows = []
+    for d, w in weights.items():
+        share, have = max(0., w)/total, tokens.get(d, 0)/every
+        ratio = share*len(weights)
+        advice = "more" if ratio > 1.15 else "less" if ratio < .85 else "as much"
+        rows.append({"domain": d, "weight": w, "share_of_weights": share, "share_of_tokens": have, "advice": f"{advice} than an equal share ({ratio:.2f} times)" if advice != "as much" else f"about an equal share ({ratio:.2f} times)"})
+    return rows
+
+def advice_text(rows: list[dict]) -> str: # Markdown
+    head = "| domain | weight | share of weights | share of training tokens | advice for a mixture |\n|---|--:|--:|--:|---|\n"
+    return head + "".join(f"| {r['domain']} | {r['weight']:.3f} | {r['share_of_weights']:.1%} | {r['share_of_tokens']:.1%} | {r['advice']} |\n" for r in rows)
+
+# %% ../../nbs/03e_weights.ipynb #c026
 def plot_weights(
     table: dict[str, dict[str, float]] # "uniform", "configured", "searched" -> domain -> weight
 ): # matplotlib figure
@@ -103,4 +197,29 @@ def plot_path(
     for domain in path[0]["weights"]: left.plot(steps, [e["weights"][domain] for e in path], marker=".", label=domain)
     right.plot(steps, [e["loss"] for e in path], "o", ms=4, label="평가한 점"); right.plot(steps, np.minimum.accumulate([e["loss"] for e in path]), label="지금까지 가장 좋은 값")
     left.set(title="가중치", xlabel="평가 횟수"); right.set(title="검증 손실 (nats/토큰)", xlabel="평가 횟수"); left.legend(fontsize=7); right.legend(fontsize=8); fig.tight_layout()
+    return fig
+
+# %% ../../nbs/03e_weights.ipynb #c027
+def plot_curves(
+    curves: dict[str, list[tuple[float, float]]], # from `weight_curves`
+    found: dict[str, float] # weights
+): # matplotlib figure
+    "Perplexity along each weight, with the weight that was found."
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots(figsize=(7, 3.6))
+    for d, points in curves.items():
+        line, = ax.plot([w for w, _ in points], [math.exp(x) for _, x in points], marker=".", label=d)
+        ax.plot([found[d]], [math.exp(next(x for w, x in points if w == found[d]))], "o", ms=8, mfc="none", color=line.get_color())
+    ax.set(title="가중치 하나씩 움직였을 때의 퍼플렉서티 (원: 찾은 값)", xlabel="가중치", ylabel="검증 퍼플렉서티, 도메인 평균"); ax.legend(fontsize=8); fig.tight_layout()
+    return fig
+
+def plot_table(
+    losses: dict[str, dict[str, float]] # model or weights -> domain -> nats a token
+): # matplotlib figure
+    "Domains x weights: perplexity of each, coloured by its change against the first row."
+    import matplotlib.pyplot as plt, seaborn as sns
+    names, domains = list(losses), list(next(iter(losses.values()))); x = np.array([[losses[n][d] for d in domains] for n in names])
+    fig, ax = plt.subplots(figsize=(2 + 1.1*len(domains), 1.2 + .45*len(names)))
+    sns.heatmap(x - x[0], annot=np.exp(x), fmt=".0f", cmap="RdBu_r", center=0, xticklabels=domains, yticklabels=names, ax=ax, cbar_kws={"label": "로그 PPL 변화"})
+    ax.tick_params(axis="x", rotation=0); ax.set_title("도메인별 검증 퍼플렉서티"); fig.tight_layout()
     return fig
