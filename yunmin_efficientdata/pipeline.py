@@ -119,10 +119,10 @@ def preflight(
     return [Stat(f.name, f.size, f.version) for f in files]
 
 # %% ../nbs/06_pipeline.ipynb #c020
-def _publish(store: Store, settings: Settings) -> None:
-    "Build the site once more, now that the executed notebook of the last phase is there too."
+def _publish(ledger: Ledger, settings: Settings) -> None:
+    "Build the site, now that the executed notebook of the last phase is there too."
     from yunmin_efficientdata.report.phase import publish
-    publish(store, settings)
+    publish(ledger, settings)
 
 def _run_phase(store, ledger, phase, parameters, settings, inputs, before, notebooks) -> bool:
     "One phase through the ledger; True when it was skipped."
@@ -130,7 +130,7 @@ def _run_phase(store, ledger, phase, parameters, settings, inputs, before, noteb
     prefix, outputs = _STAGES.get(phase, phase) + ".", [f"reports/runs/{PHASES[phase]}.ipynb"]
     def work(stage):
         run_notebook(store, phase, parameters, notebooks)
-        if phase == "report": _publish(store, settings)
+        if phase == "report": _publish(ledger, settings)
         for entry in ledger.entries():
             if entry["stage"].startswith(prefix): outputs.extend(o for o in entry["outputs_asked"] if o not in outputs)
         return {}
@@ -148,7 +148,7 @@ def run_pipeline(
     settings, store, chosen = load_settings(config, overrides), open_store(workspace), choose_phases(phases)
     inputs, seconds = preflight(store, settings, chosen, raw), {}
     parameters = phase_parameters(store, config, raw, overrides, executor, workers)
-    with workspace_lock(store) as holder, _environment(YUNMIN_LOCK_TOKEN=holder["token"], YUNMIN_BATCH="1", OMP_WAIT_POLICY="passive"):
+    with workspace_lock(store) as holder, _environment(YUNMIN_LOCK_TOKEN=holder["token"], YUNMIN_BATCH="1", OMP_WAIT_POLICY="passive", YUNMIN_SITE="later"):
         log, ledger = open_log(store, settings.logging, "run"), Ledger(store)
         try:
             for i, phase in enumerate(chosen):

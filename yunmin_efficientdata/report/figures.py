@@ -8,16 +8,48 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from ..core.figures import korean_style, save_figure
-from .facts import BENCHMARK, Facts, loading, metric, stages
+from .facts import BENCHMARK, COST_LEDGER, EXPECTATIONS, METHODS, OTHER_PARTS, Facts, cost_ledger, executive, loading, method_means, metric, shown, stages
+from .history import describe, kept_runs, plot_history, run_name, series
 
 # %% auto #0
-__all__ = ['STEPS', 'PHASES', 'ORDER', 'PLOTS', 'plot_funnel', 'plot_time', 'plot_loading', 'relative_perplexity',
-           'plot_perplexity', 'merge_weights', 'drawable', 'figure_key', 'draw']
+__all__ = ['BLUE', 'ORANGE', 'GREEN', 'PINK', 'GREY', 'INK', 'STEPS', 'STEPS_EN', 'PHASES', 'PHASES_EN', 'ORDER', 'PARTS',
+           'PLOTS', 'place', 'plot_expectations', 'plot_funnel', 'plot_time', 'plot_loading', 'relative_perplexity',
+           'plot_perplexity', 'merge_weights', 'plot_methods', 'cost_bars', 'plot_costs', 'drawable', 'figure_key',
+           'draw']
 
 # %% ../../nbs/05d_figures.ipynb #c008
+BLUE, ORANGE, GREEN, PINK, GREY, INK = "#0173b2", "#de8f05", "#029e73", "#cc78bc", "#949494", "#222222"
+
+def place(e, value: float) -> float: # -0.5 to 2.5; at least 1 where the expectation is met
+    "Where a measured value stands against its expectation."
+    at = value/e.target if e.at_least else 2 - value/e.target
+    return min(max(at, -.5), 2.5)
+
+def plot_expectations(facts: Facts, language: str = "ko"): # figure, or None
+    "One line an expectation: how far it is met, by place, shape and words."
+    table = executive(facts).set_index("id")
+    if (table.met == "not measured").all(): return None
+    ko = language == "ko"
+    fig, ax = plt.subplots(figsize=(8.2, 0.36*len(table) + 1.1), layout="constrained")
+    ax.axvspan(1, 2.62, color="#eef4f9", zorder=0); ax.axvline(1, color=INK, lw=1.2)
+    for y, e in enumerate(EXPECTATIONS):
+        row = table.loc[e.id]; met = row.met == "yes"
+        if row.met == "not measured": ax.text(1, y, "측정 안 함" if ko else "not measured", fontsize=9, ha="center", va="center", color="#555555", zorder=4, bbox=dict(fc="white", ec="none", pad=2)); continue
+        x, colour = place(e, row.value), BLUE if met else ORANGE
+        ax.plot([1, x], [y, y], color=colour, lw=2.2, zorder=2)
+        ax.plot(x, y, "o" if met else "D", color=colour, mfc=colour if met else "white", ms=8, mew=2, zorder=3)
+        ax.text(2.7, y, shown(row.value, e.unit, language), va="center", fontsize=9.5, color=INK)
+    ax.set_yticks(range(len(EXPECTATIONS)), [e.ko if ko else e.en for e in EXPECTATIONS], fontsize=9.5); ax.set_ylim(len(EXPECTATIONS) - .4, -.7)
+    ax.set(xlim=(-.6, 2.62), title="기대값에 견준 측정값: 선의 오른쪽이 충족" if ko else "Measured against asked: met right of the line")
+    ax.set_xticks([1], ["기대값" if ko else "asked"]); ax.grid(False); ax.spines["left"].set_visible(False)
+    return fig
+
+# %% ../../nbs/05d_figures.ipynb #c011
 STEPS = {"prepare": "정제·필터", "contamination": "평가 오염", "exact": "완전 중복", "near": "유사 중복", "semantic": "의미 중복", "spans": "반복 문단·문장"}
 
-def plot_funnel(facts: Facts): # figure, or None
+STEPS_EN = {"prepare": "cleaning, filters", "contamination": "evaluation leaks", "exact": "exact copies", "near": "near copies", "semantic": "semantic copies", "spans": "repeated spans"}
+
+def plot_funnel(facts: Facts, language: str = "ko"): # figure, or None
     "For each domain: the share of bytes that each step of phase 1 removed, and what was kept."
     log = facts.csv("dedup_log.csv")
     if log is None: return None
@@ -28,46 +60,48 @@ def plot_funnel(facts: Facts): # figure, or None
     share = 100*lost.div(first, axis=0).loc[first.index]
     if not len(share): return None
     fig, ax = plt.subplots(figsize=(7.2, 0.45*len(share) + 1.6), layout="constrained")
-    left = 100 - share.sum(axis=1)
-    ax.barh(share.index, left, color="#0173b2", label="남은 본문")
+    left, ko = 100 - share.sum(axis=1), language == "ko"
+    ax.barh(share.index, left, color=BLUE, label="남은 본문" if ko else "kept")
     for step, colour in ((s, c) for s, c in zip(STEPS, ("#bbbbbb", "#56b4e9", "#de8f05", "#d55e00", "#cc78bc", "#029e73")) if s in share):
-        ax.barh(share.index, share[step], left=left, color=colour, label=STEPS[step]); left = left + share[step]
+        ax.barh(share.index, share[step], left=left, color=colour, label=(STEPS if ko else STEPS_EN)[step]); left = left + share[step]
     for y, kept in enumerate(100 - share.sum(axis=1)): ax.text(max(kept, 12) - 1.5, y, f"{kept:.1f} %", va="center", ha="right", color="white", fontsize=9.5)
-    ax.invert_yaxis(); ax.set(xlim=(0, 100), xlabel="원문 바이트에 대한 비율 (%)", title="도메인별로 남은 본문과 제거한 본문")
+    ax.invert_yaxis(); ax.set(xlim=(0, 100), xlabel="원문 바이트에 대한 비율 (%)" if ko else "share of the raw bytes (%)", title="도메인별로 남은 본문과 제거한 본문" if ko else "Text kept and removed, by domain")
     fig.legend(ncols=4, loc="outside lower center", fontsize=9); ax.grid(False, axis="y")
     return fig
 
-# %% ../../nbs/05d_figures.ipynb #c011
+# %% ../../nbs/05d_figures.ipynb #c014
 PHASES = {"dedup": "1 중복 제거", "format": "2 형식", "dem": "3 DEM", "evaluation": "4 평가", "report": "5 보고서"}
+PHASES_EN = {"dedup": "1 deduplication", "format": "2 format", "dem": "3 DEM", "evaluation": "4 evaluation", "report": "5 report"}
 
-def plot_time(facts: Facts): # figure, or None
+def plot_time(facts: Facts, language: str = "ko"): # figure, or None
     "Wall seconds of every finished stage, coloured by phase."
     done = stages(facts); done = done[(done.status == "done") & done.phase.isin(PHASES)]
     if not len(done): return None
-    colours = dict(zip(PHASES, ("#0173b2", "#de8f05", "#029e73", "#cc78bc", "#949494")))
+    colours, names = dict(zip(PHASES, (BLUE, ORANGE, GREEN, PINK, GREY))), PHASES if language == "ko" else PHASES_EN
     fig, ax = plt.subplots(figsize=(7.2, 0.27*len(done) + 1.2))
     ax.barh(done.stage, done.seconds, color=[colours.get(p, "#949494") for p in done.phase])
     for y, s in enumerate(done.seconds): ax.text(s + done.seconds.max()*.01, y, f"{s:,.1f}", va="center", fontsize=8.5)
-    ax.set(xlabel="벽시계 시간 (초)", title="단계별 소요 시간", xlim=(0, done.seconds.max()*1.12)); ax.invert_yaxis(); ax.grid(False, axis="y")
+    ax.set(xlabel="벽시계 시간 (초)" if language == "ko" else "wall time (s)", title="작업별 소요 시간" if language == "ko" else "Time of every stage", xlim=(0, done.seconds.max()*1.12)); ax.invert_yaxis(); ax.grid(False, axis="y")
     ax.tick_params(axis="y", labelsize=8.5)
-    ax.legend([plt.Rectangle((0, 0), 1, 1, color=colours[p]) for p in PHASES if p in set(done.phase)], [PHASES[p] for p in PHASES if p in set(done.phase)], fontsize=9, loc="lower right", frameon=True, facecolor="white")
-    return fig
-
-# %% ../../nbs/05d_figures.ipynb #c014
-def plot_loading(facts: Facts): # figure, or None
-    "Median seconds and peak traced memory of each format in the benchmark, side by side."
-    panels = [(c, t, loading(facts, c)) for c, t in (("seconds", "읽는 시간 (초)"), ("tracemalloc_mb", "메모리 최대 (MB, tracemalloc)"))]
-    panels = [p for p in panels if p[2] is not None]
-    if not panels: return None
-    fig, axes = plt.subplots(1, len(panels), figsize=(3.6*len(panels), 2.9), squeeze=False)
-    for ax, (column, title, values) in zip(axes[0], panels):
-        bars = ax.bar(values.index, values, color=["#de8f05" if f.startswith("jsonl") else "#0173b2" for f in values.index], width=.6)
-        ax.bar_label(bars, fmt="%.3g", fontsize=9.5, padding=2); ax.set_title(title); ax.grid(False, axis="x"); ax.margins(y=.15)
-        ax.tick_params(axis="x", labelsize=9, rotation=20 if len(values) > 2 else 0)
-    fig.tight_layout()
+    ax.legend([plt.Rectangle((0, 0), 1, 1, color=colours[p]) for p in PHASES if p in set(done.phase)], [names[p] for p in PHASES if p in set(done.phase)], fontsize=9, loc="lower right", frameon=True, facecolor="white")
     return fig
 
 # %% ../../nbs/05d_figures.ipynb #c017
+def plot_loading(facts: Facts, language: str = "ko"): # figure, or None
+    "Median seconds and peak traced memory of each format in the benchmark, side by side; Parquet is hatched."
+    ko = language == "ko"
+    panels = [(c, t, loading(facts, c)) for c, t in (("seconds", "읽는 시간 (초)" if ko else "reading time (s)"), ("tracemalloc_mb", "메모리 최대 (MB, tracemalloc)" if ko else "peak memory (MB, tracemalloc)"))]
+    panels = [p for p in panels if p[2] is not None]
+    if not panels: return None
+    fig, axes = plt.subplots(1, len(panels), figsize=(8.2, 0.34*max(len(p[2]) for p in panels) + 1), squeeze=False, sharey=True, layout="constrained")
+    for ax, (column, title, values) in zip(axes[0], panels):
+        columnar = [f.startswith("parquet") for f in values.index]
+        bars = ax.barh(values.index, values, color=[BLUE if c else ORANGE for c in columnar], height=.65, hatch=["//" if c else "" for c in columnar], edgecolor="white", lw=0)
+        ax.bar_label(bars, fmt="%.3g", fontsize=9, padding=3); ax.set_title(title); ax.grid(False, axis="y"); ax.margins(x=.18)
+    axes[0][0].invert_yaxis()
+    return fig
+
+# %% ../../nbs/05d_figures.ipynb #c020
 ORDER = ("base", "uniform", "merged", "mixed")   # after the domain models, in this order
 
 def relative_perplexity(facts: Facts) -> pd.DataFrame | None: # percent against base; rows domains, columns models
@@ -77,7 +111,7 @@ def relative_perplexity(facts: Facts) -> pd.DataFrame | None: # percent against 
     models = [m for m in wide.columns if m not in ORDER] + [m for m in ORDER[1:] if m in wide.columns]
     return 100*(wide[models].div(wide["base"], axis=0) - 1) if models else None
 
-def plot_perplexity(facts: Facts): # figure, or None
+def plot_perplexity(facts: Facts, language: str = "ko"): # figure, or None
     "Heat map of the perplexity change from the base: domains by models."
     change = relative_perplexity(facts)
     if change is None: return None
@@ -87,35 +121,90 @@ def plot_perplexity(facts: Facts): # figure, or None
     for (i, j), v in np.ndenumerate(change.to_numpy()):
         if np.isfinite(v): ax.text(j, i, f"{v:+.1f}", ha="center", va="center", fontsize=9, color="white" if abs(v) > .7*limit else "#222222")
     ax.set_xticks(range(len(change.columns)), change.columns, rotation=25, ha="right"); ax.set_yticks(range(len(change)), change.index)
-    ax.set(xlabel="모델", ylabel="시험 본문", title="base 대비 PPL 변화 (%), 음수일수록 좋음"); ax.grid(False)
+    words = ("모델", "시험 본문", "base 대비 PPL 변화 (%), 음수일수록 좋음") if language == "ko" else ("model", "test text", "Change of perplexity from the base (%), lower is better")
+    ax.set(**dict(zip(("xlabel", "ylabel", "title"), words))); ax.grid(False)
     fig.colorbar(image, ax=ax, shrink=.9, label="%")
     return fig
 
-# %% ../../nbs/05d_figures.ipynb #c020
+# %% ../../nbs/05d_figures.ipynb #c023
 def merge_weights(facts: Facts) -> dict[str, float]: # weight for each domain, as delivered; empty when there is none
     "The weights of the delivered merge."
     found = facts.json("results/merge_weights.json") or {}
     weights = next((found[k] for k in ("weights", "delivered", "merged") if isinstance(found.get(k), dict)), {})
     return {k: float(v) for k, v in weights.items() if isinstance(v, (int, float))}
 
-# %% ../../nbs/05d_figures.ipynb #c023
-PLOTS = {"funnel": plot_funnel, "time": plot_time, "loading": plot_loading, "perplexity": plot_perplexity}
+# %% ../../nbs/05d_figures.ipynb #c026
+def plot_methods(facts: Facts, language: str = "ko"): # figure, or None
+    "Two bars a method: share of the mixed run's gain, and change of general perplexity."
+    table = method_means(facts)
+    if table is None: return None
+    ko, table = language == "ko", table.sort_values("share")
+    fig, axes = plt.subplots(1, 2, figsize=(8.2, 0.36*len(table) + 1.2), sharey=True, layout="constrained", width_ratios=(3, 2))
+    control = [m.startswith("mixed") for m in table.method]
+    colours, hatches = [ORANGE if c else BLUE for c in control], ["//" if c else "" for c in control]
+    titles = (("혼합 학습 이득에 대한 비율", "일반 본문 PPL 변화 (%)") if ko else ("share of the mixed run's gain", "general perplexity, change (%)"))
+    for ax, column, title, text in zip(axes, ("share", "general"), titles, ("%.2f", "%+.1f")):
+        values = table[column].fillna(0)
+        bars = ax.barh(table.method, values, color=colours, hatch=hatches, edgecolor="white", lw=0, height=.68)
+        ax.bar_label(bars, labels=[text % v if np.isfinite(v) else "–" for v in table[column]], fontsize=9, padding=3)
+        ax.set_title(title, fontsize=11); ax.grid(False, axis="y"); ax.margins(x=.2); ax.axvline(0, color=INK, lw=.8)
+    axes[0].axvline(1, color=INK, ls=":", lw=1.2)
+    return fig
+
+# %% ../../nbs/05d_figures.ipynb #c029
+def cost_bars(facts: Facts) -> dict[str, dict[str, float]]: # bar -> {part: seconds}
+    "The merged model by part, one mixed run, and the mixture search by arithmetic; empty without a cost ledger."
+    ledger = cost_ledger(facts)
+    loras = sum(v for k, v in ledger.items() if k.startswith("lora."))
+    if not loras: return {}
+    bars = {"DEM": {"lora": loras, **{p: ledger[p] for p in OTHER_PARTS if ledger.get(p)}}}
+    if ledger.get("mixed"): bars["mixed"] = {"mixed": ledger["mixed"]}
+    if ledger.get("mixture_search_estimate"): bars["search"] = {"estimate": ledger["mixture_search_estimate"]}
+    return bars
+
+PARTS = {"lora": ("도메인 학습", "domains"), "seed": ("공통 시작 학습", "seed phase"), "polish": ("마무리 학습", "polish"), "vectors": ("차이 벡터", "vectors"), "search": ("가중치 탐색", "weight search"),
+         "calibration": ("보정", "calibration"), "merge": ("병합", "merge"), "mixed": ("혼합 학습", "mixed training"), "estimate": ("혼합 비율 탐색 (계산값)", "mixture search (arithmetic)")}
+
+def plot_costs(facts: Facts, language: str = "ko"): # figure, or None
+    "Seconds of making the merged model, beside one mixed run and a mixture search; arithmetic is hatched."
+    bars, pick = cost_bars(facts), 0 if language == "ko" else 1
+    if not bars: return None
+    fig, ax = plt.subplots(figsize=(8.2, 0.5*len(bars) + 1.5), layout="constrained")
+    colours = dict(zip(PARTS, (BLUE, "#56b4e9", GREEN, GREY, "#cc78bc", "#fbafe4", "#d55e00", ORANGE, "#ffffff")))
+    names = {"DEM": ("병합 모델", "merged model"), "mixed": ("혼합 학습 1회", "one mixed run"), "search": ("혼합 비율 탐색", "mixture search")}
+    for y, (bar, parts) in enumerate(bars.items()):
+        left = 0.0
+        for part, s in parts.items():
+            ax.barh(y, s, left=left, color=colours[part], hatch="//" if part == "estimate" else "", edgecolor=INK if part == "estimate" else "white", label=PARTS[part][pick], height=.6); left += s
+        ax.text(left, y, f" {left:,.1f}", va="center", fontsize=9.5)
+    ax.set_yticks(range(len(bars)), [names[b][pick] for b in bars]); ax.invert_yaxis(); ax.grid(False, axis="y"); ax.margins(x=.12)
+    ax.set(xlabel=("시간 (초)", "seconds")[pick], title=("병합 모델에 든 시간", "What the merged model cost")[pick])
+    fig.legend(ncols=4, loc="outside lower center", fontsize=9)
+    return fig
+
+# %% ../../nbs/05d_figures.ipynb #c032
+def _history(facts: Facts, language: str = "ko"): # figure, or None
+    return plot_history([*kept_runs(facts, but=run_name(facts)[0]), describe(facts)], language)
+
+PLOTS = {"expectations": plot_expectations, "funnel": plot_funnel, "time": plot_time, "loading": plot_loading, "perplexity": plot_perplexity,
+         "methods": plot_methods, "costs": plot_costs, "history": _history}
 
 def drawable(facts: Facts) -> list[str]: # names in PLOTS
     "The figures that this run has files for; cheap, so that the ledger can be told what to expect."
     log, done = facts.csv("dedup_log.csv"), stages(facts)
-    have = {"funnel": log is not None and (log.scope != "total").any(), "time": (done.status == "done").any(),
-            "loading": any(loading(facts, c) is not None for c in ("seconds", "tracemalloc_mb")),
-            "perplexity": relative_perplexity(facts) is not None}
+    have = {"expectations": (executive(facts).met != "not measured").any(), "funnel": log is not None and (log.scope != "total").any(), "time": (done.status == "done").any(),
+            "loading": any(loading(facts, c) is not None for c in ("seconds", "tracemalloc_mb")), "perplexity": relative_perplexity(facts) is not None,
+            "methods": method_means(facts) is not None, "costs": bool(cost_bars(facts)),
+            "history": bool(series([*kept_runs(facts, but=run_name(facts)[0]), describe(facts)]))}
     return [name for name in PLOTS if have[name]]
 
-# %% ../../nbs/05d_figures.ipynb #c024
+# %% ../../nbs/05d_figures.ipynb #c033
 def figure_key(name: str) -> str: return f"reports/figures/report_{name}.png"
 
-def draw(facts: Facts) -> list[str]: # keys of the figures that this run has
+def draw(facts: Facts, language: str = "ko") -> list[str]: # keys of the figures that this run has
     "Draw every figure that the run has files for; figures left from an earlier run without those files are removed."
     korean_style()
     names = drawable(facts)
     for old in (figure_key(n) for n in PLOTS if n not in names):
         if facts.store.exists(old): facts.store.delete(old)
-    return [save_figure(facts.store, PLOTS[n](facts), figure_key(n)) for n in names]
+    return [save_figure(facts.store, PLOTS[n](facts, language), figure_key(n)) for n in names]

@@ -4,10 +4,13 @@
 
 # %% ../../nbs/05_report.ipynb #c003
 from __future__ import annotations
+import os
 from ..core.context import Context, open_phase
+from ..core.ledger import Ledger
 from ..core.settings import Settings, UserError
 from .facts import Facts, executive
 from .figures import draw, drawable, figure_key
+from .history import HISTORY, describe, record, run_name
 from .site import build_site, page_sources
 from .write import compose
 
@@ -23,19 +26,23 @@ def sources(
     "The recorded files that the report reads and this phase does not write."
     found = {k for s in SOURCES for k in (store.list(s) if s.endswith("/") else [s] if store.exists(s) else [])}
     own = ("results/executive.csv", "reports/figures/report_", "ledger/report.", "ledger/pipeline.", "ledger/parts/")
-    return sorted(k for k in found if not k.startswith(own))
+    now = f"{HISTORY}{run_name(Facts(store))[0]}/"
+    return sorted(k for k in found if not k.startswith(own)) + [k for k in store.list(HISTORY) if k.endswith("/run.json") and not k.startswith(now)]
 
 # %% ../../nbs/05_report.ipynb #c007
 def write_report(ctx: Context) -> dict: # counts of the executive table
     "Stages report.figures and report.write."
     store, settings, inputs = ctx.store, ctx.settings, sources(ctx.store)
     if not inputs: raise UserError(f"{store.uri}: nothing has run in this workspace yet, so there is nothing to report: start with `yunmin run` or `yunmin dedup`")
-    ctx.stage("report.figures", lambda stage: {"figures": len(draw(Facts(store)))}, inputs=inputs, outputs=[figure_key(n) for n in drawable(Facts(store))], code=["report.facts", "report.figures"])
+    language = settings.report.language
+    ctx.stage("report.figures", lambda stage: {"figures": len(draw(Facts(store), language))}, settings=[language], inputs=inputs, outputs=[figure_key(n) for n in drawable(Facts(store))],
+              code=["report.facts", "report.figures", "report.history"])
     def work(stage):
         facts = Facts(store)
-        table = executive(facts)
+        table, text = executive(facts), compose(facts, language, settings)
         store.write("results/executive.csv", table.to_csv(index=False, lineterminator="\n"))
-        store.write("reports/report.md", compose(facts, settings.report.language, settings))
+        store.write("reports/report.md", text)
+        record(facts, describe(facts, settings), text)
         return {k.replace(" ", "_"): int(n) for k, n in table.met.value_counts().sort_index().items()}
     asked = settings.model_dump(mode="json", exclude={"logging", "config_dir"})
     return ctx.stage("report.write", work, settings=asked, inputs=inputs, after=["report.figures"], outputs=["reports/report.md", "results/executive.csv"], code=["report"])
@@ -49,17 +56,20 @@ def run(
     "Phase 5. The language is `report.language`; `report.site=false` leaves the site out."
     with open_phase("report", workspace, config=config, overrides=overrides, executor=executor, workers=workers) as ctx:
         counts, report = write_report(ctx), ctx.settings.report
-        if not report.site: return counts
-        inputs = sorted(k for p in ("reports/figures/", "reports/runs/") for k in ctx.store.list(p)) + ["reports/report.md"]
-        built = ctx.stage("report.site", lambda stage: build_site(ctx.store, report.language, report.renderer), settings=[report, page_sources()], inputs=inputs,
-                          after=["report.write"], outputs=["reports/site/index.html"], code=["report"])
+        if not report.site or os.environ.get("YUNMIN_SITE") == "later": return counts
+        built = publish(ctx.ledger, ctx.settings)
+        ctx.log(f"site of {built['pages']} pages by {built['renderer']}")
         for link in built["dead_links"]: ctx.warn(f"dead link in the site: {link}")
         return counts | {"pages": built["pages"], "dead_links": len(built["dead_links"])}
 
 # %% ../../nbs/05_report.ipynb #c010
 def publish(
-    store, # a `Store`
+    ledger: Ledger, # of the workspace
     settings: Settings # of the run
 ) -> dict: # pages, dead_links, renderer; empty when the site is switched off
-    "Build the site again with all executed notebooks."
-    return build_site(store, settings.report.language, settings.report.renderer) if settings.report.site else {}
+    "Stage report.site: build the site from everything that the run left."
+    store, report = ledger.store, settings.report
+    if not report.site: return {}
+    inputs = sorted(k for p in ("reports/figures/", "reports/runs/", HISTORY) for k in store.list(p)) + ["reports/report.md"]
+    entry, _ = ledger.run("report.site", lambda stage: build_site(store, report.language, report.renderer), [report, page_sources()], inputs, ["report.write"], ["reports/site/index.html"], ["report"])
+    return entry["counts"]

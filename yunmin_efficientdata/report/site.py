@@ -4,7 +4,7 @@
 
 # %% ../../nbs/05c_site.ipynb #c004
 from __future__ import annotations
-import csv, hashlib, io, os, re, shutil, subprocess, sys, tempfile
+import hashlib, os, re, shutil, subprocess, sys, tempfile
 from html.parser import HTMLParser
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -13,15 +13,15 @@ import nbformat, yaml
 from ..core.figures import font_files
 from ..core.ledger import digest
 from ..core.settings import UserError, project_root
-from .drawing import flow_svg, house_svg
-from .facts import ASKED, EXPECTATIONS, Facts, executive, shown
-from .write import MET, Page
+from .facts import Facts
+from .history import HISTORY, kept_runs
+from .pages import api_pages, architecture_page, breakable, front, guide_page, history_page, home_page, kept_report, read_tasks, relink, tasks_page, uncaption
 
 # %% auto #0
-__all__ = ['PATHS', 'TEXTS', 'LINK', 'PHASE_NOTEBOOKS', 'scrub', 'machine_roots', 'clean_source', 'clean_parameters',
-           'clean_output', 'clean_notebook', 'heading', 'title_cell', 'relink', 'notebook_sources', 'stage_notebooks',
-           'renumber', 'home_page', 'architecture_page', 'read_tasks', 'tasks_page', 'stage', 'uncaption', 'front',
-           'guide_page', 'stage_fonts', 'choose_renderer', 'render', 'dead_links', 'build_site', 'page_sources']
+__all__ = ['PATHS', 'TEXTS', 'PHASE_NOTEBOOKS', 'FRAME', 'scrub', 'machine_roots', 'clean_source', 'clean_parameters',
+           'clean_output', 'new_cell', 'new_notebook', 'clean_notebook', 'heading', 'title_cell', 'notebook_sources',
+           'stage_notebooks', 'localized', 'stage', 'report_pages', 'stage_fonts', 'choose_renderer', 'render',
+           'dead_links', 'build_site', 'page_sources']
 
 # %% ../../nbs/05c_site.ipynb #c006
 PATHS = re.compile(r"(?<![\w.:/<>…-])(?:file://)?/(?:home|Users|root|tmp|var|work|mnt|opt|data|srv|usr|private|content|workspace)(?:/[^\s\"'`<>|:,;()\[\]{}\\&]*)+")
@@ -76,7 +76,19 @@ def clean_output(
         output.metadata = {}
     return output
 
-# %% ../../nbs/05c_site.ipynb #c013
+# %% ../../nbs/05c_site.ipynb #c014
+def new_cell(kind: str, source: str, **more) -> Any: # notebook node of a cell
+    "A cell without metadata; code cells get empty outputs unless they are given."
+    code = {"outputs": [], "execution_count": None} if kind == "code" else {}
+    return nbformat.NotebookNode(cell_type=kind, id="c", metadata=nbformat.NotebookNode(), source=source, **(code | more))
+
+def new_notebook(cells: list) -> Any: # notebook node
+    "A notebook of these cells for the kernel python3; cells get ids by position, so that the bytes depend on content only."
+    for i, cell in enumerate(cells): cell["id"] = f"c{i:03d}"
+    kernel = nbformat.NotebookNode(display_name="python3", language="python", name="python3")
+    return nbformat.NotebookNode(cells=cells, metadata=nbformat.NotebookNode(kernelspec=kernel), nbformat=4, nbformat_minor=5)
+
+# %% ../../nbs/05c_site.ipynb #c016
 def clean_notebook(
     nb: Any, # notebook node
     name: str, # "01_dedup"; its number goes before the title
@@ -90,15 +102,12 @@ def clean_notebook(
             source = clean_source(cell.source)
             if "injected-parameters" in cell.metadata.get("tags", []): source = clean_parameters(source)
             if not source.strip(): continue
-            new = nbformat.v4.new_code_cell(scrub(source, roots), outputs=[o for o in (clean_output(o, roots) for o in cell.outputs) if o is not None])
-        else: new = nbformat.v4.new_markdown_cell(scrub(cell.source, roots)) if cell.cell_type == "markdown" else nbformat.v4.new_raw_cell(cell.source)
+            new = new_cell("code", scrub(source, roots), outputs=[o for o in (clean_output(o, roots) for o in cell.outputs) if o is not None])
+        else: new = new_cell(cell.cell_type, scrub(cell.source, roots) if cell.cell_type == "markdown" else cell.source)
         cells.append(new)
-    cells = title_cell(cells, name)
-    for i, cell in enumerate(cells): cell["id"] = f"c{i:03d}"
-    kernel = {"display_name": "python3", "language": "python", "name": "python3"}
-    return nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})
+    return new_notebook(title_cell(cells, name))
 
-# %% ../../nbs/05c_site.ipynb #c014
+# %% ../../nbs/05c_site.ipynb #c017
 def heading(source: str) -> tuple[str, str, str]: # title, quote, rest of the cell
     "Split `# Title`, an optional `> quote` and the rest."
     m = re.match(r"\s*#\s+(.+?)\s*(?:\n\s*>\s*(.+?)\s*)?(?:\n\s*\n([\s\S]*))?$", source)
@@ -110,27 +119,9 @@ def title_cell(cells: list, name: str) -> list:
     title, quote, rest = heading(cells[0].source)
     if not title: return cells
     front = yaml.safe_dump({"title": f"{name.split('_')[0]} · {title}", "description": quote}, allow_unicode=True, sort_keys=False, width=1000)
-    return [nbformat.v4.new_raw_cell(f"---\n{front}---"), *([nbformat.v4.new_markdown_cell(rest)] if rest.strip() else []), *cells[1:]]
+    return [new_cell("raw", f"---\n{front}---"), *([new_cell("markdown", rest)] if rest.strip() else []), *cells[1:]]
 
-# %% ../../nbs/05c_site.ipynb #c017
-LINK = re.compile(r"(?<!\!)\[([^\]\[]*)\]\(([^()\s]+)\)")
-
-def relink(
-    text: str, # Markdown
-    place: str, # folder of the page inside the staged tree: "", "phases" or "library"
-    known: dict[str, str] # file name -> its path in the staged tree
-) -> str: # Markdown whose local links all lead somewhere
-    "Point links to notebooks and pages at their staged place; unknown local targets lose the link, not the words."
-    def one(m):
-        words, target = m[1], m[2]
-        if re.match(r"[a-z][a-z0-9+.-]*:|#|//", target, re.I): return m[0]
-        path, _, anchor = target.partition("#")
-        staged = known.get(PurePosixPath(unquote(path)).name)
-        if staged is None: return words
-        return f"[{words}]({os.path.relpath(staged, place or '.')}{'#' + anchor if anchor else ''})"
-    return LINK.sub(one, text)
-
-# %% ../../nbs/05c_site.ipynb #c019
+# %% ../../nbs/05c_site.ipynb #c020
 PHASE_NOTEBOOKS = ("01_dedup", "02_format", "03_dem", "04_evaluation", "05_report")
 
 def notebook_sources(
@@ -147,7 +138,7 @@ def notebook_sources(
         if path.stem not in PHASE_NOTEBOOKS: found[f"library/{path.name}"] = (path.stem, path.read_bytes())
     return found
 
-# %% ../../nbs/05c_site.ipynb #c020
+# %% ../../nbs/05c_site.ipynb #c021
 def stage_notebooks(
     store, folder: Path, nbs: Path, # workspace, staged tree, notebooks
     known: dict[str, str] # for `relink`
@@ -161,129 +152,60 @@ def stage_notebooks(
         pages.append((place, *heading(first)[:2], module))
         clean = clean_notebook(nb, name, roots)
         if name in PHASE_NOTEBOOKS and not store.exists(f"reports/runs/{name}.ipynb"):
-            clean.cells.insert(1, nbformat.v4.new_markdown_cell("*이 실행의 노트북이 아직 없어 원본을 보입니다.*"))
+            clean = new_notebook([clean.cells[0], new_cell("markdown", "*이 실행의 노트북이 아직 없어 원본을 보입니다. (This run has no executed copy yet.)*"), *clean.cells[1:]])
         for cell in clean.cells:
             if cell.cell_type == "markdown": cell.source = relink(cell.source, place.split("/")[0], known)
         (folder/place).parent.mkdir(exist_ok=True)
-        nbformat.write(nbformat.from_dict(renumber(clean)), folder/place)
+        (folder/place).write_text(nbformat.v4.writes(clean) + "\n", encoding="utf-8")
     return pages
 
-def renumber(nb: Any) -> Any:
-    "Ids by position, so that the staged bytes depend on content only."
-    for i, cell in enumerate(nb.cells): cell["id"] = f"c{i:03d}"
-    return nb
+# %% ../../nbs/05c_site.ipynb #c023
+FRAME = {"홈": "Home", "보고서": "Report", "실행 보고서": "Report of the run", "실행 기록": "Runs", "이전 보고서": "Earlier reports", "구조": "Architecture", "요구 사항": "Tasks", "사용법": "Guide", "사용법 (README)": "Guide (README)",
+         "실행된 단계 노트북": "Executed phase notebooks", "라이브러리 노트북": "Library notebooks", "API 참조": "API reference", "이 쪽의 차례": "On this page"}
 
-# %% ../../nbs/05c_site.ipynb #c022
-def home_page(
-    store, language: str # workspace; ko or en
-) -> str: # Markdown
-    "What this site is, the headline of the run, where to go."
-    facts = Facts(store)
-    page, table = Page(facts, language), executive(facts)
-    page.heading("YunMin-EfficientData", "YunMin-EfficientData", 1)
-    page.add("한국어 원시 JSONL에서 중복을 없애고, 학습이 그대로 읽는 Parquet으로 바꾸고, 도메인별 LoRA를 학습해 하나로 병합한 뒤, 얻은 것을 측정해 보고하는 파이프라인입니다. 이 사이트는 한 번의 실행에서 자동으로 만들었습니다.",
-             "A pipeline from raw Korean JSONL to a smaller corpus, Parquet that training reads in place, one LoRA a domain merged into one model, and a report of what was gained. This site was made automatically from one run.")
-    page.lines += [flow_svg(language), ""]
-    page.heading("이 실행의 결과", "The result of this run")
-    n = table.met.value_counts().to_dict()
-    page.add(f"기대치 {len(table)}개 가운데 **{n.get('yes', 0)}개 충족**, {n.get('no', 0)}개 미충족, {n.get('not measured', 0)}개 측정 안 함. 자세한 내용은 [실행 보고서](report.md)에 있습니다.",
-             f"Of {len(table)} expectations **{n.get('yes', 0)} met**, {n.get('no', 0)} not met, {n.get('not measured', 0)} not measured. All of it is in the [report](report.md).")
-    names = {e.id: page.t(e.ko, e.en) for e in EXPECTATIONS}
-    page.table([page.t(*h) for h in (("기대치", "Expectation"), ("기대값", "Asked"), ("측정값", "Measured"), ("판정", "Verdict"))],
-               [[names[r.id], page.t(ASKED[r.target], r.target), shown(r.value, r.unit, language) if r.met != "not measured" else "–", page.t(*MET[r.met])] for r in table.itertuples()], left=2)
-    for key, ko, en in (("perplexity", "base 대비 PPL 변화", "Change of perplexity from the base"), ("funnel", "도메인별로 남은 본문", "Text kept by domain")):
-        page.figure(f"reports/figures/report_{key}.png", ko, en)
-    return page.text()
-
-# %% ../../nbs/05c_site.ipynb #c024
-def architecture_page(
-    pages: list[tuple[str, str, str, str]], # from `stage_notebooks`
-    language: str # ko or en
-) -> str: # Markdown
-    "The two drawings and the table of all notebooks with their modules."
-    page = Page(None, language)
-    page.heading("구조", "Architecture", 1)
-    page.heading("데이터가 지나는 길", "The way of the data"); page.lines += [flow_svg(language), ""]
-    page.heading("패키지의 층", "Floors of the package"); page.lines += [house_svg(language), ""]
-    page.heading("노트북과 모듈", "Notebooks and modules")
-    page.add("노트북이 원본이고 패키지는 거기서 나옵니다. 숫자만 있는 노트북이 단계이고, 글자가 붙은 노트북은 모듈 하나씩을 설명하고 시험합니다.",
-             "The notebooks are the source; the package is exported from them. A plain number is a phase; a letter marks a notebook that teaches and tests one module.")
-    rows = [f"| [{PurePosixPath(p).stem}]({p}) | `{m or '–'}` | {q.replace('|', '/')} |" for p, _, q, m in pages]
-    page.lines += [page.t("| 노트북 | 모듈 | 내용 |", "| Notebook | Module | What it holds |"), "|:--|:--|:--|", *rows, ""]
-    return page.text()
+def localized(config: str, language: str) -> str: # _quarto.yml
+    "The frame of the site in the language of the report."
+    if language == "ko": return config
+    words = re.sub(r'"([^"]*)"', lambda m: f'"{FRAME.get(m[1], m[1])}"', config)
+    return re.sub(r"^lang: ko$", f"lang: {language}", words, flags=re.M)
 
 # %% ../../nbs/05c_site.ipynb #c025
-def read_tasks(nbs: Path) -> list[dict[str, str]]: # number, phase, asked, asked_ko, notebook, file, test
-    "The specification's points, R1 to R44, with where each is answered."
-    path = nbs/"tasks.csv"
-    if not path.is_file(): return []
-    return list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
-
-def tasks_page(
-    tasks: list[dict[str, str]], # from `read_tasks`
-    known: dict[str, str], # notebook file -> staged path
-    language: str # ko or en
-) -> str: # Markdown
-    "The specification as a table: number, what was asked, notebook, file, test."
-    page = Page(None, language)
-    page.heading("요구 사항", "Tasks", 1)
-    page.add("요구 사항 R1~R44와, 그것을 다루는 노트북, 남기는 파일, 확인하는 시험입니다. 아직 다루지 않은 항목은 빈칸으로 둡니다.",
-             "What was asked, R1 to R44, with the notebook that answers it, the file it leaves and the test that checks it. A dash marks what is not built yet.")
-    page.lines += [page.t("| 번호 | 요구 사항 | 노트북 | 파일 | 시험 |", "| No. | Asked | Notebook | File | Test |"), "|:--|:--|:--|:--|:--|"]
-    for t in tasks:
-        cells = [", ".join(f"[{n}]({known[n + '.ipynb']})" if n + ".ipynb" in known else n for n in t["notebook"].split()),
-                 *(", ".join(f"`{x}`" for x in t[k].split()) for k in ("file", "test"))]
-        page.lines.append(f"| {t['number']} | {(t['asked_ko'] if language == 'ko' else t['asked']).replace('|', '/')} | " + " | ".join(c or "–" for c in cells) + " |")
-    return page.text()
-
-# %% ../../nbs/05c_site.ipynb #c027
 def stage(
     store, folder: Path, # the workspace; an empty folder
     language: str = "ko" # of the generated pages
 ) -> None:
     "Write the tree that quarto or smalldocs renders."
     root = project_root(); nbs = root/"nbs"
-    known = {PurePosixPath(p).name: p for p in notebook_sources(store, nbs)} | {p: p for p in ("index.md", "report.md", "architecture.md", "tasks.md", "guide.md")} | {"README.md": "guide.md", "index.ipynb": "guide.md"}
+    known = {PurePosixPath(p).name: p for p in notebook_sources(store, nbs)} | {p: p for p in ("index.md", "report.md", "history.md", "architecture.md", "tasks.md", "guide.md")} | {"README.md": "guide.md", "index.ipynb": "guide.md"}
     pages = stage_notebooks(store, folder, nbs, known)
-    for name in ("_quarto.yml", "nbs/styles.css"): shutil.copyfile(root/name, folder/Path(name).name)
-    for key in store.list("reports/figures/"):
-        (folder/"figures").mkdir(exist_ok=True); (folder/"figures"/PurePosixPath(key).name).write_bytes(store.read(key))
-    write = lambda name, text: (folder/name).write_text(text, encoding="utf-8")
-    write("report.md", front(relink(uncaption(store.read_text("reports/report.md")), "", known)) if store.exists("reports/report.md") else "# 실행 보고서\n\n아직 없습니다.\n")
-    write("index.md", front(uncaption(home_page(store, language))))
-    write("architecture.md", front(architecture_page(pages, language)))
-    write("tasks.md", front(tasks_page(read_tasks(nbs), known, language)))
+    write = lambda name, text: ((folder/name).parent.mkdir(exist_ok=True), (folder/name).write_text(text, encoding="utf-8"))
+    write("_quarto.yml", localized((root/"_quarto.yml").read_text(encoding="utf-8"), language))
+    shutil.copyfile(nbs/"styles.css", folder/"styles.css")
+    for key in store.list("reports/figures/"): (folder/"figures").mkdir(exist_ok=True); (folder/"figures"/PurePosixPath(key).name).write_bytes(store.read(key))
+    for name, text in report_pages(store, known, language).items(): write(name, text)
+    write("architecture.md", front(breakable(architecture_page(pages, language)), wide=True))
+    write("tasks.md", front(breakable(tasks_page(read_tasks(nbs), known, language)), wide=True))
     write("guide.md", front(guide_page(root, folder, known)))
+    for name, text in api_pages(pages, language).items(): write(name, text)
     stage_fonts(folder)
 
-# %% ../../nbs/05c_site.ipynb #c029
-def uncaption(text: str) -> str: # Markdown without the captions that repeat a picture's text
-    "Drop the italic line after a picture when it says the same."
-    return re.sub(r"(!\[([^\n]+)\]\([^()\n]+\)\n)\n\*\2\*\n", r"\1", text)
+def report_pages(store, known: dict[str, str], language: str) -> dict[str, str]: # staged name -> Markdown
+    "Home, report, history, and the reports of earlier runs."
+    none = "# 실행 보고서\n\n아직 없습니다.\n" if language == "ko" else "# Report\n\nThere is none yet.\n"
+    report = relink(uncaption(store.read_text("reports/report.md")), "", known) if store.exists("reports/report.md") else none
+    out = {"index.md": front(uncaption(home_page(store, language))), "report.md": front(breakable(report), wide=True), "history.md": front(breakable(uncaption(history_page(store, language))), wide=True)}
+    for run in kept_runs(Facts(store)):
+        key = f"{HISTORY}{run['run']}/report.md"
+        if store.exists(key): out[f"history/{run['run']}.md"] = front(breakable(kept_report(store.read_text(key), run["run"], language)), wide=True)
+    return out
 
-# %% ../../nbs/05c_site.ipynb #c031
-def front(text: str) -> str: # the page with its H1 as front matter
-    "Quarto and smalldocs both take the title from front matter; a leading quotation stays in the page."
-    m = re.match(r"\s*#\s+(.+)\n", text)
-    return f"---\ntitle: {yaml.safe_dump(m[1], allow_unicode=True, width=1000).splitlines()[0]}\n---\n{text[m.end():]}" if m else text
-
-def guide_page(root: Path, folder: Path, known: dict[str, str]) -> str: # Markdown of README.md for the site
-    "README.md, its pictures copied beside it."
-    if not (root/"README.md").is_file(): return "# 사용법\n\n아직 없습니다.\n"
-    text = re.sub(r"^<!--.*?-->\s*", "", (root/"README.md").read_text(encoding="utf-8"), flags=re.S)
-    for target in sorted(set(re.findall(r"!\[[^\]]*\]\(([^()\s]+)\)", text))):
-        if (root/target).is_file():
-            (folder/"images").mkdir(exist_ok=True); shutil.copyfile(root/target, folder/"images"/Path(target).name)
-            text = text.replace(f"]({target})", f"](images/{Path(target).name})")
-    return relink(text, "", known | {p.name: f"images/{p.name}" for p in (folder/"images").glob("*")})
-
-# %% ../../nbs/05c_site.ipynb #c033
+# %% ../../nbs/05c_site.ipynb #c027
 def stage_fonts(folder: Path) -> None:
     "Write NanumGothic, regular and bold, cut to the characters of the staged pages, into fonts/."
     from fontTools import subset
     from fontTools.ttLib import TTFont
-    texts = "".join(p.read_text(encoding="utf-8") for p in sorted(folder.rglob("*")) if p.suffix in (".md", ".ipynb", ".yml"))
-    wanted = "".join(sorted({c for c in texts if c.isprintable()} | set(map(chr, range(32, 127)))))
+    seen = set().union(*(set(re.sub(r'"image/(png|jpeg)": "[^"]*"', "", p.read_text(encoding="utf-8"))) for p in sorted(folder.rglob("*")) if p.suffix in (".md", ".ipynb", ".yml")))
+    wanted = "".join(sorted({c for c in seen if c.isprintable()} | set(map(chr, range(32, 127)))))
     options = subset.Options(drop_tables=subset.Options().drop_tables + ["TSI0", "TSI1", "TSI2", "TSI3", "TSI5", "TSIB", "TSIC", "TSID", "TSIJ", "TSIP", "TSIS", "TSIV"], hinting=False, layout_features=[])
     (folder/"fonts").mkdir()
     for path in font_files():
@@ -292,7 +214,7 @@ def stage_fonts(folder: Path) -> None:
         cut.populate(text=wanted); cut.subset(font)
         font.save(folder/"fonts"/path.name)
 
-# %% ../../nbs/05c_site.ipynb #c035
+# %% ../../nbs/05c_site.ipynb #c029
 def choose_renderer(
     asked: str = "auto" # auto, quarto or smalldocs
 ) -> str: # quarto or smalldocs
@@ -312,7 +234,7 @@ def render(
         raise RuntimeError(f"{renderer} render failed ({done.returncode}): {(done.stdout + done.stderr).strip()[-1500:]}")
     return folder/"_site"
 
-# %% ../../nbs/05c_site.ipynb #c037
+# %% ../../nbs/05c_site.ipynb #c031
 class _Links(HTMLParser):
     "Collects href and src of a page, and the ids that anchors may point at."
     def __init__(self): super().__init__(); self.targets, self.ids = [], set()
@@ -339,7 +261,7 @@ def dead_links(
             if not file.is_file() or (url.fragment and file in pages and unquote(url.fragment) not in pages[file].ids): dead.append(f"{path.relative_to(site.resolve())} -> {target}")
     return dead
 
-# %% ../../nbs/05c_site.ipynb #c039
+# %% ../../nbs/05c_site.ipynb #c033
 def build_site(
     store, # the workspace
     language: str = "ko", # of the generated pages
@@ -355,7 +277,7 @@ def build_site(
         with store.output("reports/site") as out: shutil.copytree(site, out)
         return {"pages": len(list(site.rglob("*.html"))), "dead_links": dead, "renderer": used}
 
-# %% ../../nbs/05c_site.ipynb #c041
+# %% ../../nbs/05c_site.ipynb #c035
 def page_sources() -> str: # 16 hexadecimal digits
     "Digest of the project's files that become pages."
     root = project_root()

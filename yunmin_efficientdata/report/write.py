@@ -4,134 +4,99 @@
 
 # %% ../../nbs/05b_write.ipynb #c004
 from __future__ import annotations
-import importlib.metadata, math, os, platform, re
-from typing import Any, Callable, Iterable
+import importlib.metadata, math, os, platform
+from typing import Any, Callable
 import numpy as np
-import pandas as pd
-from fastcore.basics import patch
 from ..core.ledger import digest
-from .facts import (ASKED, BENCHMARK, COSTS, EXPECTATIONS, GAINS, SUMMARY, Facts, change, costs, executive, metric,
-                                               shown, stages, domain_costs, tried_weights)
-from .figures import ORDER, PHASES, merge_weights, relative_perplexity
+from ..core.settings import DOMAINS
+from .facts import (ASKED, BENCHMARK, COSTS, EXPECTATIONS, GAINS, SUMMARY, Facts, change, costs, executive, method_means,
+                                               metric, shown, stages, domain_costs)
+from .figures import PHASES, PHASES_EN, merge_weights, relative_perplexity
+from .history import VERDICT, corpus_fingerprint, history_section, measured_settings, seeds_of
+from .models import CONTAMINATION, dem_section, evaluation_section, worse_domains
+from .page import Page, Raw, escape, plain
 
 # %% auto #0
-__all__ = ['UNIT', 'CAPTIONS', 'MET', 'PROMPTS', 'PACKAGES', 'SECTIONS', 'Page', 'plain', 'escape', 'summary_section', 'is_demo',
-           'parameters', 'scale_note', 'run_section', 'data_section', 'losses', 'search_quality', 'format_section',
-           'benchmark', 'dem_section', 'ordered', 'perplexity_table', 'verdict', 'weights_table', 'vectors_table',
-           'cost_table', 'evaluation_section', 'changed_sentences', 'gains_part', 'gain_row', 'inference_part',
-           'improvements', 'limitations', 'proposals', 'conclusions_section', 'versions', 'environment_section',
-           'compose']
+__all__ = ['MEASURES', 'KIND', 'PACKAGES', 'SECTIONS', 'executive_rows', 'headline', 'summary_section', 'domains_on_the_way',
+           'missing_domains', 'model_warnings', 'run_warnings', 'warnings_part', 'is_demo', 'parameters', 'scale_note',
+           'run_section', 'data_section', 'losses', 'search_quality', 'format_section', 'benchmark', 'one_a_kind',
+           'improvements', 'limitations', 'training_proposals', 'data_proposals', 'proposals', 'conclusions_section',
+           'versions', 'environment_section', 'compose']
 
 # %% ../../nbs/05b_write.ipynb #c006
-class Page:
-    "A Markdown page in one language, with numbered figures."
-    def __init__(self, facts: Facts, language: str = "ko", settings: Any = None): # settings: `Settings`, or None outside a run
-        self.facts, self.language, self.settings, self.lines, self.figures = facts, language, settings, [], 0
-    def t(self, ko: str, en: str) -> str: # the text in the page's language
-        return ko if self.language == "ko" else en
-    def add(self, ko: str, en: str) -> None: # a paragraph, in both languages
-        self.lines += [self.t(ko, en), ""]
-    def heading(self, ko: str, en: str, level: int = 2) -> None:
-        self.lines += [f"{'#'*level} {self.t(ko, en)}", ""]
-    def missing(self, key: str) -> None: # says that this run has no such file
-        self.add(f"*이 실행에는 `{key}` 파일이 없어 이 부분을 측정하지 못했습니다.*", f"*This run has no `{key}`, so this part was not measured.*")
-    def text(self) -> str: # the whole page
-        return re.sub(r"\n{3,}", "\n\n", "\n".join(self.lines)).strip() + "\n"
+def executive_rows(page: Page, files: bool = True) -> list[list]: # cells of the executive table
+    "One row an expectation; with `files`, where the number comes from and what must be known beside it."
+    names, rows = {e.id: page.t(e.ko, e.en) for e in EXPECTATIONS}, []
+    for r in executive(page.facts).itertuples():
+        remark = (r.remark_ko if page.language == "ko" else r.remark) + (page.t(". 우연과 구별되지 않음", "; cannot be told from chance") if r.doubt == "yes" else "")
+        basis = Raw(f"`{r.source}`" + (f": {escape(remark)}" if remark else "")) if r.source else None
+        rows.append([names[r.id], page.t(ASKED[r.target], r.target), shown(r.value, r.unit, page.language) if r.met != "not measured" else None, page.t(*VERDICT[r.met]), *([basis] if files else [])])
+    return rows
 
-# %% ../../nbs/05b_write.ipynb #c008
-def plain(
-    value: Any # a cell: text, number, None or NaN
-) -> str: # Markdown for a table cell
-    "A table cell: floats to 4 significant digits, counts with thousands separators, missing values as a dash."
-    if value is None or (isinstance(value, float) and not math.isfinite(value)): return "–"
-    if isinstance(value, (bool, np.bool_)): return "✓" if value else "✗"
-    if isinstance(value, (int, np.integer)): return f"{value:,}"
-    if isinstance(value, (float, np.floating)): return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
-    return escape(str(value))
-
-def escape(text: str) -> str: # safe inside a table cell
-    "Escape what Markdown or HTML would take for markup; line breaks become spaces."
-    text = " ".join(text.split())
-    text = "".join(c if c.isprintable() else "�" for c in text)   # a small model writes control characters too
-    return re.sub(r"([\\|*_`\[\]<>#~$])", r"\\\1", text)
-
-UNIT = re.compile(r"(\d) (%|배|시간|분|점|x|h|min|points)(?=\W|$)")   # a number and its unit stay on one line
-
-@patch
-def table(self: Page, header: list[str], rows: Iterable[Iterable], left: int = 1) -> None: # left: columns aligned to the left
-    "Add a table; cells go through `plain` unless they are Markdown in backticks."
-    self.lines += ["| " + " | ".join(header) + " |", "|" + "|".join(":--" if i < left else "--:" for i in range(len(header))) + "|"]
-    for row in rows:
-        cells = [c if isinstance(c, str) and re.fullmatch(r"`[^`|]*`", c) else plain(c) for c in row]
-        self.lines.append("| " + " | ".join(UNIT.sub("\\1\u00a0\\2", c) for c in cells) + " |")
-    self.lines.append("")
-
-# %% ../../nbs/05b_write.ipynb #c010
-@patch
-def figure(self: Page, key: str, ko: str, en: str) -> bool: # False when the run has no such figure
-    "Add a numbered figure by its key in the workspace; the link is relative to report.md."
-    if not self.facts.store.exists(key): return False
-    self.figures += 1
-    caption = self.t(f"그림 {self.figures}. {ko}", f"Figure {self.figures}. {en}")
-    self.lines += [f"![{caption}]({key.removeprefix('reports/')})", "", f"*{caption}*", ""]
-    return True
-
-# %% ../../nbs/05b_write.ipynb #c012
-CAPTIONS: dict[str, tuple[str, str]] = {
-    "dedup_rates": ("도메인별 중복률 (`dedup_log.csv`)", "Duplicate rate by domain (`dedup_log.csv`)"),
-    "dedup_clusters": ("중복 클러스터의 크기 (`minhash_lsh/clusters/`)", "Sizes of duplicate clusters (`minhash_lsh/clusters/`)"),
-    "dedup_recall": ("후보 재현율: 예상과 측정 (`dedup_ready/statistics.json`)", "Recall of candidates, predicted and measured (`dedup_ready/statistics.json`)"),
-    "dedup_sources": ("출처별로 줄어든 본문", "Text saved by source"),
-    "dedup_matrix": ("제거된 문서와 대신 남은 문서의 도메인", "Domains of removed documents, and of those kept for them"),
-    "dedup_sensitivity": ("기준과 제거되는 문서", "Threshold and documents removed"),
-    "dedup_speed": ("1단계 시간과 속도", "Time and speed of phase 1"),
-    "format_formats": ("형식별 크기와 읽기 시간", "Size and reading time by format"),
-    "format_fertility": ("토크나이저별 fertility", "Fertility by tokenizer"),
-    "format_lengths": ("문서 길이의 분포", "Distribution of document lengths"),
-    "format_columns": ("열별 크기와 압축", "Size and compression by column"),
-    "format_origins": ("출처와 날짜별 본문", "Text by source and date"),
-    "format_scripts": ("도메인별 문자 종류", "Scripts by domain"),
-    "format_vocabulary": ("어휘의 구성", "What the vocabulary is made of"),
-    "dem_training": ("도메인별 학습 손실과 검증 손실 (`summary/train_*.csv`)", "Training and validation loss by domain (`summary/train_*.csv`)"),
-    "dem_layer_norms": ("차이 벡터의 층별 norm (`diff_stats/`)", "Norm of the difference vectors by layer (`diff_stats/`)"),
-    "dem_histogram": ("차이 벡터 원소의 분포 (`diff_stats/`)", "Distribution of the elements of the difference vectors (`diff_stats/`)"),
-    "dem_cosines": ("도메인 사이의 코사인 유사도 (`diff_stats/cosines.csv`)", "Cosine similarity between domains (`diff_stats/cosines.csv`)"),
-    "dem_weights": ("병합 가중치: 같은 가중치, 설정값, 탐색값 (`results/merge_weights.json`)", "Merge weights: uniform, configured, searched (`results/merge_weights.json`)"),
-    "dem_search": ("가중치 탐색의 경로 (`results/merge_weights.json`)", "Path of the weight search (`results/merge_weights.json`)"),
-    "evaluation_perplexity": ("모델과 도메인별 PPL, 95 % 구간 (`results/perplexity.csv`)", "Perplexity by model and domain with 95 % intervals (`results/perplexity.csv`)"),
-    "evaluation_overlap": ("이어쓰기의 BLEU, chrF, ROUGE (`results/overlap.csv`)", "BLEU, chrF and ROUGE of continuations (`results/overlap.csv`)"),
-    "evaluation_choices": ("선다형 정답률 (`results/choices.csv`)", "Multiple-choice accuracy (`results/choices.csv`)"),
-    "evaluation_gains": ("프롬프트별 변화 (`results/eval_prompts.jsonl`)", "Change by prompt (`results/eval_prompts.jsonl`)"),
-    "evaluation_inference": ("추론 속도 (`results/inference.csv`)", "Inference speed (`results/inference.csv`)"),
-}
-
-@patch
-def figures_of(self: Page, phase: str) -> None:
-    "Add every figure that a phase drew, in the order of `CAPTIONS`, then by name."
-    keys = self.facts.keys(f"reports/figures/{phase}_", ".png")
-    known = [k for k in CAPTIONS if f"reports/figures/{k}.png" in keys]
-    names = known + [n for n in (k.split("/")[-1][:-4] for k in keys) if n not in known]
-    for n in names:
-        ko, en = CAPTIONS.get(n, (n.replace("_", " "), n.replace("_", " ")))
-        self.figure(f"reports/figures/{n}.png", ko, en)
-
-# %% ../../nbs/05b_write.ipynb #c014
-MET = {"yes": ("충족", "met"), "no": ("미충족", "not met"), "not measured": ("측정 안 함", "not measured")}
-
-def summary_section(page: Page) -> None:
-    "Every expectation: asked, measured, met or not, from which file."
+def headline(page: Page) -> None:
+    "How many expectations are met, and how many of the met ones may be luck."
     table = executive(page.facts)
     n = table.met.value_counts().to_dict()
-    page.heading("1. 한눈에 보기", "1. At a glance")
-    page.add(f"기대치 {len(table)}개 가운데 **{n.get('yes', 0)}개를 충족**했고, {n.get('no', 0)}개는 충족하지 못했으며, {n.get('not measured', 0)}개는 측정하지 않았습니다.",
-             f"Of {len(table)} expectations **{n.get('yes', 0)} are met**, {n.get('no', 0)} are not, and {n.get('not measured', 0)} were not measured.")
-    scale_note(page)
-    names = {e.id: page.t(e.ko, e.en) for e in EXPECTATIONS}
-    rows = [[names[r.id], page.t(ASKED[r.target], r.target), shown(r.value, r.unit, page.language) if r.met != "not measured" else "–", page.t(*MET[r.met]),
-             f"`{r.source}`" if r.source else "–", r.remark_ko if page.language == "ko" else r.remark] for r in table.itertuples()]
-    page.table([page.t(*h) for h in (("기대치", "Expectation"), ("기대값", "Asked"), ("측정값", "Measured"), ("판정", "Verdict"), ("근거 파일", "File"), ("비고", "Remark"))], rows, left=6)
+    luck = int(((table.met == "yes") & (table.doubt == "yes")).sum())
+    page.add(f"기대치 {len(table)}개 가운데 **{n.get('yes', 0)}개를 충족**했고, {n.get('no', 0)}개는 충족하지 못했으며, {n.get('not measured', 0)}개는 측정하지 않았습니다." + (f" 충족한 것 가운데 {luck}개는 표본이 작아 우연과 구별되지 않습니다." if luck else ""),
+             f"Of {len(table)} expectations **{n.get('yes', 0)} are met**, {n.get('no', 0)} are not, and {n.get('not measured', 0)} were not measured." + (f" Of those met, {luck} cannot be told from chance: too few items." if luck else ""))
 
-# %% ../../nbs/05b_write.ipynb #c016
+def summary_section(page: Page) -> None:
+    "Every expectation: asked, measured, met or not, from which file; and what to know before reading on."
+    page.heading("1. 한눈에 보기", "1. At a glance")
+    headline(page); warnings_part(page); scale_note(page)
+    page.table([page.t(*h) for h in (("기대치", "Expectation"), ("기대값", "Asked"), ("측정값", "Measured"), ("판정", "Verdict"), ("근거", "Where from"))], executive_rows(page), left=5)
+    page.add("'최대'라고 한 기대값은 그 수치 자체를 기준으로 판정합니다.", "An expectation of \"up to\" is judged by that number itself.")
+    page.figure("reports/figures/report_expectations.png", "기대값에 견준 측정값 (`results/executive.csv`)", "Measured against asked (`results/executive.csv`)")
+
+# %% ../../nbs/05b_write.ipynb #c008
+def domains_on_the_way(facts: Facts) -> dict[str, list[str]]: # step -> domains; only steps that this run has
+    "Which domains were read, formatted, trained and evaluated."
+    log, manifest, wide = facts.csv("dedup_log.csv"), facts.json("parquet_ready/manifest.json"), metric(facts, "perplexity")
+    steps = {"read": None if log is None else [s for s in log.scope.unique() if s != "total"], "formatted": manifest and list(manifest.get("domains", {})),
+             "trained": list(domain_costs(facts)) or None, "evaluated": None if wide is None else [d for d in wide.index if d != "general"]}
+    return {k: [str(d) for d in v] for k, v in steps.items() if v}
+
+def missing_domains(facts: Facts) -> list[tuple[str, str]]: # sentences in Korean and English
+    "Domains of the specification that the corpus does not have, and domains lost between two steps."
+    way, names = domains_on_the_way(facts), {"read": ("읽기", "reading"), "formatted": ("형식 변환", "formatting"), "trained": ("학습", "training"), "evaluated": ("평가", "evaluation")}
+    each, out = lambda ds: ", ".join(f"`{d}`" for d in ds), []
+    if way and (none := [d for d in DOMAINS if not any(d in ds for ds in way.values())]):
+        out.append((f"다섯 도메인 가운데 {each(none)}의 본문이 없습니다", f"the corpus has no text of {each(none)}, of the five domains"))
+    for (a, before), (b, after) in zip(way.items(), list(way.items())[1:]):
+        if lost := [d for d in before if d not in after]: out.append((f"{each(lost)}: {names[a][0]} 뒤, {names[b][0]}에서 빠졌습니다", f"{each(lost)}: missing after {names[a][1]}, from {names[b][1]}"))
+    return out
+
+# %% ../../nbs/05b_write.ipynb #c009
+def model_warnings(facts: Facts) -> list[tuple[str, str]]: # sentences in Korean and English
+    "A merged model worse than its base; no prompts; contaminated evaluation items."
+    out, merged, worse = [], change(facts, "perplexity"), worse_domains(facts)
+    if merged and merged[0] > 0: out.append((f"**병합 모델이 base보다 나쁩니다**: PPL이 평균 {merged[0]:.1f} % 높습니다. base나 도메인 모델을 쓰십시오", f"**the merged model is worse than its base**: perplexity is {merged[0]:.1f} % higher on average; use the base or the domain models"))
+    elif worse: out.append((f"병합 모델이 base보다 나빠진 도메인: {', '.join(f'`{d}` {v:+.1f} %' for d, v in worse.items())}", f"domains that the merge made worse: {', '.join(f'`{d}` {v:+.1f} %' for d, v in worse.items())}"))
+    if facts.csv(SUMMARY) is not None and not (facts.json(GAINS) or {}).get("prompts"): out.append(("평가 프롬프트의 결과가 없습니다: 답변과 '10개 중 6개'는 측정하지 않았습니다", "there are no evaluation prompts: answers and '6 of 10' were not measured"))
+    table = facts.csv(CONTAMINATION)
+    if table is not None and (hit := table.filter(regex="^contaminated").sum(axis=1).gt(0)).any():
+        sets = sorted({str(v) for v in table.loc[hit].iloc[:, 0]})
+        out.append((f"학습 본문에 문항이 섞인 평가: {', '.join(f'`{s}`' for s in sets)} (`{CONTAMINATION}`)", f"evaluations whose items occur in the training text: {', '.join(f'`{s}`' for s in sets)} (`{CONTAMINATION}`)"))
+    return out
+
+def run_warnings(facts: Facts) -> list[tuple[str, str]]: # sentences in Korean and English
+    "Phases that did not run and stages that did not end."
+    table, out = stages(facts), []
+    bad = table[(table.status != "done") & table.phase.isin(list(PHASES))]
+    if len(bad): out.append((f"끝나지 않은 작업: {', '.join(f'`{s}`' for s in bad.stage)}", f"unfinished stages: {', '.join(f'`{s}`' for s in bad.stage)}"))
+    none = [p for p in ("dedup", "format", "dem", "evaluation") if p not in set(table.phase)]
+    if len(table) and none: out.append((f"실행하지 않은 단계: {', '.join(PHASES[p] for p in none)}", f"phases that did not run: {', '.join(PHASES_EN[p] for p in none)}"))
+    return out
+
+def warnings_part(page: Page) -> None:
+    "What to know first, as a list; nothing when there is nothing."
+    found = [*run_warnings(page.facts), *missing_domains(page.facts), *model_warnings(page.facts)]
+    if not found: return
+    page.add("**먼저 알아 둘 점**", "**To know first**")
+    page.lines += [f"- {page.t(ko, en[0].upper() + en[1:] if en[0].isalpha() else en)}." for ko, en in found] + [""]
+
+# %% ../../nbs/05b_write.ipynb #c011
 def is_demo(page: Page) -> bool: # the base was pretrained here, at demonstration scale
     "True when the settings have no base model of their own, or the ledger shows that a base was pretrained."
     if page.settings is not None: return not page.settings.dem.base.path
@@ -153,24 +118,24 @@ def scale_note(page: Page) -> None:
     page.add(f"> **시연 규모입니다.** 이 실행의 base는 그 자리에서 사전학습한 아주 작은 모델{ko}입니다. 시간과 모델 품질의 수치는 파이프라인이 끝까지 동작함을 보일 뿐, 3B 모델의 성능을 뜻하지 않습니다.",
              f"> **Demonstration scale.** The base of this run is a very small model pretrained on the spot{en}. Times and model quality show that the pipeline works from end to end; they say nothing about a 3B model.")
 
-# %% ../../nbs/05b_write.ipynb #c018
+# %% ../../nbs/05b_write.ipynb #c013
 def run_section(page: Page) -> None:
     "Seconds, CPU seconds and peak memory by phase; stages that failed; the time figure."
     page.heading("2. 실행 개요", "2. The run")
     table = stages(page.facts)
     if not len(table): return page.missing("ledger/")
-    names = {"dedup": "deduplication", "format": "format", "dem": "DEM", "evaluation": "evaluation"}
+    names = [p for p in PHASES if p != "report"]
     rows = []
-    for phase, part in table[table.phase.isin(list(names))].groupby("phase", sort=False):
-        rows.append([page.t(PHASES[phase], names[phase]), len(part), float(part.seconds.sum()), float(part.cpu_seconds.sum()), float(part.peak_rss_mb.fillna(0).max())])
+    for phase, part in table[table.phase.isin(names)].groupby("phase", sort=False):
+        rows.append([page.t(PHASES[phase], PHASES_EN[phase]), len(part), float(part.seconds.sum()), float(part.cpu_seconds.sum()), float(part.peak_rss_mb.fillna(0).max())])
     rows.append([page.t("합계", "total"), sum(r[1] for r in rows), sum(r[2] for r in rows), sum(r[3] for r in rows), max([r[4] for r in rows], default=0.0)])
     page.table([page.t(*h) for h in (("단계", "Phase"), ("작업 수", "Stages"), ("시간 (초)", "Seconds"), ("CPU 시간 (초)", "CPU seconds"), ("최대 메모리 (MB)", "Peak memory (MB)"))],
                [[r[0], r[1], f"{r[2]:,.1f}", f"{r[3]:,.1f}", f"{r[4]:,.0f}" if r[4] else "–"] for r in rows])
-    bad = table[(table.status != "done") & table.phase.isin(list(names))]
+    bad = table[(table.status != "done") & table.phase.isin(names)]
     if len(bad): page.add(f"**끝나지 않은 작업**: {', '.join(f'`{s}`' for s in bad.stage)}. 아래 수치는 그 앞까지의 결과입니다.", f"**Unfinished stages**: {', '.join(f'`{s}`' for s in bad.stage)}. What follows is the state before them.")
     page.figure("reports/figures/report_time.png", "작업별 소요 시간 (`ledger/*.json`)", "Wall time of every stage (`ledger/*.json`)")
 
-# %% ../../nbs/05b_write.ipynb #c020
+# %% ../../nbs/05b_write.ipynb #c015
 def data_section(page: Page) -> None:
     "What came in and what was kept, by domain; filters and quarantine; speed; phase 1's figures."
     page.heading("3. 데이터 축소 (1단계, SlimPajama)", "3. Data reduction (phase 1, SlimPajama)")
@@ -187,7 +152,7 @@ def data_section(page: Page) -> None:
     page.figure("reports/figures/report_funnel.png", "도메인별로 남은 본문과 제거한 본문 (`dedup_log.csv`)", "Bytes kept and removed by domain (`dedup_log.csv`)")
     page.figures_of("dedup")
 
-# %% ../../nbs/05b_write.ipynb #c021
+# %% ../../nbs/05b_write.ipynb #c016
 def losses(page: Page) -> None:
     "Which rule filtered how much, and what was quarantined: one sentence each, largest first."
     total = (page.facts.json("dedup_ready/manifest.json") or {}).get("total") or {}
@@ -196,7 +161,7 @@ def losses(page: Page) -> None:
         each = ", ".join(f"`{k}` {v:,}" for k, v in sorted(counts.items(), key=lambda kv: (-kv[1], kv[0])))
         page.add(f"{ko}: {sum(counts.values()):,}건{f' ({each})' if each else ''}.", f"{en}: {sum(counts.values()):,}{f' ({each})' if each else ''}.")
 
-# %% ../../nbs/05b_write.ipynb #c022
+# %% ../../nbs/05b_write.ipynb #c017
 def search_quality(page: Page) -> None:
     "Speed of signing, building and querying, candidates a document, predicted recall, and the sampled pairs."
     s = page.facts.json("dedup_ready/statistics.json")
@@ -209,7 +174,7 @@ def search_quality(page: Page) -> None:
              f"Near-duplicate search (`dedup_ready/statistics.json`): {s.get('bands')} bands x {s.get('rows')} rows, documents a second: {rates or '–'}. {plain(s.get('candidates_per_document'))} candidates a document, {plain(s.get('candidate_precision'))} of them real pairs, "
              f"predicted recall {plain(s.get('predicted_recall_at_threshold'))} at J = {plain(s.get('threshold'))}. Of {len(pairs)} sampled pairs {right} are above the threshold by exact Jaccard too.")
 
-# %% ../../nbs/05b_write.ipynb #c024
+# %% ../../nbs/05b_write.ipynb #c019
 def format_section(page: Page) -> None:
     "Size of the Parquet files and the loading benchmark."
     page.heading("4. 형식과 읽기 속도 (2단계, Youmu)", "4. Format and loading speed (phase 2, Youmu)")
@@ -223,138 +188,28 @@ def format_section(page: Page) -> None:
     page.figure("reports/figures/report_loading.png", f"형식별 읽기 시간과 메모리, 반복의 중앙값 (`{BENCHMARK}`)", f"Loading time and memory by format, median of repetitions (`{BENCHMARK}`)")
     page.figures_of("format")
 
+MEASURES = {"rows": ("행", "Rows"), "seconds": ("시간 (초)", "Seconds"), "rows_per_second": ("행/초", "Rows/s"), "tokens_per_second": ("토큰/초", "Tokens/s"), "tracemalloc_mb": ("tracemalloc (MB)", "tracemalloc (MB)"),
+            "rss_mb": ("RSS (MB)", "RSS (MB)"), "anonymous_mb": ("익명 메모리 (MB)", "Anonymous (MB)")}
+
 def benchmark(page: Page) -> None:
-    "The benchmark's medians by format, every numeric column that it has."
+    "The benchmark's medians by format, every measure that it has; a format a row, so that the table fits a narrow page."
     table = page.facts.csv(BENCHMARK)
     if table is None: return page.missing(BENCHMARK)
-    numeric = [c for c in ("rows", "seconds", "rows_per_second", "tokens_per_second", "tracemalloc_mb", "rss_mb", "anonymous_mb") if c in table and table[c].any()]
+    numeric = [c for c in MEASURES if c in table and table[c].any()]
     middle = table.groupby("format", sort=False)[numeric].median()
-    page.table([page.t("측정", "Measure"), *middle.index], [[f"`{c}`", *(float(v) for v in middle[c])] for c in numeric])
+    cell = lambda c, v: int(v) if c == "rows" else None if not v else float(v)
+    page.table([page.t("형식", "Format"), *(page.t(*MEASURES[c]) for c in numeric)], [[f, *(cell(c, v) for c, v in zip(numeric, row))] for f, row in zip(middle.index, middle.to_numpy(float))])
 
-# %% ../../nbs/05b_write.ipynb #c026
-def dem_section(page: Page) -> None:
-    "Perplexity of every model, weights, difference vectors with their sanity checks, and costs."
-    page.heading("5. 도메인 학습과 병합 (3단계, DEM)", "5. Domain training and merging (phase 3, DEM)")
-    for d, why in ((page.facts.json("results/merge_weights.json") or {}).get("skipped") or {}).items(): page.add(f"**학습하지 않은 도메인** `{d}`: {why}", f"**Domain not trained** `{d}`: {why}")
-    perplexity_table(page); weights_table(page); vectors_table(page); cost_table(page)
-    page.figures_of("dem")
+# %% ../../nbs/05b_write.ipynb #c021
+KIND = {"cost_one": "cost", "cost_search": "cost", "loading": "loading", "windows": "loading", "memory": "memory", "window_memory": "memory", "train": "time", "five": "time", "vectors": "time", "merge": "time"}
 
-def ordered(models) -> list[str]: # base, domain models, uniform, merged, mixed
-    "Models in the order in which people compare them."
-    models = list(models)
-    return [m for m in models if m == "base"] + [m for m in models if m not in ORDER] + [m for m in ORDER[1:] if m in models]
+def one_a_kind(found: list[tuple[float, str, str]]) -> list[tuple[float, str]]: # (rank, sentence), best first
+    "The first of each kind, from (rank, id, sentence)."
+    seen, out = set(), []
+    for rank, i, text in sorted(found, key=lambda f: -f[0]):
+        if KIND.get(i, i) not in seen: seen.add(KIND.get(i, i)); out.append((rank, text))
+    return out
 
-def perplexity_table(page: Page) -> None:
-    "Test perplexity: models by domains."
-    page.heading("시험 본문의 PPL", "Perplexity on test text", 3)
-    wide = metric(page.facts, "perplexity")
-    if wide is None: return page.missing(SUMMARY)
-    models = ordered(wide.columns)
-    page.table([page.t("모델", "Model"), *wide.index], [[m, *(f"{v:,.2f}" if math.isfinite(v) else None for v in row)] for m, row in zip(models, wide[models].to_numpy(float).T)])
-    verdict(page)
-    page.figure("reports/figures/report_perplexity.png", f"base 대비 PPL 변화 (`{SUMMARY}`)", f"Change of perplexity from the base (`{SUMMARY}`)")
-
-# %% ../../nbs/05b_write.ipynb #c028
-def verdict(page: Page) -> None:
-    "One sentence each: merged against base, on general text, and against the mixed-data run."
-    merged, mixed, wide = change(page.facts, "perplexity"), change(page.facts, "perplexity", "mixed"), metric(page.facts, "perplexity")
-    if merged is None: return page.add("병합 모델의 PPL은 측정하지 않았습니다.", "The merged model's perplexity was not measured.")
-    better = merged[0] < 0
-    page.add(f"병합 모델의 PPL은 {merged[1]}개 도메인의 기하평균으로 base보다 **{abs(merged[0]):.1f} % {'낮습니다' if better else '높습니다: 병합이 base보다 나쁩니다'}**.",
-             f"The merged model's perplexity is **{abs(merged[0]):.1f} % {'below' if better else 'above'}** the base's over {merged[1]} domains (geometric mean){'' if better else ': merging made it worse'}.")
-    if "general" in wide.index and {"base", "merged"} <= set(wide.columns):
-        g = 100*(wide.loc["general", "merged"]/wide.loc["general", "base"] - 1)
-        page.add(f"일반 본문에서는 {abs(g):.1f} % {'낮아' if g < 0 else '높아'}졌습니다{' (잊은 정도).' if g >= 0 else '.'}", f"On general text it is {abs(g):.1f} % {'lower' if g < 0 else 'higher (what was forgotten)'}.")
-    if mixed is not None:
-        page.add(f"모든 도메인을 섞어 한 번 학습한 모델(mixed)은 base보다 {abs(mixed[0]):.1f} % {'낮습니다' if mixed[0] < 0 else '높습니다'}. 병합 모델은 이보다 {'낫습니다' if merged[0] < mixed[0] else '못합니다'}.",
-                 f"The model trained once on all domains mixed is {abs(mixed[0]):.1f} % {'below' if mixed[0] < 0 else 'above'} the base; the merged model is {'better' if merged[0] < mixed[0] else 'worse'} than that.")
-
-# %% ../../nbs/05b_write.ipynb #c029
-def weights_table(page: Page) -> None:
-    "Weights of the delivered merge."
-    weights = merge_weights(page.facts)
-    page.heading("병합 가중치", "Weights of the merge", 3)
-    if not weights: return page.missing("results/merge_weights.json")
-    page.table([page.t("도메인", "Domain"), page.t("가중치", "Weight")], [[d, f"{w:.4f}"] for d, w in weights.items()])
-    tried = tried_weights(page.facts)
-    if tried: page.add(f"검증 본문에서 가중치 {tried}개 조합을 시험했습니다. 시험 본문은 쓰지 않았습니다.", f"{tried} weightings were tried on validation text; test text was not used.")
-
-def vectors_table(page: Page) -> None:
-    "Norms and sanity checks of the difference vectors."
-    page.heading("차이 벡터", "Difference vectors", 3)
-    found = {k.split("/")[-1][len("diff_"):-len("_summary.json")]: page.facts.json(k) for k in page.facts.keys("diff_stats/", "_summary.json")}
-    if not found: return page.missing("diff_stats/")
-    names = ("norm", "relative_norm", "mean", "variance", "share_beyond_3sigma")
-    page.table([page.t("도메인", "Domain"), *(f"`{n}`" for n in names)], [[d, *((s if n in ("norm", "relative_norm") else s.get("changed", s)).get(n) for n in names)] for d, s in found.items()])
-    page.add("평균, 분산, 3σ 밖의 비율은 학습이 바꾼 원소에 대한 값입니다 (`diff_stats/`).", "Mean, variance and the share beyond 3σ are over the elements that training changed (`diff_stats/`).")
-    failed = [f"`{d}` {name} = {plain(c.get('value'))} ({page.t('한도', 'limit')} {plain(c.get('limit'))})" for d, s in found.items() for name, c in (s.get("sanity") or {}).items() if not c.get("ok")]
-    if failed: page.add("**점검에서 한도를 넘은 값**: " + "; ".join(failed) + ".", "**Sanity checks that failed**: " + "; ".join(failed) + ".")
-    else: page.add("점검(norm, 평균, 꼬리, 상대 norm)은 모두 한도 안입니다.", "All sanity checks (norm, mean, tails, relative norm) are within their limits.")
-
-def cost_table(page: Page) -> None:
-    "Measured costs of phase 3 by part."
-    every = costs(page.facts)
-    page.heading("비용", "Costs", 3)
-    if not every: return page.missing(COSTS)
-    page.table([page.t(*h) for h in (("부분", "Part"), ("시간 (초)", "Seconds"), ("CPU 시간 (초)", "CPU seconds"), ("토큰", "Tokens"), ("스텝", "Steps"))],
-               [[n, *(f"{c[k]:,.1f}" if c.get(k) is not None else None for k in ("seconds", "cpu_seconds")), c.get("tokens"), c.get("steps")] for n, c in every.items()])
-
-# %% ../../nbs/05b_write.ipynb #c031
-def evaluation_section(page: Page) -> None:
-    "Scores of base, merged and mixed; the clearest gains and losses; inference speed."
-    page.heading("6. 평가 (4단계)", "6. Evaluation (phase 4)")
-    table = page.facts.csv(SUMMARY)
-    if table is None: page.missing(SUMMARY)
-    else:
-        rows = table[(table.metric != "perplexity") & ((table.domain != "general") | (table.metric == "accuracy"))]
-        wide = rows.pivot_table(index="metric", columns="model", values="value", aggfunc="mean", sort=False)
-        models = [m for m in ("base", "uniform", "merged", "mixed") if m in wide.columns]
-        page.add("도메인 평균 (`results/metric_summary.csv`). BLEU의 토크나이저는 지표 이름에 있습니다 (`bleu_char`: 글자).", "Means over domains (`results/metric_summary.csv`); BLEU's tokenizer is in its name (`bleu_char`: characters).")
-        page.table([page.t("지표", "Metric"), *models], [[m, *(float(v) for v in row)] for m, row in zip(wide.index, wide[models].to_numpy(float))])
-    gains_part(page); inference_part(page)
-    page.figures_of("evaluation")
-
-# %% ../../nbs/05b_write.ipynb #c032
-PROMPTS = "results/eval_prompts.jsonl"  # answers of every model to the project's own prompts
-
-def changed_sentences(page: Page, g: dict) -> dict: # gains and losses, best and worst first
-    "Held-out sentences, or, where the corpus may not be quoted, the project's own prompts."
-    if page.settings is None or page.settings.report.quotes: return g
-    items = [{"prompt": p["prompt"], "reference": p["reference"], **p["answers"], "gain": p["gain"]} for p in page.facts.jsonl(PROMPTS) or [] if p.get("gain") is not None]
-    items.sort(key=lambda i: -i["gain"])
-    return {"gains": [i for i in items if i["gain"] > 0], "losses": [i for i in items[::-1] if i["gain"] < 0]}
-
-def gains_part(page: Page) -> None:
-    "At least three of the clearest gains, and the losses too, with prompt and answers."
-    g = page.facts.json(GAINS)
-    page.heading("문장으로 보는 변화", "Sentences that changed", 3)
-    if not g: return page.missing(GAINS)
-    if page.settings is not None and not page.settings.report.quotes: page.add(f"말뭉치 인용을 끈 실행이므로(`report.quotes`) 평가 프롬프트의 문장을 보입니다(`{PROMPTS}`).", f"Quoting the corpus is off (`report.quotes`), so the evaluation prompts are shown (`{PROMPTS}`).")
-    sentences = changed_sentences(page, g)
-    for key, ko, en in (("gains", "가장 뚜렷한 개선", "Clearest gains"), ("losses", "가장 뚜렷한 퇴보", "Clearest losses")):
-        items = sentences.get(key) or []
-        page.add(f"**{ko}** ({len(items)}건)", f"**{en}** ({len(items)})")
-        if not items: page.add("이 실행에는 없습니다.", "None in this run.")
-        else: page.table([page.t(*h) for h in (("앞부분", "Beginning"), ("원문", "Reference"), ("base", "base"), ("merged", "merged"), ("변화", "Change"))], [gain_row(i) for i in items[:5]], left=4)
-    if g.get("sentences"): page.add(f"시험 본문의 문장 {g['sentences']:,}개 가운데 {g['sentences_improved']:,}개에서 병합 모델이 원문에 더 높은 확률을 주었습니다.", f"Of {g['sentences']:,} held-out sentences the merged model finds {g['sentences_improved']:,} more likely than the base does.")
-    page.add("변화는 병합 모델과 base가 원문에 준 로그우도의 차이입니다(글자당 nats, 클수록 좋음). 두 모델의 글은 앞부분에 이어 쓴 것이고, ∅는 바로 글을 끝냈다는 뜻입니다.", "The change is the difference of the log-likelihood that the two models give the reference (nats per character, higher is better). Both texts continue the beginning; ∅ is an empty one.")
-
-def gain_row(item: dict, width: int = 120) -> list: # cells
-    "A sentence as cells of the table; long texts are cut."
-    short = lambda text: None if text is None else "∅" if not str(text).strip() else (str(text)[:width] + "…" if len(str(text)) > width else str(text))
-    gain = item.get("gain")
-    return [*(short(item.get(k)) for k in ("prompt", "reference", "base", "merged")), None if gain is None else f"{gain:+.3f}"]
-
-# %% ../../nbs/05b_write.ipynb #c033
-def inference_part(page: Page) -> None:
-    "Time to the first token, time a token, throughput and utilisation, by model and batch."
-    table = page.facts.csv("results/inference.csv")
-    page.heading("추론 속도", "Inference speed", 3)
-    if table is None: return page.missing("results/inference.csv")
-    columns = [c for c in ("model", "batch", "ttft_ms", "tpot_ms", "tokens_per_second", "peak_memory_mb", "mfu", "mbu") if c in table]
-    page.table([f"`{c}`" for c in columns], [[None if isinstance(v, float) and not math.isfinite(v) else v for v in row] for row in table[columns].itertuples(index=False)])
-
-# %% ../../nbs/05b_write.ipynb #c035
 def improvements(page: Page) -> list[str]: # best first
     "Measured changes for the better, ranked by value / target."
     gains = ("data", "cost_one", "cost_search", "loading", "windows", "memory", "window_memory", "choices", "ppl", "bleu", "prompts")
@@ -362,12 +217,12 @@ def improvements(page: Page) -> list[str]: # best first
     for e in EXPECTATIONS:
         m = e.measure(page.facts) if e.id in gains else None
         floor = 1 if e.unit == "x" else 5 if e.id == "prompts" else 0
-        if m is None or not math.isfinite(m.value) or m.value <= floor: continue
+        if m is None or m.doubt or not math.isfinite(m.value) or m.value <= floor: continue
         name, remark = page.t(e.ko, e.en), page.t(m.ko, m.en)
-        found.append((m.value/e.target, f"{name}: **{shown(m.value, e.unit, page.language)}**" + (f" ({remark})" if remark else "") + page.t(f". 기대값은 {ASKED[e.asked]}, 근거는 `{m.source}`.", f". Asked: {e.asked}; from `{m.source}`.")))
-    return [text for _, text in sorted(found, key=lambda f: -f[0])]
+        found.append((m.value/e.target, e.id, f"{name}: **{shown(m.value, e.unit, page.language)}**" + (f" ({remark})" if remark else "") + page.t(f". 기대값은 {ASKED[e.asked]}, 근거는 `{m.source}`.", f". Asked: {e.asked}; from `{m.source}`.")))
+    return [text for _, text in one_a_kind(found)]
 
-# %% ../../nbs/05b_write.ipynb #c036
+# %% ../../nbs/05b_write.ipynb #c022
 def _shortfalls(page: Page) -> list[tuple[float, str]]:
     "Missed expectations: (how far, sentence)."
     out = []
@@ -375,13 +230,14 @@ def _shortfalls(page: Page) -> list[tuple[float, str]]:
         m = e.measure(page.facts)
         if e.met(m) != "no": continue
         gap = (e.target - m.value)/e.target if e.at_least else m.value/e.target - 1
-        out.append((gap, page.t(f"{e.ko}: 기대값({ASKED[e.asked]})에 못 미칩니다. 측정값은 **{shown(m.value, e.unit, 'ko')}** ({m.ko}; `{m.source}`).",
+        out.append((gap, e.id, page.t(f"{e.ko}: 기대값({ASKED[e.asked]})에 못 미칩니다. 측정값은 **{shown(m.value, e.unit, 'ko')}** ({m.ko}; `{m.source}`).",
                                 f"{e.en}: short of {e.asked}; measured **{shown(m.value, e.unit)}** ({m.en}; `{m.source}`).")))
-    return sorted(out, key=lambda f: -f[0])
+    return one_a_kind(out)
 
 def limitations(page: Page) -> list[str]: # gravest first
-    "Scale, then missed expectations by the size of the miss, then forgetting and what was not measured."
-    out = []
+    "A merge that made things worse, scale, then missed expectations by the size of the miss, then what was not measured."
+    out, merged = [], change(page.facts, "perplexity")
+    if merged and merged[0] > 0: out.append(page.t(f"병합: 병합 모델의 PPL이 base보다 **{merged[0]:.1f} % 높습니다**(`{SUMMARY}`). 이 병합은 쓸 이유가 없습니다.", f"Merging: the merged model's perplexity is **{merged[0]:.1f} % above** the base's (`{SUMMARY}`); there is no reason to use this merge."))
     if is_demo(page):
         c = domain_costs(page.facts).values()
         steps = f"{np.mean([x.get('steps') or 0 for x in c]):,.0f}" if c else "–"
@@ -393,41 +249,52 @@ def limitations(page: Page) -> list[str]: # gravest first
     if none: out.append(page.t(f"측정하지 않은 기대치 {len(none)}개: {', '.join(none)}.", f"{len(none)} expectations were not measured: {', '.join(none)}."))
     return out
 
-# %% ../../nbs/05b_write.ipynb #c037
-def proposals(page: Page) -> list[str]: # first things first
-    "What to do next, from causes that were measured."
-    out, change_ = [], relative_perplexity(page.facts)
-    if change_ is not None and "merged" in change_:
-        own = change_["merged"].drop("general", errors="ignore").dropna()
+# %% ../../nbs/05b_write.ipynb #c023
+def training_proposals(page: Page) -> list[str]:
+    "From perplexity and the ways to merge: what to merge instead, which domain to feed."
+    out, relative, ways, merged = [], relative_perplexity(page.facts), method_means(page.facts), change(page.facts, "perplexity")
+    if merged and merged[0] > 0: out.append(page.t("학습률이나 학습 스텝을 줄여 도메인 학습을 다시 하고, 병합 전에 가중치 탐색(`dem.merge.search_steps`)을 켜서 base보다 나쁜 병합을 막습니다.", "Train the domains again with a lower rate or fewer steps, and search the weights (`dem.merge.search_steps`), so that no merge worse than the base is delivered."))
+    if ways is not None and len(good := ways[~ways.method.str.startswith("mixed") & (ways.method != "own")]):
+        top = good.loc[good.share.idxmax()]
+        if top.share < .8: out.append(page.t(f"가장 나은 병합 `{top.method}`도 혼합 학습 이득의 {100*top.share:.0f} %에 그칩니다. 도메인 학습의 배치 절반을 혼합 데이터에서 뽑아 간격을 줄입니다.", f"Even the best merge, `{top.method}`, reaches only {100*top.share:.0f} % of the mixed run's gain: draw half of each domain's batch from the mix."))
+    if relative is not None and "merged" in relative:
+        own = relative["merged"].drop("general", errors="ignore").dropna()
         if len(own): out.append(page.t(f"개선이 가장 작은 도메인은 `{own.idxmax()}`(PPL {own.max():+.1f} %)입니다. 이 도메인의 본문과 학습 스텝을 먼저 늘립니다.",
                                        f"The domain that gained least is `{own.idxmax()}` (perplexity {own.max():+.1f} %): give it more text and more steps first."))
-    weights = merge_weights(page.facts)
+    return out
+
+def data_proposals(page: Page) -> list[str]:
+    "From the weights and the duplicates: the next mixture, the next crawl."
+    out, weights, log = [], merge_weights(page.facts), page.facts.csv("dedup_log.csv")
     if weights and (top := max(weights, key=weights.get)) and sum(weights.values()) > 0:
-        out.append(page.t(f"탐색한 가중치에서 `{top}`의 비중이 {100*weights[top]/sum(weights.values()):.0f} %로 가장 큽니다. 다음 사전학습의 데이터 혼합비를 정할 때 출발점으로 씁니다.",
-                          f"The searched weights give `{top}` the largest share, {100*weights[top]/sum(weights.values()):.0f} %: take them as the starting point of the next data mixture."))
-    log = page.facts.csv("dedup_log.csv")
+        out.append(page.t(f"병합 가중치에서 `{top}`의 비중이 {100*weights[top]/sum(weights.values()):.0f} %로 가장 큽니다. 다음 사전학습의 데이터 혼합비를 정할 때 출발점으로 씁니다.",
+                          f"The merge weights give `{top}` the largest share, {100*weights[top]/sum(weights.values()):.0f} %: take them as the starting point of the next data mixture."))
     near = None if log is None else log[(log.step == "near") & (log.scope != "total")]
     if near is not None and len(near):
         worst = near.loc[near.duplicate_rate.idxmax()]
         out.append(page.t(f"유사 중복이 가장 많은 도메인은 `{worst.scope}`({100*worst.duplicate_rate:.1f} %)입니다. 수집 단계에서 같은 출처를 다시 받지 않게 합니다.",
                           f"Near duplicates are most frequent in `{worst.scope}` ({100*worst.duplicate_rate:.1f} %): stop fetching the same source twice at crawl time."))
-    if is_demo(page): out.append(page.t("`configs/yunmin-3b`로 GPU에서 같은 파이프라인을 실행해 품질 기대치를 다시 잽니다.", "Run the same pipeline with `configs/yunmin-3b` on a GPU and measure the quality expectations again."))
     return out
 
-# %% ../../nbs/05b_write.ipynb #c038
+def proposals(page: Page) -> list[str]: # first things first
+    "What to do next, from causes that were measured."
+    last = [page.t("`configs/yunmin-3b`로 GPU에서 같은 파이프라인을 실행해 품질 기대치를 다시 잽니다.", "Run the same pipeline with `configs/yunmin-3b` on a GPU and measure the quality expectations again.")] if is_demo(page) else []
+    return training_proposals(page) + data_proposals(page) + last
+
+# %% ../../nbs/05b_write.ipynb #c024
 def conclusions_section(page: Page) -> None:
     "Three improvements, two limitations, two proposals, or fewer with a sentence that says so."
     page.heading("7. 개선 3, 한계 2, 제안 2", "7. Three improvements, two limitations, two proposals")
-    page.add("모두 측정값에서 규칙으로 골랐습니다. 개선은 기대값 대비 비율이 큰 순서, 한계는 규모와 기대값에 못 미친 정도의 순서, 제안은 측정으로 드러난 원인의 순서입니다.",
-             "All are chosen by rule from the measurements: improvements by their share of the expectation, limitations by scale and by the size of the miss, proposals by the causes found.")
+    page.add("모두 측정값에서 규칙으로 골랐습니다. 개선은 기대값 대비 비율이 큰 순서(종류마다 하나, 우연과 구별되지 않는 것은 제외), 한계는 나빠진 병합, 규모, 기대값에 못 미친 정도의 순서, 제안은 측정으로 드러난 원인의 순서입니다.",
+             "All are chosen by rule from the measurements: improvements by their share of the expectation (one of each kind, none that may be chance); limitations by a merge that made things worse, by scale, by the size of the miss; proposals by the causes found.")
     for make, n, ko, en in ((improvements, 3, "개선", "Improvements"), (limitations, 2, "한계", "Limitations"), (proposals, 2, "제안", "Proposals")):
         page.heading(ko, en, 3)
         items = make(page)[:n]
         page.lines += [f"{i}. {text}" for i, text in enumerate(items, 1)] + [""]
         if len(items) < n: page.add(f"*측정값에서 얻은 항목은 {len(items)}개뿐입니다.*", f"*The measurements give only {len(items)}.*")
 
-# %% ../../nbs/05b_write.ipynb #c040
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "datasketch", "numba", "pyarrow", "duckdb", "numpy", "sacrebleu", "rouge-score")
+# %% ../../nbs/05b_write.ipynb #c026
+PACKAGES = ("yunmin-efficientdata", "torch", "transformers", "peft", "accelerate", "tokenizers", "datasketch", "numba", "pyarrow", "duckdb", "numpy", "sacrebleu", "rouge-score", "lm-eval")
 
 def versions() -> dict[str, str]: # package -> version
     "Installed versions of what decides the numbers."
@@ -439,20 +306,21 @@ def versions() -> dict[str, str]: # package -> version
 
 def environment_section(page: Page) -> None:
     "Machine kind, versions, seeds, fingerprints of settings and corpus."
-    page.heading("8. 재현 정보", "8. To repeat this run")
+    page.heading("9. 재현 정보", "9. To repeat this run")
     s, facts = page.settings, page.facts
     rows = [[page.t("기계", "Machine"), f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU"]]
     if s is not None:
-        rows.append([page.t("시드", "Seeds"), f"sample {s.sample.seed}, dedup {s.dedup.seed}, lora {s.dem.lora.seed}, evaluation {s.evaluation.seed}"])
-        rows.append([page.t("설정 지문", "Settings fingerprint"), f"`{digest(s.model_dump(mode='json', exclude={'config_dir', 'logging', 'report'}))}`"])
-    for stage, ko, en in (("dedup.prepare", "원문 지문 (입력 파일, 설정, 코드)", "Corpus fingerprint (files, settings, code)"), ("dem.merge", "병합 지문", "Merge fingerprint")):
-        if print_ := (facts.json(f"ledger/{stage}.json") or {}).get("fingerprint"): rows.append([page.t(ko, en), f"`{print_}`"])
-    if h := ((facts.json("parquet_ready/manifest.json") or {}).get("tokenizer") or {}).get("hash"): rows.append([page.t("토크나이저 지문", "Tokenizer hash"), f"`{str(h)[:16]}`"])
+        rows.append([page.t("시드", "Seeds"), ", ".join(f"{k} {v}" for k, v in seeds_of(measured_settings(s)).items())])
+        rows.append([page.t("설정 지문", "Settings fingerprint"), Raw(f"`{digest(measured_settings(s))}`")])
+    if h := corpus_fingerprint(facts): rows.append([page.t("말뭉치 지문 (도메인별 줄, 바이트, 단어)", "Corpus fingerprint (lines, bytes, words by domain)"), Raw(f"`{h}`")])
+    for stage, ko, en in (("dedup.prepare", "정제 지문 (입력 파일, 설정, 코드)", "Cleaning fingerprint (files, settings, code)"), ("dem.merge", "병합 지문", "Merge fingerprint")):
+        if print_ := (facts.json(f"ledger/{stage}.json") or {}).get("fingerprint"): rows.append([page.t(ko, en), Raw(f"`{print_}`")])
+    if h := ((facts.json("parquet_ready/manifest.json") or {}).get("tokenizer") or {}).get("hash"): rows.append([page.t("토크나이저 지문", "Tokenizer hash"), Raw(f"`{str(h)[:16]}`")])
     rows.append([page.t("버전", "Versions"), ", ".join(f"{k} {v}" for k, v in versions().items())])
     page.table([page.t("항목", "Item"), page.t("값", "Value")], rows, left=2)
 
-# %% ../../nbs/05b_write.ipynb #c042
-SECTIONS: tuple[Callable[[Page], None], ...] = (summary_section, run_section, data_section, format_section, dem_section, evaluation_section, conclusions_section, environment_section)
+# %% ../../nbs/05b_write.ipynb #c028
+SECTIONS: tuple[Callable[[Page], None], ...] = (summary_section, run_section, data_section, format_section, dem_section, evaluation_section, conclusions_section, history_section, environment_section)
 
 def compose(
     facts: Facts, # of the run
