@@ -300,7 +300,7 @@ class DataCurveSettings(Section):
     on: bool = Field(False, description="train small models on shares of the training tokens and extrapolate; minutes to hours, so off by default")
     shares: list[float] = Field(default_factory=lambda: [.25, .5, 1.], min_length=2, description="shares of the training tokens, each above 0 and at most 1; steps are proportional")
     seeds: int = Field(2, ge=1, description="models for each share; they differ in initial weights and in the text drawn")
-    max_tokens: int = Field(4_000_000, ge=1000, description="tokens of the largest share at most; 0 is not allowed, a curve over everything is a pretraining")
+    max_tokens: int = Field(4_000_000, ge=1000, description="tokens of the largest share at most: the curve needs shares, not everything")
     extrapolate: float = Field(2., gt=1, description="times the data that the curve is extended to")
     seq_len: int = Field(128, ge=8, description="tokens in a training window")
     batch_size: int = Field(8, ge=1, description="windows in a step")
