@@ -28,7 +28,7 @@ def make_corpus(folder, texts, per_part=400):
         name, columns, offset, lines = f"web/part-{i // per_part:05d}", {k: [] for k in INDEX}, 0, []
         for j, t in enumerate(texts[i:i + per_part]):
             line = json.dumps({"id": str(i + j), "text": t}, ensure_ascii=False).encode() + b"\n"
-            for k, v in zip(INDEX, (str(i + j), offset, len(line), len(t.split()), len(t.encode()), "", "", *text_hash(t))): columns[k].append(v)
+            for k, v in zip(INDEX, (str(i + j), offset, len(line), len(t.split()), len(t.encode()), "", "", text_hash(t))): columns[k].append(v)
             lines.append(line); offset += len(line)
         store.write(f"dedup_ready/{name}.jsonl", b"".join(lines))
         write_table(store, f"minhash_lsh/index/{name}.parquet", columns, INDEX)

@@ -257,10 +257,11 @@ for n in (2000, 7000, 70_000):
 
 @given(st.lists(st.text(st.one_of(st.sampled_from(" \n\t\x1c\x85\xa0\u1680\u2009\u200b\u2028\u202f\u205f\u3000\u3001가ㅋéa😀\U0010ffff"), st.characters(codec="utf-8", exclude_characters="\0")), max_size=40), max_size=5))
 @hyp(max_examples=300, deadline=None)
-def test_squeeze(texts):
-    assert [bytes(t).decode() for t in P.squeeze(texts)] == [" ".join(t.split()) for t in texts]
-    assert P.measure(texts) == (sum(len(t.encode()) for t in texts), sum(len(t.split()) for t in texts))
-    assert [P.text_hash(t) for t in texts] == [P.text_hash(" ".join(t.split())) for t in texts]
+def test_measure(texts):
+    words, size, hashes = P.measure(texts)
+    assert words.tolist() == [len(t.split()) for t in texts] and size.tolist() == [len(t.encode()) for t in texts] and hashes.tolist() == [P.text_hash(t) for t in texts]
+    assert hashes.tolist() == P.measure([" ".join(t.split()) for t in texts])[2].tolist()
+    assert len(set(hashes.tolist())) == len({" ".join(t.split()) for t in texts})
 
 @given(st.text("가나 ", max_size=12), st.text("가나 ", max_size=12), st.integers(0, 9000))
 @hyp(deadline=None)
@@ -281,9 +282,9 @@ def ws(tmp_path_factory):
 def test_gather(ws, data):
     corpus = Corpus(ws); assert len(corpus.parts) > 3
     docs = data.draw(st.lists(st.integers(0, len(corpus) - 1), max_size=20))
-    got = corpus.gather_table(np.array(docs, np.int64), ["source", "words", "id", "high"])
-    assert got.column_names == ["source", "words", "id", "high"] and len(got) == len(docs)
-    tables = [corpus.table(p, ["source", "words", "id", "high"]) for p in range(len(corpus.parts))]
+    got = corpus.gather_table(np.array(docs, np.int64), ["source", "words", "id", "hash"])
+    assert got.column_names == ["source", "words", "id", "hash"] and len(got) == len(docs)
+    tables = [corpus.table(p, ["source", "words", "id", "hash"]) for p in range(len(corpus.parts))]
     where = [(p, r) for p, n in enumerate(np.diff(corpus.starts)) for r in range(n)]
     assert got.to_pylist() == [{c: tables[p][c][r] for c in got.column_names} for p, r in (where[d] for d in docs)]
     rows = [json.loads(line) for p in corpus.parts for line in (Path(ws)/f"dedup_ready/{p['name']}.jsonl").read_bytes().splitlines()]
@@ -298,7 +299,7 @@ def test_part_texts_and_cache(ws, monkeypatch):
         assert list(corpus.part_texts(1)) == list(enumerate(rows))
         assert list(corpus.part_texts(1, np.array([0, 3, 4, len(rows) - 1]))) == [(i, rows[i]) for i in (0, 3, 4, len(rows) - 1)]
     monkeypatch.setattr(P, "CACHE_BYTES", 3000)
-    for p in range(len(corpus.parts)): corpus.table(p, ["words", "bytes", "high"])
+    for p in range(len(corpus.parts)): corpus.table(p, ["words", "bytes", "hash"])
     assert corpus._cached == sum(v.nbytes for v in corpus._cache.values()) <= 3000 and not corpus.columns(0, ["words"])["words"].flags.writeable
     assert list(corpus.part_texts(0, np.zeros(0, np.int64))) == [] and list(corpus.texts(np.zeros(0, np.int64))) == [] and len(corpus.gather_table(np.zeros(0, np.int64), ["id"])) == 0
 
@@ -309,7 +310,7 @@ def test_index_agrees_with_lines(ws):
         assert part["docs"] == len(t["id"]) and part["bytes"] == len(data)
         for i in range(part["docs"]):
             r = json.loads(data[t["offset"][i]:t["offset"][i] + t["length"][i]])
-            assert (r["id"], r["source"], r["date"], len(r["text"].split()), len(r["text"].encode()), *P.text_hash(r["text"])) == tuple(t[c][i] for c in ("id", "source", "date", "words", "bytes", "high", "low"))
+            assert (r["id"], r["source"], r["date"], len(r["text"].split()), len(r["text"].encode()), P.text_hash(r["text"])) == tuple(t[c][i] for c in ("id", "source", "date", "words", "bytes", "hash"))
 
 def test_fate(ws):
     corpus = Corpus(ws); n = corpus.parts[0]["docs"]

@@ -16,7 +16,7 @@ from ..core.settings import CleanSettings, DedupSettings, Section, UserError
 from .clean import Cleaner
 from .lsh import band_keys, candidate_probability, resolve_bands
 from .minhash import canonical, jaccard, jaccard_pairs, shingle_hashes, shingle_set, shingle_sets, signatures
-from .prepare import Corpus, text_hash
+from .prepare import Corpus, measure
 
 # %% auto #0
 __all__ = ['LINES', 'KINDS', 'CUT', 'PLANTED', 'COPIES', 'THRESHOLDS', 'RELATED', 'Dice', 'alter', 'spaces_dropped',
@@ -285,9 +285,9 @@ def draw_documents(
     "A sample of a corpus by hash of the text. Reads the index part by part."
     key, doc = np.empty(0, np.uint64), np.empty(0, np.int64)
     for part in range(len(corpus.parts)):
-        t = corpus.table(part, ["high", "words"])
+        t = corpus.table(part, ["hash", "words"])
         rows = np.flatnonzero(t["words"] >= min_words)
-        key, doc = np.concatenate([key, _place(t["high"][rows], seed)]), np.concatenate([doc, rows + corpus.starts[part]])
+        key, doc = np.concatenate([key, _place(t["hash"][rows], seed)]), np.concatenate([doc, rows + corpus.starts[part]])
         key, first = np.unique(key, return_index=True)
         key, doc = key[:documents], doc[first][:documents]
     return doc
@@ -307,7 +307,7 @@ def sample_texts(
     best, seen = [], set()  # a heap of the largest keys that are still in, and the keys in it
     for text in source:
         if len(text.split()) < min_words: continue
-        key = int(_place(np.array(text_hash(text)[:1], np.uint64), seed)[0])
+        key = int(_place(measure([text])[2], seed)[0])
         if key in seen or len(best) == documents and key > -best[0][0]: continue
         seen.add(key)
         if len(best) < documents: heapq.heappush(best, (-key, _beginning(text)))

@@ -4,6 +4,7 @@
 
 # %% ../../nbs/01d_cluster.ipynb #c004
 from __future__ import annotations
+import hashlib
 from typing import Iterator, NamedTuple
 import numpy as np, orjson, pyarrow as pa
 from ..core.records import dump_line
@@ -15,33 +16,43 @@ from .spans import cut
 from .lsh import contaminated, keeper_order, partition_of, read_bucket, write_buckets, write_pairs
 
 # %% auto #0
-__all__ = ['EXACT_ROWS', 'CLUSTERS', 'CLUSTER_ROWS', 'exact_part', 'equal_groups', 'ranks_of', 'exact_partition', 'find_exact',
-           'components', 'choose_keepers', 'Decision', 'decide', 'read_edges', 'read_copies', 'representatives',
-           'write_clusters', 'publish_decision', 'fate_part', 'shorten', 'write_part', 'count_sources']
+__all__ = ['EXACT_ROWS', 'CLUSTERS', 'CLUSTER_ROWS', 'exact_part', 'equal_groups', 'confirmed', 'ranks_of', 'exact_partition',
+           'find_exact', 'components', 'choose_keepers', 'Decision', 'decide', 'read_edges', 'read_copies',
+           'representatives', 'write_clusters', 'publish_decision', 'fate_part', 'shorten', 'write_part',
+           'count_sources']
 
 # %% ../../nbs/01d_cluster.ipynb #c006
-EXACT_ROWS = 1 << 18  # text hashes compared at once: 6 MB
+EXACT_ROWS = 1 << 18  # text hashes compared at once: 4 MB
 
 def exact_part(
     task: dict # workspace, settings (of dedup), number (of the part), partitions
 ) -> dict: # documents
     "Text hashes of one part to a bucket file."
     corpus, part = Corpus(task["workspace"]), task["number"]
-    t = corpus.table(part, ["high", "low"])
-    docs = (np.arange(len(t["high"])) + corpus.starts[part]).astype(np.uint64)
-    rows = np.column_stack([t["high"], t["low"], docs])[~contaminated(corpus, part, DedupSettings(**task["settings"]))]
+    hashes = corpus.table(part, ["hash"])["hash"]
+    docs = (np.arange(len(hashes)) + corpus.starts[part]).astype(np.uint64)
+    rows = np.column_stack([hashes, docs])[~contaminated(corpus, part, DedupSettings(**task["settings"]))]
     write_buckets(corpus.store, f"minhash_lsh/spill/exact/{part:05d}.bin", rows, partition_of(rows[:, 0], task["partitions"]), task["partitions"])
     return {"docs": len(rows)}
 
 def equal_groups(
-    rows: np.ndarray # uint64 [n, 3]: hash, hash, document
+    rows: np.ndarray # uint64 [n, columns]: hash (in one column or more), document
 ) -> tuple[np.ndarray, np.ndarray]: # document numbers int64 of all groups of two or more, one after another; start of each group
     "Documents with equal hashes."
-    rows = rows[np.lexsort((rows[:, 2], rows[:, 1], rows[:, 0]))]
-    same = (rows[1:, :2] == rows[:-1, :2]).all(axis=1)
+    rows = rows[np.lexsort(rows.T[::-1])]
+    same = (rows[1:, :-1] == rows[:-1, :-1]).all(axis=1)
     member = np.append(same, False) | np.append(False, same) if len(rows) else np.empty(0, bool)
     start = np.flatnonzero(np.append(True, ~same)[:len(rows)][member])
-    return rows[member, 2].astype(np.int64), start
+    return rows[member, -1].astype(np.int64), start
+
+def confirmed(
+    corpus: Corpus,
+    docs: np.ndarray # int64, with equal hashes among them
+) -> tuple[np.ndarray, np.ndarray]: # as `equal_groups`
+    "Documents with equal words, by 128 bits of BLAKE2b. Holds one text at a time."
+    docs = np.sort(docs)
+    digests = b"".join(hashlib.blake2b(" ".join(t.split()).encode("utf-8", "surrogatepass"), digest_size=16).digest() for t in corpus.texts(docs))
+    return equal_groups(np.column_stack([np.frombuffer(digests, "<u8").reshape(-1, 2), docs.astype(np.uint64)]))
 
 # %% ../../nbs/01d_cluster.ipynb #c008
 def ranks_of(order: np.ndarray, docs: np.ndarray) -> np.ndarray: # int64, of the shape of docs
@@ -54,8 +65,8 @@ def exact_partition(
 ) -> dict: # groups, removed
     "Exact duplicates of one partition: (copy, kept) to minhash_lsh/exact/, and their edges of 1.0 to pairs/."
     corpus, s, number = Corpus(task["workspace"]), DedupSettings(**task["settings"]), task["number"]
-    rows = read_bucket(corpus.store, [f"minhash_lsh/spill/exact/{p:05d}.bin" for p in range(task["parts"])], number, task["partitions"], 3)
-    docs, start = equal_groups(rows)
+    rows = read_bucket(corpus.store, [f"minhash_lsh/spill/exact/{p:05d}.bin" for p in range(task["parts"])], number, task["partitions"], 2)
+    docs, start = confirmed(corpus, equal_groups(rows)[0])
     if not len(docs): return {"groups": 0, "removed": 0}
     order = keeper_order(corpus, np.sort(docs), s)
     best = order[np.minimum.reduceat(ranks_of(order, docs), start)]
@@ -224,13 +235,19 @@ def shorten(
 def _lines(corpus, part, fate, spans, min_chars, now) -> Iterator:
     "Lines to keep. Marks emptied documents in `fate`, and updates the sizes of those that are cut."
     for row, line in corpus.lines(part, np.flatnonzero(fate == 0)):
-        i, j = np.searchsorted(spans[:, 0], (row, row + 1)) if len(spans) else (0, 0)
+        i, j = np.searchsorted(spans[:, 0], (row, row + 1))
         if j > i:
             line = shorten(line, spans[i:j, 1:], min_chars)
             if line is None: fate[row] = FATES.index("emptied"); continue
             text = orjson.loads(line)["text"]
             now["bytes"][row], now["words"][row] = len(text.encode()), len(text.split())
         yield line
+
+def _unchanged(corpus: Corpus, part: int, rows: np.ndarray) -> Iterator[memoryview]:
+    "The same lines as they are, neighbours in one piece."
+    for _, data, start, end in corpus.runs(part, rows):
+        data, gaps = memoryview(data), np.flatnonzero(start[1:] != end[:-1])
+        for i, j in zip(start[np.append(0, gaps + 1)].tolist(), end[np.append(gaps, -1)].tolist()): yield data[i:j]
 
 # %% ../../nbs/01d_cluster.ipynb #c028
 def write_part(
@@ -244,7 +261,7 @@ def write_part(
     steps = [~np.isin(fate, [FATES.index(f) for f in gone]) for gone in (["contaminated"], ["contaminated", "exact"], ["contaminated", "exact", "near"])]
     spans = load_array(store, f"minhash_lsh/spans/{name}.npy") if task["spans"] else np.empty((0, 3), np.int64)
     now, key = {k: np.array(t[k]) for k in ("bytes", "words")}, f"deduped/{name}.jsonl"
-    with store.writer(key) as out: out.writelines(_lines(corpus, part, fate, spans, task["min_chars"], now))
+    with store.writer(key) as out: out.writelines(_lines(corpus, part, fate, spans, task["min_chars"], now) if len(spans) else _unchanged(corpus, part, np.flatnonzero(fate == 0)))
     kept = fate == 0
     if not kept.any(): store.delete(key)
     write_fate(corpus, part, fate)

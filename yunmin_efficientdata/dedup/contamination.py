@@ -476,7 +476,7 @@ def scan_part(
         if len(hits): found.append(hits + [row, 0])
     if not found: return {"documents": 0, "hits": 0}
     hits = np.concatenate(found)
-    high = corpus.table(task["number"], ["high"])["high"][hits[:, 0]]
+    high = corpus.table(task["number"], ["hash"])["hash"][hits[:, 0]]
     with corpus.store.writer(_hits_key(task["number"])) as f: np.save(f, np.column_stack([hits.astype(np.uint64), high]), allow_pickle=False)
     return {"documents": len(np.unique(hits[:, 0])), "hits": len(hits)}
 

@@ -148,16 +148,14 @@ def sign_part(
     "Sign one part of dedup_ready/: signatures to minhash_lsh/signatures/, packed band keys to a bucket file."
     corpus, s, part = Corpus(task["workspace"]), DedupSettings(**task["settings"]), task["number"]
     store, (name, docs) = corpus.store, (corpus.parts[part][k] for k in ("name", "docs"))
-    bits, skip, keys, numbers = number_bits(len(corpus)), left_out(corpus, part, s), [], []
+    bits, alive, keys, low = number_bits(len(corpus)), ~left_out(corpus, part, s), [], 0
     with store.writer(f"minhash_lsh/signatures/{name}.npy") as f:
         np.lib.format.write_array_header_1_0(f, {"descr": "<u4", "fortran_order": False, "shape": (docs, s.num_perm)})
-        for low in range(0, docs, SIGN_DOCUMENTS):
-            rows = np.arange(low, min(docs, low + SIGN_DOCUMENTS))
-            sign = signatures((text for _, text in corpus.part_texts(part, rows)), s.num_perm, s.shingle, s.seed)
-            f.write(sign.astype("<u4", copy=False).tobytes())
-            alive = ~skip[rows]
-            keys.append(band_keys(sign[alive], s.bands, s.rows)); numbers.append(rows[alive])
-    keys, numbers = np.concatenate(keys), np.concatenate(numbers).astype(np.uint64) + np.uint64(corpus.starts[part])
+        for lines in (x[i:i + SIGN_DOCUMENTS] for x in corpus.part_lines(part) for i in range(0, len(x), SIGN_DOCUMENTS)):
+            sign = signatures(lines, s.num_perm, s.shingle, s.seed)
+            f.write(np.ascontiguousarray(sign, "<u4").data)
+            keys.append(band_keys(sign[alive[low:low + len(sign)]], s.bands, s.rows)); low += len(sign)
+    keys, numbers = np.concatenate(keys), np.flatnonzero(alive).astype(np.uint64) + np.uint64(corpus.starts[part])
     packed = keys << np.uint64(bits) | numbers[:, None]
     write_buckets(store, f"minhash_lsh/spill/bands/{part:05d}.bin", packed.reshape(-1, 1), partition_of(keys.ravel(), task["partitions"]), task["partitions"])
     return {"docs": len(numbers)}
@@ -352,7 +350,7 @@ def verify_pairs(
     out = [np.empty(0)]
     for block in blocks(corpus, pairs) if len(pairs) else ():
         docs = np.unique(block)
-        out.append(jaccard_pairs(*shingle_sets(corpus.texts(docs), shingle), np.searchsorted(docs, block)))
+        out.append(jaccard_pairs(*shingle_sets(corpus.gather_lines(docs), shingle), np.searchsorted(docs, block)))
     return np.concatenate(out)
 
 # %% ../../nbs/01c_lsh.ipynb #c036

@@ -8,15 +8,15 @@ import multiprocessing, os, unicodedata
 from functools import lru_cache
 from itertools import islice
 from typing import Iterable, Iterator
-import numpy as np
+import numpy as np, orjson
 from ..core.settings import UserError
 try: from numba import njit
 except ImportError: njit = None
 
 # %% auto #0
 __all__ = ['BASE', 'BLOCK', 'KEYS', 'SHINGLES', 'N', 'BATCH', 'SPACE', 'word_hash', 'shingle_hash64', 'shingle_hash',
-           'check_shingle', 'core_share', 'morphemes', 'canonical', 'token_ngrams', 'shingle_hashes', 'permutations',
-           'signatures', 'to_minhash', 'shingle_sets', 'shingle_set', 'jaccard', 'jaccard_pairs']
+           'check_shingle', 'core_share', 'morphemes', 'canonical', 'token_ngrams', 'Lines', 'shingle_hashes',
+           'permutations', 'signatures', 'to_minhash', 'shingle_sets', 'shingle_set', 'jaccard', 'jaccard_pairs']
 
 # %% ../../nbs/01b_minhash.ipynb #c006
 _MASK = (1 << 64) - 1
@@ -116,6 +116,18 @@ def token_ngrams(
     return [glue.join(units[i:i + N]) for i in range(max(1, len(units) - N + 1))]
 
 # %% ../../nbs/01b_minhash.ipynb #c021
+class Lines:
+    "Documents as lines of JSON in one buffer; can stand for a list of their texts."
+    def __init__(self, data: np.ndarray, # uint8
+                 starts: np.ndarray, ends: np.ndarray): # int64: first byte of each line, and the one after its last
+        self.data, self.starts, self.ends = data, starts, ends
+    def __len__(self): return len(self.starts)
+    def __getitem__(self, rows: slice) -> Lines: return Lines(self.data, self.starts[rows], self.ends[rows])
+    def texts(self) -> list[str]: # parsed
+        view = memoryview(self.data)
+        return [orjson.loads(view[i:j])["text"] for i, j in zip(self.starts.tolist(), self.ends.tolist())]
+
+# %% ../../nbs/01b_minhash.ipynb #c022
 BATCH = 1 << 16  # characters
 
 def _code_points(
@@ -123,19 +135,22 @@ def _code_points(
 ) -> tuple[np.ndarray, np.ndarray]: # uint32 [characters + 8] code points, int64 [documents + 1] where each text starts
     "All texts, one after the other, and 8 spaces."
     starts = np.zeros(len(texts) + 1, np.int64)
-    np.cumsum(np.fromiter(map(len, texts), np.int64, len(texts)), out=starts[1:])
+    np.cumsum(_sizes(texts), out=starts[1:])
     return np.array(["".join([*texts, " " * BLOCK])]).view(np.uint32), starts
 
+def _sizes(texts) -> np.ndarray: # int64: characters; of `Lines`, half their bytes
+    return (texts.ends - texts.starts) // 2 if isinstance(texts, Lines) else np.fromiter(map(len, texts), np.int64, len(texts))
+
 def _batches(
-    texts: list[str],
+    texts: list[str] | Lines,
     size: int = BATCH # characters
 ) -> Iterator[tuple[int, int]]: # first, end: one text, or several with about `size` characters in all
     "Ranges of texts that are worked on at once."
-    ends = np.cumsum(np.fromiter(map(len, texts), np.int64, len(texts)))
+    ends = np.cumsum(_sizes(texts))
     cuts = [0, *(np.flatnonzero(np.diff(ends // size)) + 1).tolist(), len(texts)]
     return ((a, b) for a, b in zip(cuts, cuts[1:]) if a < b)
 
-# %% ../../nbs/01b_minhash.ipynb #c024
+# %% ../../nbs/01b_minhash.ipynb #c025
 def _jit(fn): return njit(nogil=True, cache=True)(fn) if njit else fn
 
 SPACE = np.array([chr(c).isspace() for c in range(0x3002)], np.uint8)  # U+3000 is the last white space; larger ones read the last entry
@@ -157,7 +172,7 @@ def _find_words(points, starts, space, edges, first):
     first[len(starts) - 1] = n >> np.uint64(1)
     return n >> np.uint64(1)
 
-# %% ../../nbs/01b_minhash.ipynb #c026
+# %% ../../nbs/01b_minhash.ipynb #c027
 @_jit
 def _hash_range(points, start, length, keys):
     "`word_hash` before its last step of points[start:start + length]."
@@ -179,7 +194,7 @@ def _hash_words(points, edges, keys, out):
         if length > np.uint64(BLOCK): h = _hash_range(points, start, length, keys)
         out[k] = h ^ (h >> np.uint64(32))
 
-# %% ../../nbs/01b_minhash.ipynb #c028
+# %% ../../nbs/01b_minhash.ipynb #c029
 @_jit
 def _mix(h):
     "fmix64."
@@ -200,7 +215,7 @@ def _join_words(words, first, out):
             for k in range(first[d], first[d + 1]): h = h * b + words[k]
             out[first[d]] = _mix(h)
 
-# %% ../../nbs/01b_minhash.ipynb #c029
+# %% ../../nbs/01b_minhash.ipynb #c030
 @_jit
 def _squeeze(points, starts, space, first):
     "Drop white space in place; first[d] is where document d starts now."
@@ -224,7 +239,7 @@ def _join_letters(points, first, keys, out):
             h = _hash_range(points, np.uint64(first[d]), np.uint64(first[d + 1] - first[d]), keys)
             out[first[d]] = _mix(h ^ (h >> np.uint64(32)))
 
-# %% ../../nbs/01b_minhash.ipynb #c031
+# %% ../../nbs/01b_minhash.ipynb #c032
 @_jit
 def _hash_batch(points, starts, letters, space, keys, first):
     "Shingle hashes of a batch of documents; first[d] is the number of units before document d, and where its shingles start."
@@ -240,7 +255,7 @@ def _hash_batch(points, starts, letters, space, keys, first):
         _join_words(words, first, out)
     return out
 
-# %% ../../nbs/01b_minhash.ipynb #c033
+# %% ../../nbs/01b_minhash.ipynb #c034
 def _mix_numpy(h: np.ndarray) -> np.ndarray:
     for shift, multiplier in ((33, 0xFF51AFD7ED558CCD), (33, 0xC4CEB9FE1A85EC53), (33, 1)):
         h = (h ^ (h >> np.uint64(shift))) * np.uint64(multiplier)
@@ -257,7 +272,7 @@ def _hash_ranges_numpy(points: np.ndarray, start: np.ndarray, length: np.ndarray
         h[k] = x
     return h ^ (h >> np.uint64(32))
 
-# %% ../../nbs/01b_minhash.ipynb #c034
+# %% ../../nbs/01b_minhash.ipynb #c035
 def _hash_batch_numpy(points: np.ndarray, starts: np.ndarray, letters: bool, first: np.ndarray) -> np.ndarray:
     "`_hash_batch`, numpy only."
     inside = SPACE[np.minimum(points, 0x3001)] == 0
@@ -282,15 +297,91 @@ def _horner(words: list[int]) -> int:
     for w in words: h = (h * BASE + w) & _MASK
     return h
 
-# %% ../../nbs/01b_minhash.ipynb #c035
+# %% ../../nbs/01b_minhash.ipynb #c037
+_HEAD, _MIDDLE = (np.frombuffer(b, np.uint8) for b in (b'{"id":"', b'","text":"'))
+_PLAIN = np.arange(256, dtype=np.uint32)  # what a letter after a backslash stands for
+_PLAIN[[*b"bfnrt"]] = [*b"\b\f\n\r\t"]
+
+@_jit
+def _text_at(data, start, end, head, middle): # where the text of a line begins; -1 where the line has another layout
+    i, stop = start + len(head), end - len(middle) - 6
+    if i >= stop: return -1
+    for k in range(len(head)):
+        if data[start + k] != head[k]: return -1
+    while i < stop and data[i] != 0x22: i += 2 if data[i] == 0x5C else 1
+    for k in range(len(middle)):
+        if data[i + k] != middle[k]: return -1
+    return i + len(middle)
+
+@_jit
+def _hex(data, i): # the four hexadecimal digits at i
+    value = np.uint32(0)
+    for k in range(np.uint64(4)):
+        c = np.uint32(data[i + k])
+        value = value * np.uint32(16) + (c - np.uint32(48) if c < np.uint32(58) else (c | np.uint32(32)) - np.uint32(87))
+    return value
+
+# %% ../../nbs/01b_minhash.ipynb #c039
+@_jit
+def _read_words(data, starts, ends, head, middle, plain, space, keys, letters, out, first):
+    "`word_hash` of every word; first[d] is the number of words before line d. Returns whether all lines have the layout."
+    n, low = np.uint64(0), np.uint32(0x3F)
+    for d in range(len(starts)):
+        first[d] = n
+        at = _text_at(data, starts[d], ends[d], head, middle)
+        if at < 0: return False
+        i, stop, length, h, closed = np.uint64(at), np.uint64(ends[d] - 5), np.uint64(0), np.uint64(0), False
+        while i < stop:
+            c = np.uint32(data[i])
+            if c < 0x80:
+                if c == 0x22: closed = True; stop = i; c = np.uint32(32)  # the end of the text ends a word
+                elif c != 0x5C: i += np.uint64(1)
+                elif data[i + np.uint64(1)] == 0x75: c = _hex(data, i + np.uint64(2)); i += np.uint64(6)
+                else: c = plain[data[i + np.uint64(1)]]; i += np.uint64(2)
+            elif c < 0xE0: c = (c & np.uint32(31)) << np.uint32(6) | (data[i + np.uint64(1)] & low); i += np.uint64(2)
+            elif c < 0xF0: c = (c & np.uint32(15)) << np.uint32(12) | (data[i + np.uint64(1)] & low) << np.uint32(6) | (data[i + np.uint64(2)] & low); i += np.uint64(3)
+            else: c = (c & np.uint32(7)) << np.uint32(18) | (data[i + np.uint64(1)] & low) << np.uint32(12) | (data[i + np.uint64(2)] & low) << np.uint32(6) | (data[i + np.uint64(3)] & low); i += np.uint64(4)
+            if c < 0x3001 and space[c]:
+                if length:
+                    h += length * np.uint64(BASE)
+                    if length > np.uint64(BLOCK): h = _hash_range(letters, np.uint64(0), length, keys)
+                    out[n] = h ^ (h >> np.uint64(32)); n += np.uint64(1); length = np.uint64(0); h = np.uint64(0)
+            else:
+                if length < np.uint64(BLOCK): h += np.uint64(c) * keys[length]
+                letters[length] = c; length += np.uint64(1)
+        if not closed: return False
+    first[len(starts)] = n
+    return True
+
+# %% ../../nbs/01b_minhash.ipynb #c040
+def _hash_lines(
+    lines: Lines,
+    first: np.ndarray # int64 [documents + 1], filled: number of words before each document
+) -> np.ndarray | None: # uint64: hash of the shingle at every word; None where a line has another layout
+    "Shingle hashes, `word5`, of lines as they are."
+    size = lines.ends - lines.starts
+    words, letters = np.empty(int(size.sum()) // 2 + 1, np.uint64), np.empty(int(size.max(initial=0)) + 1, np.uint32)
+    if not _read_words(lines.data, lines.starts, lines.ends, _HEAD, _MIDDLE, _PLAIN, SPACE, KEYS, letters, words, first): return None
+    out = np.empty(first[-1], np.uint64)
+    _join_words(words[:first[-1]], first, out)
+    return out
+
+# %% ../../nbs/01b_minhash.ipynb #c041
+def _hash_texts(texts: list[str], shingle: str, first: np.ndarray) -> np.ndarray: # as `_hash_lines`
+    "Shingle hashes of texts."
+    (points, starts), letters = _code_points(_readable(texts, shingle)), shingle == "char5"
+    return _hash_batch_numpy(points, starts, letters, first) if njit is None else _hash_batch(points, starts, letters, SPACE, KEYS, first)
+
 def _hashes(
-    texts: list[str], # cleaned texts
+    texts: list[str] | Lines, # cleaned texts
     shingle: str # one of SHINGLES
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # uint64 hashes; int64 [documents]: where a document's shingles start; int64 [documents]: how many they are
     "Shingle hashes of a batch of documents."
-    points, starts = _code_points(_readable(texts, shingle))
-    letters, first = shingle == "char5", np.empty(len(starts), np.int64)
-    hashes = _hash_batch_numpy(points, starts, letters, first) if njit is None else _hash_batch(points, starts, letters, SPACE, KEYS, first)
+    hashes, first = None, np.empty(len(texts) + 1, np.int64)
+    if isinstance(texts, Lines):
+        if njit and shingle == "word5": hashes = _hash_lines(texts, first)
+        if hashes is None: texts = texts.texts()
+    if hashes is None: hashes = _hash_texts(texts, shingle, first)
     units = np.diff(first)
     return hashes, first[:-1], np.minimum(units, 1) + np.maximum(units - N, 0)
 
@@ -303,7 +394,7 @@ def shingle_hashes(
     hashes, _, counts = _hashes([text], shingle)
     return hashes[:counts[0]]
 
-# %% ../../nbs/01b_minhash.ipynb #c038
+# %% ../../nbs/01b_minhash.ipynb #c044
 @lru_cache(8)
 def permutations(
     num_perm: int, # slots
@@ -313,7 +404,7 @@ def permutations(
     from datasketch import MinHash
     return np.ascontiguousarray(MinHash(num_perm=num_perm, seed=seed, scheme="affine32").permutations, np.uint32)
 
-# %% ../../nbs/01b_minhash.ipynb #c040
+# %% ../../nbs/01b_minhash.ipynb #c046
 @_jit
 def _mix32(h):
     "fmix32."
@@ -336,7 +427,7 @@ def _sign_batch(hashes, first, counts, a, b, out):
                 high = min(np.uint32(a[k] * h2 + b[k]), np.uint32(a[k] * h3 + b[k]))
                 row[k] = min(row[k], min(low, high))
 
-# %% ../../nbs/01b_minhash.ipynb #c041
+# %% ../../nbs/01b_minhash.ipynb #c047
 def _sign_numpy(hashes, first, counts, a, b, out) -> None:
     "`_sign_batch`, numpy only."
     h = (hashes >> np.uint64(32)).astype(np.uint32)
@@ -346,13 +437,13 @@ def _sign_numpy(hashes, first, counts, a, b, out) -> None:
         for i in range(start, start + count, 4096):
             np.minimum(row, (h[i:min(i + 4096, start + count), None] * a + b).min(axis=0), out=row)
 
-# %% ../../nbs/01b_minhash.ipynb #c042
+# %% ../../nbs/01b_minhash.ipynb #c048
 def _lists(
-    texts: Iterable[str],
+    texts: Iterable[str] | Lines,
     size: int = 4 * BATCH # characters held of a stream
-) -> Iterator[list[str]]:
+) -> Iterator[list[str] | Lines]:
     "A list as it is, a stream in lists."
-    if isinstance(texts, list): yield texts; return
+    if isinstance(texts, (list, Lines)): yield texts; return
     held, count = [], 0
     for text in texts:
         held.append(text); count += len(text)
@@ -366,7 +457,7 @@ def _grown(out: np.ndarray | None, rows: int, columns: int) -> np.ndarray: # uin
     return out
 
 def signatures(
-    texts: Iterable[str], # cleaned texts; anything but a list is read as a stream
+    texts: Iterable[str] | Lines, # cleaned texts; anything but a list or `Lines` is read as a stream
     num_perm: int = 128, # slots of a signature
     shingle: str = "word5", # one of SHINGLES
     seed: int = 1 # of the permutations
@@ -381,7 +472,7 @@ def signatures(
         done += len(chunk)
     return _grown(out, 0, num_perm)[:done]
 
-# %% ../../nbs/01b_minhash.ipynb #c046
+# %% ../../nbs/01b_minhash.ipynb #c052
 def to_minhash(
     row: np.ndarray, # one signature, uint32 [num_perm]
     seed: int = 1 # of its permutations
@@ -390,7 +481,7 @@ def to_minhash(
     from datasketch import MinHash
     return MinHash(seed=seed, hashvalues=row, permutations=permutations(len(row), seed), hashfunc=shingle_hash, scheme="affine32")
 
-# %% ../../nbs/01b_minhash.ipynb #c049
+# %% ../../nbs/01b_minhash.ipynb #c055
 @_jit
 def _sort_unique(hashes, low, high, heads, scattered, out, begin):
     "The different values of hashes[low:high], sorted, into out[begin:]; returns their end. heads, scattered: scratch."
@@ -419,7 +510,7 @@ def _sort_batch(hashes, first, counts, out, ends):
         end = _sort_unique(hashes, first[d], first[d] + counts[d], heads, scattered, out, end)
         ends[d] = end
 
-# %% ../../nbs/01b_minhash.ipynb #c050
+# %% ../../nbs/01b_minhash.ipynb #c056
 def _sets(hashes, first, counts) -> tuple[np.ndarray, np.ndarray]: # hashes, size of each set
     "Sorted sets of a batch."
     if njit is None:
@@ -430,7 +521,7 @@ def _sets(hashes, first, counts) -> tuple[np.ndarray, np.ndarray]: # hashes, siz
     return out[:ends[-1]], np.diff(ends, prepend=0)
 
 def shingle_sets(
-    texts: Iterable[str], # cleaned texts
+    texts: Iterable[str] | Lines, # cleaned texts
     shingle: str = "word5" # one of SHINGLES
 ) -> tuple[np.ndarray, np.ndarray]: # uint64 hashes, sorted and unique per document, one after the other; int64 [documents + 1] offsets
     "The shingle sets of many documents: `hashes[offsets[d]:offsets[d + 1]]` is the set of document d."
@@ -446,7 +537,7 @@ def shingle_set(
     "The set of shingles of a document."
     return shingle_sets([text], shingle)[0]
 
-# %% ../../nbs/01b_minhash.ipynb #c053
+# %% ../../nbs/01b_minhash.ipynb #c061
 @_jit
 def _common(x, y):
     "How many values two sorted unique arrays share."
@@ -466,7 +557,7 @@ def _jaccard_pairs(hashes, offsets, pairs, out):
         union = len(x) + len(y) - common
         out[p] = common / union if union else 1.0
 
-# %% ../../nbs/01b_minhash.ipynb #c054
+# %% ../../nbs/01b_minhash.ipynb #c062
 def jaccard(
     x: np.ndarray, # sorted unique hashes
     y: np.ndarray # the same

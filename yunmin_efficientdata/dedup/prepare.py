@@ -16,18 +16,18 @@ from ..core.settings import CleanSettings, UserError
 from ..core.store import Store, open_store
 from ..core.records import FIELDS, BadLine, Document, JsonlWriter, Span, dump_line, is_jsonl, make_id, quarantine_record, read_jsonl, validate
 from .clean import Cleaner, white_space
-try: from numba import njit
-except ImportError: njit = None
+from .minhash import BASE, KEYS, SPACE, Lines, _code_points, _find_words, _fmix64, _hash_words, _jit, _mix, njit, word_hash
 
 # %% auto #0
-__all__ = ['CHUNK_BYTES', 'SPILL_BYTES', 'ROW_BYTES', 'ROW', 'SPILL', 'BATCH_CHARS', 'WINDOW_BYTES', 'INDEX', 'DOC_BYTES',
-           'CACHE_BYTES', 'READ_BYTES', 'GAP_LOCAL', 'GAP_S3', 'FATES', 'RawFile', 'normal_source', 'list_raw',
-           'cut_file', 'safe_domain', 'file_domain', 'measure', 'squeeze', 'digests', 'text_hash', 'base_id', 'id_hash',
-           'ties', 'order_rows', 'spill_table', 'Spill', 'load_array', 'spill_slice', 'new_tally', 'add_tally',
-           'check_tally', 'Review', 'excerpts', 'first_difference', 'document', 'Intake', 'rare_collections',
-           'prepare_file', 'quarantine_key', 'write_quarantine', 'check_domains', 'join_quarantine', 'number_ids',
-           'Window', 'Gathered', 'number_rows', 'cut_part', 'write_parquet', 'write_table', 'prepare_range', 'Corpus',
-           'read_runs', 'load_fate', 'write_fate', 'resumable', 'sweep', 'file_tasks', 'prepare', 'review_markdown']
+__all__ = ['CHUNK_BYTES', 'SPILL_BYTES', 'ROW_BYTES', 'ROW', 'SPILL', 'COPY_BYTES', 'BATCH_CHARS', 'WINDOW_BYTES', 'INDEX',
+           'DOC_BYTES', 'CACHE_BYTES', 'READ_BYTES', 'GAP_LOCAL', 'GAP_S3', 'FATES', 'RawFile', 'normal_source',
+           'list_raw', 'cut_file', 'safe_domain', 'file_domain', 'text_hash', 'measure', 'base_id', 'id_hash', 'ties',
+           'order_rows', 'spill_table', 'pieces', 'in_order', 'Spill', 'load_array', 'spill_slice', 'new_tally',
+           'add_tally', 'check_tally', 'Review', 'excerpts', 'first_difference', 'document', 'Intake',
+           'rare_collections', 'prepare_file', 'quarantine_key', 'write_quarantine', 'check_domains', 'join_quarantine',
+           'number_ids', 'Window', 'Gathered', 'number_rows', 'cut_part', 'write_parquet', 'write_table',
+           'prepare_range', 'Corpus', 'read_runs', 'load_fate', 'write_fate', 'resumable', 'sweep', 'file_tasks',
+           'prepare', 'review_markdown']
 
 # %% ../../nbs/01f_prepare.ipynb #c006
 class RawFile(NamedTuple):
@@ -108,86 +108,44 @@ def file_domain(
     return safe_domain(otherwise)
 
 # %% ../../nbs/01f_prepare.ipynb #c016
-def _jit(fn): return njit(nogil=True, cache=True)(fn) if njit else fn
-
-_LEAD = np.zeros(256, np.uint8)  # 1: white space; 2: may begin white space of two or three bytes; 0: any other byte
-_LEAD[[*range(0x09, 0x0E), *range(0x1C, 0x21)]] = 1
-_LEAD[[0xC2, 0xE1, 0xE2, 0xE3]] = 2
+@_jit
+def _fold(points, starts, words, first, size, out):
+    "UTF-8 bytes of each text to `size`, the hash of its words to `out`."
+    for d in range(len(starts) - 1):
+        bytes_ = np.int64(starts[d + 1] - starts[d])
+        for i in range(np.uint64(starts[d]), np.uint64(starts[d + 1])): bytes_ += np.int64(points[i] > 0x7F) + np.int64(points[i] > 0x7FF) + np.int64(points[i] > 0xFFFF)
+        size[d], h = bytes_, np.uint64(0)
+        for k in range(np.uint64(first[d]), np.uint64(first[d + 1])): h = (h ^ (h >> np.uint64(32))) * np.uint64(BASE) + words[k]
+        out[d] = _mix(h)
 
 @_jit
-def _space(data, i): # bytes of the white space at position i; 0: none
-    c = data[i]
-    if c <= 0x20: return 1 if _LEAD[c] else 0
-    if c == 0xC2: return 2 if data[i + 1] == 0x85 or data[i + 1] == 0xA0 else 0
-    if c == 0xE1: return 3 if data[i + 1] == 0x9A and data[i + 2] == 0x80 else 0
-    if c == 0xE3: return 3 if data[i + 1] == 0x80 and data[i + 2] == 0x80 else 0
-    if data[i + 1] == 0x80: return 3 if data[i + 2] <= 0x8A or data[i + 2] == 0xA8 or data[i + 2] == 0xA9 or data[i + 2] == 0xAF else 0
-    return 3 if data[i + 1] == 0x81 and data[i + 2] == 0x9F else 0
+def _measure(points, starts, space, keys, first, size, out):
+    edges = np.empty(len(points) + len(starts), np.uint32)
+    words = np.empty(_find_words(points, starts, space, edges, first), np.uint64)
+    _hash_words(points, edges, keys, words)
+    _fold(points, starts, words, first, size, out)
 
 # %% ../../nbs/01f_prepare.ipynb #c017
-@_jit
-def _count(data): # words
-    words = i = last = 0
-    while i < len(data):
-        width = _space(data, i) if _LEAD[data[i]] else 0
-        if width:
-            if i > last: words += 1
-            i += width; last = i
-        else: i += 1
-    return words + (1 if i > last else 0)
-
-@_jit
-def _squeeze(data, out, ends): # texts without their gaps to `out`, where each ends to `ends`
-    n = i = k = first = 0
-    gap = False
-    while i < len(data):
-        c = data[i]
-        width = _space(data, i) if _LEAD[c] else 0
-        if width: gap = True; i += width
-        elif c == 0 and k < len(ends) - 1: ends[k] = first = n; k += 1; i += 1; gap = False
-        else:
-            if gap and n > first: out[n] = 0x20; n += 1
-            out[n] = c; n += 1; i += 1; gap = False
-    ends[k] = n
-
-# %% ../../nbs/01f_prepare.ipynb #c018
-def _encode(texts: list[str], between: bytes) -> bytes: # joined as bytes: a join of texts would make all as wide as the widest
-    try: return between.join(map(str.encode, texts))
-    except UnicodeEncodeError: return between.join(t.encode("utf-8", "surrogatepass") for t in texts)
-
-def measure(
-    texts: list[str] # any number
-) -> tuple[int, int]: # UTF-8 bytes and words of all of them
-    "Size of texts."
-    data = _encode(texts, b"\n")
-    words = sum(len(t.split()) for t in texts) if njit is None or not data else _count(np.frombuffer(data, np.uint8))
-    return len(data) - max(0, len(texts) - 1), words
-
-def squeeze(
-    texts: list[str] # without NUL
-) -> list[Any]: # UTF-8 bytes or a view of them for each text
-    "The words of each text with one space between them. (Texts with NUL take the slow way.)"
-    data = _encode(texts, b"\0")
-    if njit is None or not data or data.count(0) != len(texts) - 1: return [" ".join(t.split()).encode("utf-8", "surrogatepass") for t in texts]
-    out, ends = np.empty(len(data), np.uint8), np.empty(len(texts), np.int64)
-    _squeeze(np.frombuffer(data, np.uint8), out, ends)
-    view, ends = memoryview(out), ends.tolist()
-    return [view[i:j] for i, j in zip([0, *ends], ends)]
-
-def digests(
-    texts: list[str]
-) -> list[bytes]: # 16 bytes each
-    "Hashes of texts with white space collapsed: texts with the same words meet in them."
-    return [hashlib.blake2b(words, digest_size=16).digest() for words in squeeze(texts)]
-
 def text_hash(
     text: str # cleaned
-) -> tuple[int, int]: # 128 bits as two numbers, `high` and `low` of the index
-    "Hash of one text."
-    d, = digests([text])
-    return int.from_bytes(d[:8], "big"), int.from_bytes(d[8:], "big")
+) -> int: # 64 bits, `hash` of the index
+    "Hash of a text's words: the definition, in plain Python."
+    h = 0
+    for word in text.split(): h = ((h ^ h >> 32) * BASE + word_hash(word)) & 0xFFFFFFFFFFFFFFFF
+    return _fmix64(h)
 
-# %% ../../nbs/01f_prepare.ipynb #c021
+def measure(
+    texts: list[str]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # int64 words, int64 UTF-8 bytes, uint64 `text_hash` of each
+    "Size and hash of texts."
+    if njit is None:
+        return (np.array([len(t.split()) for t in texts], np.int64), np.array([len(t.encode("utf-8", "surrogatepass")) for t in texts], np.int64), np.array([text_hash(t) for t in texts], np.uint64))
+    points, starts = _code_points(texts)
+    first, size, out = np.empty(len(starts), np.int64), np.empty(len(texts), np.int64), np.empty(len(texts), np.uint64)
+    _measure(points, starts, SPACE, KEYS, first, size, out)
+    return np.diff(first), size, out
+
+# %% ../../nbs/01f_prepare.ipynb #c020
 SPILL_BYTES = 24 << 20  # records are written out when so many bytes have collected
 ROW_BYTES = 512  # a record in the buffer beside its line
 
@@ -203,7 +161,7 @@ def id_hash(
     "Place of a document in the order of the corpus."
     return int.from_bytes(hashlib.blake2b(base.encode(), digest_size=8).digest(), "big")
 
-# %% ../../nbs/01f_prepare.ipynb #c023
+# %% ../../nbs/01f_prepare.ipynb #c022
 def ties(
     places: np.ndarray # ascending
 ) -> list[tuple[int, int]]: # first, one after the last
@@ -221,52 +179,77 @@ def order_rows(
     for i, j in ties(places[order]): order[i:j] = sorted(order[i:j].tolist(), key=key)
     return order
 
-# %% ../../nbs/01f_prepare.ipynb #c025
-ROW = {"place": pa.uint64(), "id": pa.string(), "given": pa.bool_(), "domain": pa.string(), "words": pa.int64(), "bytes": pa.int64(), "source": pa.string(), "date": pa.string()}  # what is known of a document beside its line
-SPILL = ROW | {"high": pa.uint64(), "low": pa.uint64(), "offset": pa.int64(), "length": pa.int64()}  # hash of its words, place of its line
+# %% ../../nbs/01f_prepare.ipynb #c024
+ROW = {"place": pa.uint64(), "id": pa.string(), "given": pa.bool_(), "domain": pa.string(), "source": pa.string(), "date": pa.string()}  # what is known of a document beside its line and its text
+SPILL = ROW | {"words": pa.int64(), "bytes": pa.int64(), "hash": pa.uint64(), "offset": pa.int64(), "length": pa.int64()}  # of its text, of its line
 
 def spill_table(
     rows: list[tuple], # values of ROW
-    hashes: list[bytes], # 16 bytes each
+    measures: tuple[np.ndarray, ...], # words, bytes and hash of the texts
     length: np.ndarray # of the lines
 ) -> pa.Table: # columns of SPILL
     "Rows as columns."
-    columns = dict(zip(ROW, zip(*rows)))
-    words = np.frombuffer(b"".join(hashes), ">u8").astype(np.uint64).reshape(-1, 2)
-    columns |= {"high": words[:, 0], "low": words[:, 1], "offset": np.cumsum(length) - length, "length": length}
-    return pa.table({c: pa.array(columns[c], t) for c, t in SPILL.items()})
+    columns = [*zip(*rows), *measures, np.cumsum(length) - length, length]
+    return pa.table({c: pa.array(v, t) for (c, t), v in zip(SPILL.items(), columns)})
 
-# %% ../../nbs/01f_prepare.ipynb #c027
-BATCH_CHARS = 1 << 20  # of text that are hashed in one call
+# %% ../../nbs/01f_prepare.ipynb #c026
+COPY_BYTES = 4 << 20  # that are put in order at once
 
+@_jit
+def _copy(source, start, length, out, to):
+    "Lines of `source` to their places in `out`."
+    for k in range(len(start)):
+        a, b = start[k], to[k]
+        out[b:b + length[k]] = source[a:a + length[k]]
+
+def pieces(
+    length: np.ndarray, # of lines
+    size: int = 0 # bytes; 0: COPY_BYTES
+) -> Iterator[tuple[int, int]]: # first line, one after the last
+    "Neighbours of about so many bytes together."
+    cuts = [0, *(1 + np.flatnonzero(np.diff((np.cumsum(length) - length) // (size or COPY_BYTES)))).tolist(), len(length)]
+    return ((i, j) for i, j in zip(cuts, cuts[1:]) if i < j)
+
+def in_order(
+    data: Any, # buffer of lines
+    start: np.ndarray, length: np.ndarray # int64, in the wanted order
+) -> Iterator[Any]: # buffers
+    "Lines of a buffer in another order."
+    view = memoryview(data)
+    if njit is None: yield from (view[a:a + n] for a, n in zip(start.tolist(), length.tolist())); return
+    data = np.frombuffer(data, np.uint8)
+    for i, j in pieces(length):
+        n = length[i:j]; out = np.empty(int(n.sum()), np.uint8)
+        _copy(data, start[i:j], n, out, np.cumsum(n) - n)
+        yield out.data
+
+# %% ../../nbs/01f_prepare.ipynb #c029
 class Spill:
     "Collects documents and writes them out in sorted files."
     def __init__(self, store: Store, prefix: str):
         self.store, self.prefix, self.keys, self.docs, self.total = store, prefix, [], 0, 0
         self._clear()
-    def _clear(self): self.rows, self.lines, self.ends, self.hashes, self.texts, self.chars = [], bytearray(), [0], [], [], 0
-    def add(self, row: tuple, text: str, line: bytes):
-        self.rows.append(row); self.texts.append(text); self.lines += line
-        self.ends.append(len(self.lines)); self.chars += len(text)
-        if self.chars >= BATCH_CHARS: self._hash()
+    def _clear(self): self.rows, self.lines, self.lengths, self.measures = [], bytearray(), [], []
+    def add(self, row: tuple, line: bytes): # values of ROW
+        self.rows.append(row); self.lines += line; self.lengths.append(len(line))
+    def settle(self, measures: tuple): # `measure` of the texts of what was added since the last time
+        self.measures.append(measures)
         if len(self.lines) + ROW_BYTES * len(self.rows) >= SPILL_BYTES: self.flush()
-    def _hash(self): self.hashes += digests(self.texts); self.texts, self.chars = [], 0
     def flush(self):
         if not self.rows: return
-        self._hash()
-        rows, ends, view, key = self.rows, self.ends, memoryview(self.lines), f"{self.prefix}-{len(self.keys):05d}"
-        def line(i): return view[ends[i]:ends[i + 1]]
-        order = order_rows(np.array([r[0] for r in rows], np.uint64), lambda i: rows[i][1], line).tolist()
-        with self.store.writer(key + ".jsonl") as f: f.writelines(map(line, order))
-        table = spill_table([rows[i] for i in order], [self.hashes[i] for i in order], np.diff(ends)[order])
+        rows, length, key = self.rows, np.array(self.lengths, np.int64), f"{self.prefix}-{len(self.keys):05d}"
+        start = np.cumsum(length) - length
+        order = order_rows(np.array([r[0] for r in rows], np.uint64), lambda i: rows[i][1], lambda i: self.lines[start[i]:start[i] + length[i]])
+        with self.store.writer(key + ".jsonl") as f: f.writelines(in_order(self.lines, start[order], length[order]))
+        table = spill_table([rows[i] for i in order.tolist()], tuple(np.concatenate(m)[order] for m in zip(*self.measures)), length[order])
         with pa.BufferOutputStream() as out:
             with pa.ipc.new_file(out, table.schema) as w: w.write_table(table)
             self.store.write(key + ".arrow", out.getvalue())
-        self.docs += len(rows); self.total += len(view); self.keys.append(key)
+        self.docs += len(rows); self.total += len(self.lines); self.keys.append(key)
         self._clear()
         if not gc.isenabled(): gc.collect()  # see `rare_collections`
 
-# %% ../../nbs/01f_prepare.ipynb #c028
+# %% ../../nbs/01f_prepare.ipynb #c030
 def load_array(
     store: Store,
     key: str # of an .npy file
@@ -286,7 +269,7 @@ def spill_slice(
         with pa.ipc.new_stream(out, table.schema) as w: w.write_table(table.slice(i, j - i))
         return pa.ipc.open_stream(out.getvalue()).read_all()
 
-# %% ../../nbs/01f_prepare.ipynb #c031
+# %% ../../nbs/01f_prepare.ipynb #c033
 def new_tally() -> dict: # counts of one domain
     "Counts of prepare for one domain."
     return {"read": 0, "kept": 0, "filtered": Counter(), "quarantined": Counter(), "rules": Counter(),
@@ -307,7 +290,7 @@ def check_tally(name: str, t: dict) -> None:
     out = t["kept"] + sum(t["filtered"].values()) + sum(t["quarantined"].values())
     if t["read"] != out: raise RuntimeError(f"{name}: {t['read']} lines read, but {out} kept, filtered or quarantined")
 
-# %% ../../nbs/01f_prepare.ipynb #c034
+# %% ../../nbs/01f_prepare.ipynb #c036
 class Review:
     "The best `limit` before/after pairs of each domain."
     def __init__(self, limit: int): self.limit, self.best = limit, {}
@@ -347,7 +330,7 @@ def first_difference(x: str, y: str) -> int: # index of the first character that
     start = next((i for i in range(0, n, 4096) if x[i:i + 4096] != y[i:i + 4096]), n)
     return next((start + i for i, (a, b) in enumerate(zip(x[start:start + 4096], y[start:start + 4096])) if a != b), n)
 
-# %% ../../nbs/01f_prepare.ipynb #c037
+# %% ../../nbs/01f_prepare.ipynb #c039
 _FIELDS = dict.fromkeys(FIELDS, "")
 
 def _as_text(value: Any) -> str: # of a field
@@ -370,46 +353,61 @@ def document(
     if not given: out["id"] = make_id(domain, text)
     return out, given
 
-# %% ../../nbs/01f_prepare.ipynb #c039
+# %% ../../nbs/01f_prepare.ipynb #c042
+BATCH_CHARS = 1 << 17  # of text that are measured in one call
+
 class Intake:
     "What becomes of each record of a task: validated, cleaned, filtered, counted, spilled."
     def __init__(self, store: Store, settings: CleanSettings, prefix: str, domain: str):
         self.cleaner, self.domain, self.limit, self.tallies = Cleaner(settings), domain, settings.max_domains, {}
         self.spill, self.review = Spill(store, prefix), Review(settings.review_samples)
-        self.raw, self.chars = {}, 0  # texts as they came where a rule changed them, by domain, to be measured together
+        self._clear()
+    def _clear(self): # waiting to be measured: texts and tallies of kept documents, and whether they are as they came; tallies and texts as they came of others
+        self.texts, self.own, self.same, self.others, self.before, self.chars = [], [], [], [], [], 0
     def tally(self, domain: str) -> dict:
         if domain not in self.tallies:
-            self.tallies[domain], self.raw[domain] = new_tally(), []
+            self.tallies[domain] = new_tally()
             check_domains(self.tallies, self.limit)
         return self.tallies[domain]
-    def add(self, record: dict) -> str | None: # reason when it is no document
-        if reason := validate(record): return reason
-        before = record["text"]
-        text, rules, dropped, words, size = self.cleaner.process(before)
-        domain = safe_domain(_as_text(record.get("domain")) or self.domain)
-        tally = self.tally(domain)
-        tally["read"] += 1
-        if not rules: tally["bytes_in"] += size; tally["words_in"] += words
-        else:
-            self.raw[domain].append(before); self.chars += len(before)
-            for r in rules: tally["rules"][r] += 1
-            if self.chars >= BATCH_CHARS: self.count()
-        if dropped: tally["filtered"][dropped] += 1; return None
-        tally["kept"] += 1; tally["bytes_out"] += size; tally["words_out"] += words
+
+# %% ../../nbs/01f_prepare.ipynb #c043
+@patch
+def add(self: Intake, record: dict) -> str | None: # reason when it is no document
+    if reason := validate(record): return reason
+    before = record["text"]
+    text, rules, dropped, *_ = (before, (), None) if self.cleaner.idle else self.cleaner.process(before)
+    domain = safe_domain(_as_text(record.get("domain")) or self.domain)
+    tally = self.tallies.get(domain) or self.tally(domain)
+    tally["read"] += 1
+    for r in rules: tally["rules"][r] += 1
+    if rules or dropped: self.others.append(tally); self.before.append(before); self.chars += len(before)
+    if dropped: tally["filtered"][dropped] += 1
+    else:
+        tally["kept"] += 1
         doc, given = document(record, text, domain)
         place = id_hash(base_id(doc["id"]))
-        self.review.add(domain, place, before, text, rules)
-        self.spill.add((place, doc["id"], given, domain, words, size, doc["source"], doc["date"]), text, dump_line(doc))
-        return None
-    def count(self) -> None:
-        for domain, texts in self.raw.items():
-            size, words = measure(texts)
-            add_tally(self.tallies[domain], {"bytes_in": size, "words_in": words})
-            self.raw[domain] = []
-        self.chars = 0
-    def finish(self) -> None: self.count(); self.spill.flush()
+        if self.review.limit: self.review.add(domain, place, before, text, rules)
+        self.spill.add((place, doc["id"], given, domain, doc["source"], doc["date"]), dump_line(doc))
+        self.texts.append(text); self.own.append(tally); self.same.append(not rules); self.chars += len(text)
+    if self.chars >= BATCH_CHARS: self.count()
+    return None
 
-# %% ../../nbs/01f_prepare.ipynb #c041
+@patch
+def count(self: Intake) -> None:
+    "Measure what is waiting, and spill it."
+    measures = words, size, _ = measure(self.texts)
+    for tally, same, w, b in zip(self.own, self.same, words.tolist(), size.tolist()):
+        tally["words_out"] += w; tally["bytes_out"] += b
+        if same: tally["words_in"] += w; tally["bytes_in"] += b
+    words, size, _ = measure(self.before)
+    for tally, w, b in zip(self.others, words.tolist(), size.tolist()): tally["words_in"] += w; tally["bytes_in"] += b
+    if self.texts: self.spill.settle(measures)
+    self._clear()
+
+@patch
+def finish(self: Intake) -> None: self.count(); self.spill.flush()
+
+# %% ../../nbs/01f_prepare.ipynb #c045
 @contextmanager
 def rare_collections():
     "Within, the garbage collector runs when it is called, and only over new objects."
@@ -420,7 +418,7 @@ def rare_collections():
         if was: gc.enable()
         gc.unfreeze()
 
-# %% ../../nbs/01f_prepare.ipynb #c042
+# %% ../../nbs/01f_prepare.ipynb #c046
 def prepare_file(
     task: dict # workspace, number, file (RawFile), file_number, cut (as `cut_file` gives it), domain, settings (of clean)
 ) -> dict: # spills, docs and bytes in them, tallies, review, key of bad lines, lines
@@ -439,7 +437,7 @@ def prepare_file(
     intake.finish()
     return {"spills": intake.spill.keys, "docs": intake.spill.docs, "bytes": intake.spill.total, "tallies": intake.tallies, "review": intake.review.best, "bad": bad, "lines": span.lines if span else None}
 
-# %% ../../nbs/01f_prepare.ipynb #c043
+# %% ../../nbs/01f_prepare.ipynb #c047
 def quarantine_key(name: str, number: int) -> str: # of a raw file and its number
     "Where the bad lines of a file go."
     return f"dedup_ready/quarantine/{number:05d}-{_UNSAFE.sub('_', name)[-80:]}".removesuffix(".gz").removesuffix(".zst")
@@ -459,7 +457,7 @@ def check_domains(domains: Iterable[str], limit: int) -> None:
     if len(names := sorted(domains)) > limit:
         raise UserError(f"{len(names)} domains are more than clean.max_domains={limit}: {', '.join(names[:60])}{' …' if len(names) > 60 else ''}; give records a `domain`, set clean.domain_pattern or rename the files")
 
-# %% ../../nbs/01f_prepare.ipynb #c045
+# %% ../../nbs/01f_prepare.ipynb #c049
 def join_quarantine(
     task: dict # workspace, key, chunks: [(key or None, lines)] in the order of the file
 ) -> str: # the key
@@ -471,7 +469,7 @@ def join_quarantine(
             before += lines
     return task["key"]
 
-# %% ../../nbs/01f_prepare.ipynb #c048
+# %% ../../nbs/01f_prepare.ipynb #c052
 def number_ids(
     ids: list[str], # of the documents at one place, in the order of the corpus
     given: list[bool] # was it given
@@ -487,7 +485,7 @@ def number_ids(
         used.add(new); out.append(new); repeated += was_given and new != own
     return out, repeated
 
-# %% ../../nbs/01f_prepare.ipynb #c051
+# %% ../../nbs/01f_prepare.ipynb #c055
 WINDOW_BYTES = 256 << 20  # lines of one range that are held at a time
 
 class Window:
@@ -503,7 +501,7 @@ class Window:
             i = at - self.start
         return self.data[i:i + n]
 
-# %% ../../nbs/01f_prepare.ipynb #c052
+# %% ../../nbs/01f_prepare.ipynb #c056
 class Gathered:
     "All documents of a range: columns from all spills, lines through windows."
     def __init__(self, store: Store, spills: list[str], low: int, high: int):
@@ -517,11 +515,25 @@ class Gathered:
         size = max((b - a for a, b in spans), default=0)
         if sum(b - a for a, b in spans) > WINDOW_BYTES: size = max(1 << 16, WINDOW_BYTES // len(spans))
         self.windows = [Window(store, key + ".jsonl", a, b, size) for (key, _), (a, b) in zip(slices, spans)]
+        self.whole = all(b - a <= size for a, b in spans)  # every window holds all that is wanted of its spill
     def lines(self, rows: np.ndarray) -> Iterator[tuple[int, memoryview]]: # (row, its line)
         for row, spill, at, n in zip(rows.tolist(), *(c[rows].tolist() for c in (self.spill, self.offset, self.length))): yield row, self.windows[spill].line(at, n)
     def line(self, row: int) -> memoryview: return self.windows[self.spill[row]].line(int(self.offset[row]), int(self.length[row]))
 
-# %% ../../nbs/01f_prepare.ipynb #c053
+@patch
+def blocks(self: Gathered, rows: np.ndarray) -> Iterator[Any]: # buffers
+    "Lines put together, megabytes at a time; one by one where windows have to move."
+    if njit is None or not self.whole: yield from (line for _, line in self.lines(rows)); return
+    data = [np.frombuffer(w.line(w.low, w.high - w.low), np.uint8) for w in self.windows]
+    for i, j in pieces(self.length[rows]):
+        some = rows[i:j]; n, spill = self.length[some], self.spill[some]
+        out, to = np.empty(int(n.sum()), np.uint8), np.cumsum(n) - n
+        for k in np.unique(spill).tolist():
+            m = np.flatnonzero(spill == k)
+            _copy(data[k], self.offset[some[m]] - self.windows[k].low, n[m], out, to[m])
+        yield out.data
+
+# %% ../../nbs/01f_prepare.ipynb #c057
 def number_rows(
     gathered: Gathered
 ) -> tuple[np.ndarray, dict[int, str], int]: # rows in the order of the corpus, new ids of rows, repeated given ids
@@ -548,9 +560,8 @@ def cut_part(
     edges = [0, *(1 + np.flatnonzero(np.diff((ends - weights) // limit))), len(ends)]
     return [(int(i), int(j)) for i, j in zip(edges, edges[1:])]
 
-# %% ../../nbs/01f_prepare.ipynb #c055
-INDEX = {"id": pa.string(), "offset": pa.int64(), "length": pa.int64(), "words": pa.int64(), "bytes": pa.int64(),
-         "source": pa.string(), "date": pa.string(), "high": pa.uint64(), "low": pa.uint64()}
+# %% ../../nbs/01f_prepare.ipynb #c059
+INDEX = {"id": pa.string(), "offset": pa.int64(), "length": pa.int64(), "words": pa.int64(), "bytes": pa.int64(), "source": pa.string(), "date": pa.string(), "hash": pa.uint64()}
 
 def write_parquet(store: Store, key: str, table: pa.Table) -> None:
     "Write a Parquet file: equal tables give equal bytes."
@@ -564,7 +575,7 @@ def write_table(
     "Write columns as a Parquet file."
     write_parquet(store, key, pa.table({k: pa.array(columns[k], t) for k, t in schema.items()}))
 
-# %% ../../nbs/01f_prepare.ipynb #c056
+# %% ../../nbs/01f_prepare.ipynb #c060
 def _renumber(line: Any, id_: str) -> bytes: # the line with another id
     return dump_line(orjson.loads(line) | {"id": id_})
 
@@ -572,7 +583,8 @@ def _write_part(store: Store, domain: str, name: str, gathered: Gathered, rows: 
     "One part and its index."
     lengths = gathered.length[rows].copy()
     with store.writer(f"dedup_ready/{name}.jsonl") as out:
-        for i, (row, line) in enumerate(gathered.lines(rows)):
+        if not renamed: out.writelines(gathered.blocks(rows))
+        for i, (row, line) in enumerate(gathered.lines(rows) if renamed else ()):
             if row in renamed: line = _renumber(line, renamed[row]); lengths[i] = len(line)
             out.write(line)
     table = gathered.table.take(pa.array(rows)).combine_chunks()
@@ -581,7 +593,7 @@ def _write_part(store: Store, domain: str, name: str, gathered: Gathered, rows: 
     write_parquet(store, f"minhash_lsh/index/{name}.parquet", pa.table(columns))
     return {"domain": domain, "name": name, "docs": len(rows), "bytes": int(lengths.sum())}
 
-# %% ../../nbs/01f_prepare.ipynb #c057
+# %% ../../nbs/01f_prepare.ipynb #c061
 DOC_BYTES = 256  # that a document counts for in the size of a part, beside its line
 
 def prepare_range(
@@ -602,7 +614,7 @@ def prepare_range(
             parts.append(_write_part(store, domain, name, gathered, rows[i:j], renamed))
     return {"parts": parts, "repeated_ids": repeated}
 
-# %% ../../nbs/01f_prepare.ipynb #c059
+# %% ../../nbs/01f_prepare.ipynb #c063
 CACHE_BYTES = 32 << 20  # of numeric columns that a Corpus keeps
 
 class Corpus:
@@ -618,7 +630,7 @@ class Corpus:
         cuts = np.searchsorted(docs, self.starts)
         for part in np.flatnonzero(np.diff(cuts)): yield int(part), docs[cuts[part]:cuts[part + 1]] - self.starts[part]
 
-# %% ../../nbs/01f_prepare.ipynb #c060
+# %% ../../nbs/01f_prepare.ipynb #c064
 @patch
 def columns(
     self: Corpus,
@@ -641,7 +653,7 @@ def _remember(self: Corpus, part: int, name: str, values: np.ndarray) -> np.ndar
     while self._cached > CACHE_BYTES and len(self._cache) > 1: self._cached -= self._cache.popitem(last=False)[1].nbytes
     return values
 
-# %% ../../nbs/01f_prepare.ipynb #c061
+# %% ../../nbs/01f_prepare.ipynb #c065
 @patch
 def table(self: Corpus, part: int, columns: list[str]) -> dict[str, Any]: # numpy for numbers, lists for text
     "Columns of one part."
@@ -667,7 +679,7 @@ def gather(self: Corpus, docs: np.ndarray, columns: list[str]) -> dict[str, list
     "The same as Python lists, for a few documents."
     return self.gather_table(docs, columns).to_pydict()
 
-# %% ../../nbs/01f_prepare.ipynb #c063
+# %% ../../nbs/01f_prepare.ipynb #c067
 READ_BYTES, GAP_LOCAL, GAP_S3 = 4 << 20, 8 << 10, 1 << 20  # of one read; unwanted bytes read over rather than starting another
 
 def read_runs(
@@ -680,21 +692,28 @@ def read_runs(
     return np.concatenate([[0], 1 + np.flatnonzero(new)])
 
 @patch
-def lines(
+def runs(
     self: Corpus, part: int,
     rows: np.ndarray | None = None # ascending; None: all
-) -> Iterator[tuple[int, memoryview]]: # (row, its line)
-    "Lines of a part in order."
+) -> Iterator[tuple[np.ndarray, Any, np.ndarray, np.ndarray]]: # rows, the bytes around their lines, first byte of each line and the one after its last there
+    "Lines of a part, several megabytes at a time."
     key, where = f"dedup_ready/{self.parts[part]['name']}.jsonl", self.columns(part, ["offset", "length"])
     rows = np.arange(len(where["offset"])) if rows is None else np.asarray(rows, np.int64)
     offset, length = where["offset"][rows], where["length"][rows]
-    runs = read_runs(offset, length, GAP_LOCAL if self.store.is_local else GAP_S3)
+    runs = read_runs(offset, length, GAP_LOCAL if self.store.is_local else GAP_S3).tolist()
     with _reader(self.store, key, len(runs)) as read:
         for i, j in zip(runs, [*runs[1:], len(rows)]):
-            start, data = int(offset[i]), memoryview(read(int(offset[i]), int(offset[j - 1] + length[j - 1] - offset[i])))
-            for row, at, n in zip(rows[i:j].tolist(), (offset[i:j] - start).tolist(), length[i:j].tolist()): yield row, data[at:at + n]
+            start = int(offset[i]); at = offset[i:j] - start
+            yield rows[i:j], read(start, int(offset[j - 1] + length[j - 1]) - start), at, at + length[i:j]
 
-# %% ../../nbs/01f_prepare.ipynb #c064
+@patch
+def lines(self: Corpus, part: int, rows: np.ndarray | None = None) -> Iterator[tuple[int, memoryview]]: # (row, its line)
+    "Lines of a part in order, one by one."
+    for some, data, start, end in self.runs(part, rows):
+        data = memoryview(data)
+        for row, i, j in zip(some.tolist(), start.tolist(), end.tolist()): yield row, data[i:j]
+
+# %% ../../nbs/01f_prepare.ipynb #c068
 @contextmanager
 def _reader(store: Store, key: str, reads: int): # read(start, length) -> bytes
     "Reads of one file: of a few, on S3, each is a request; for many the file is fetched."
@@ -716,6 +735,25 @@ def part_texts(
     for row, line in self.lines(part, rows): yield row, orjson.loads(line)["text"]
 
 @patch
+def part_lines(self: Corpus, part: int, rows: np.ndarray | None = None) -> Iterator[Lines]:
+    "Lines of a part in order, for `signatures`."
+    for _, data, start, end in self.runs(part, rows): yield Lines(np.frombuffer(data, np.uint8), start, end)
+
+@patch
+def gather_lines(
+    self: Corpus,
+    docs: np.ndarray # sorted numbers
+) -> Lines: # all in memory
+    "Lines of documents of any parts, for `shingle_sets`."
+    found = [np.zeros(0, np.uint8)], [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    size = 0
+    for part, rows in self.groups(np.asarray(docs, np.int64)):
+        for _, data, start, end in self.runs(part, rows):
+            for column, x in zip(found, (np.frombuffer(data, np.uint8), start + size, end + size)): column.append(x)
+            size += len(data)
+    return Lines(*map(np.concatenate, found))
+
+@patch
 def texts(
     self: Corpus,
     docs: np.ndarray # sorted numbers
@@ -724,7 +762,7 @@ def texts(
     for part, rows in self.groups(np.asarray(docs, np.int64)):
         for _, text in self.part_texts(part, rows): yield text
 
-# %% ../../nbs/01f_prepare.ipynb #c067
+# %% ../../nbs/01f_prepare.ipynb #c071
 FATES = ("kept", "exact", "near", "contaminated", "semantic", "emptied")  # values 0 to 5 of minhash_lsh/fate/<part>.npy
 
 def load_fate(
@@ -750,7 +788,7 @@ def write_fate(
     with corpus.store.writer(key) as f: np.save(f, fate, allow_pickle=False)
     return key
 
-# %% ../../nbs/01f_prepare.ipynb #c069
+# %% ../../nbs/01f_prepare.ipynb #c073
 def resumable(
     ctx, stage, # of the driver
     name: str, fn, tasks: list[dict], # each with a `number`
@@ -771,7 +809,7 @@ def sweep(
     for key in store.list(prefix):
         if key not in keep: store.delete(key)
 
-# %% ../../nbs/01f_prepare.ipynb #c070
+# %% ../../nbs/01f_prepare.ipynb #c074
 def file_tasks(
     store: Store, files: list[RawFile],
     settings: CleanSettings,
@@ -792,7 +830,7 @@ def _quarantines(ctx, stage, tasks: list[dict], mapped: list[dict]) -> list[str]
     keys |= dict(zip([t["number"] for t in todo], resumable(ctx, stage, "quarantine", join_quarantine, todo)))
     return [keys[i] for i in sorted(keys)]
 
-# %% ../../nbs/01f_prepare.ipynb #c071
+# %% ../../nbs/01f_prepare.ipynb #c075
 def prepare(ctx, stage, files: list[RawFile], ignored: list[str], sources: list[str]) -> dict: # counts
     "Fill dedup_ready/ and minhash_lsh/index/. Raises `UserError` when nothing is left, `RuntimeError` when counts do not add up."
     store, s, log = ctx.store, ctx.settings, getattr(ctx, "log", lambda text: None)
@@ -814,7 +852,7 @@ def prepare(ctx, stage, files: list[RawFile], ignored: list[str], sources: list[
     store.delete_prefix("minhash_lsh/spill")
     return counts
 
-# %% ../../nbs/01f_prepare.ipynb #c072
+# %% ../../nbs/01f_prepare.ipynb #c076
 def _publish(store, domains, parts, ranged, mapped, quarantine, ignored, sources, files, settings) -> dict: # counts
     "Check the counts, write the manifest, parts.json and the review samples, remove leftovers."
     total = new_tally()
@@ -835,7 +873,7 @@ def _publish(store, domains, parts, ranged, mapped, quarantine, ignored, sources
     sweep(store, "minhash_lsh/index/", ["minhash_lsh/index/parts.json"] + [f"minhash_lsh/index/{n}.parquet" for n in names])
     return {k: total[k] for k in ("read", "kept")} | {"filtered": sum(total["filtered"].values()), "quarantined": sum(total["quarantined"].values()), "domains": domains, "total": total}
 
-# %% ../../nbs/01f_prepare.ipynb #c073
+# %% ../../nbs/01f_prepare.ipynb #c077
 def review_markdown(
     mapped: list[dict], # results of `prepare_file`
     limit: int # pairs a domain
