@@ -333,7 +333,7 @@ def plot_ratings(
         part = summary[summary["model"] == m].set_index("criterion").reindex(names)
         x = np.arange(len(names)) + wide*((i + .5)/len(models) - .5)
         ax.errorbar(x, part["mean"], yerr=[part["mean"] - part["low"], part["high"] - part["mean"]], fmt="osD^vPX*<>"[i % 10], capsize=3, label=m, ms=6)
-    ax.set(xticks=range(len(names)), ylim=(.8, 5.2), yticks=range(1, 6), ylabel="점", title=f"{title} (막대: 95 % 구간)"); ax.set_xticklabels(list(names.values())); ax.grid(axis="x", visible=False)
+    ax.set(xticks=range(len(names)), ylim=(.8, 5.2), yticks=range(1, 6), ylabel="점", title=f"{title} (세로선: 95 % 구간)"); ax.set_xticklabels(list(names.values())); ax.grid(axis="x", visible=False)
     ax.legend(title=None, fontsize=9, loc="center left", bbox_to_anchor=(1, .5))
     fig.tight_layout()
     return fig
