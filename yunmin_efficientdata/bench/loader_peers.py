@@ -92,6 +92,8 @@ def measure(job: dict, entry: Entry) -> dict: # the answer of a contestant
     first = next(batches); opened["first_s"] = time.perf_counter() - w
     gauge.look()
     proof = [x for b in chain([first], islice(batches, job["check"] - 1)) for x in sums(b)]
+    n, _, spent = run_batches(batches, job["seconds"], job["epoch"])
+    opened["first_cpu"] = spent * job["epoch"] / n
     n, wall, spent = run_batches(batches, job["seconds"])
     gauge.watch(lambda: run_batches(batches, job["seconds"] / 2))
     epoch = job["epoch"] / n # batches in an epoch

@@ -5,6 +5,7 @@
 # %% ../../nbs/02d_loader.ipynb #c004
 from __future__ import annotations
 import ctypes, hashlib, json, os, re, threading, warnings, zlib
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import islice
@@ -24,6 +25,7 @@ __all__ = ['TokenPages', 'UnderWay', 'domain_of', 'round_keys', 'permute', 'Wind
 
 # %% ../../nbs/02d_loader.ipynb #c006
 try:
+    from llvmlite import ir
     from numba import njit, types
     from numba.core import cgutils
     from numba.extending import intrinsic
@@ -42,18 +44,42 @@ if njit:
 
 # %% ../../nbs/02d_loader.ipynb #c009
 if njit:
+    @intrinsic
+    def _ask_for(typingctx, address):
+        "Prefetch the cache line at an address; wrong addresses do no harm."
+        def codegen(context, builder, signature, args):
+            number, none = ir.IntType(32), ir.VoidType()
+            prefetch = cgutils.get_or_insert_function(builder.module, ir.FunctionType(none, [cgutils.voidptr_t, number, number, number]), "llvm.prefetch.p0")
+            builder.call(prefetch, [builder.inttoptr(args[0], cgutils.voidptr_t), *(ir.Constant(number, k) for k in (0, 3, 1))]) # to read, keep, data
+            return context.get_dummy_value()
+        return types.void(types.uintp), codegen
+
+    @njit("int64(int64, int64[::1], uint64[::1])", nogil=True, cache=True)
+    def _find(t, first, address):
+        "Page of a stream position; what stands there is asked for."
+        page, size = 0, len(first)
+        while size > 1: # without a branch that the processor would have to guess
+            half = size >> 1
+            page += half * (first[page + half] <= t)
+            size -= half
+        if page < len(address):
+            at = address[page] + np.uint64(4 * (t - first[page]))
+            _ask_for(at); _ask_for(at + np.uint64(64)); _ask_for((at | np.uint64(4095)) + np.uint64(1))
+        return page
+
+# %% ../../nbs/02d_loader.ipynb #c011
+if njit:
     @njit("int64(int64[::1], int64, int64[::1], uint64[::1], int64[::1], int64, int32[:,::1])", nogil=True, cache=True)
     def _gather(starts, length, first, address, used, clock, out):
         "Copy windows of the flat stream into `out`: `first[p]` is the stream position of page p, `address[p]` where its values are. -1: done; -2: a window leaves the stream; else a page that is not at hand."
         for t in starts:
             if t < 0 or t > first[-1] - length: return -2
-        target = np.uint64(out.ctypes.data)
-        for t in starts:
-            page, high, left = 0, len(first), length
-            while high - page > 1:
-                middle = (page + high) >> 1
-                if first[middle] <= t: page = middle
-                else: high = middle
+        target, i = np.uint64(out.ctypes.data), 0
+        coming = _find(starts[0], first, address) if len(starts) else 0
+        while i < len(starts):
+            t, left, page, i = starts[i], length, coming, i + 1
+            while i < len(starts) and starts[i] == t + left: left += length; i += 1 # neighbours in the stream are neighbours in the batch: one copy
+            if i < len(starts): coming = _find(starts[i], first, address)
             while left > 0:
                 n = min(left, first[page + 1] - t)
                 if n > 0:
@@ -63,7 +89,7 @@ if njit:
                 target += np.uint64(4 * n); t += n; left -= n; page += 1
         return -1
 
-# %% ../../nbs/02d_loader.ipynb #c011
+# %% ../../nbs/02d_loader.ipynb #c013
 def _gather_numpy(starts, length, first, address, used, clock, out) -> int:
     "The gather as a Python loop over windows and pages."
     if len(starts) and (starts.min() < 0 or starts.max() + length > first[-1]): return -2
@@ -78,7 +104,7 @@ def _gather_numpy(starts, length, first, address, used, clock, out) -> int:
             done, t, page = done + n, t + n, page + 1
     return -1
 
-# %% ../../nbs/02d_loader.ipynb #c013
+# %% ../../nbs/02d_loader.ipynb #c015
 class TokenPages(PageSet):
     "The `tokens` of Parquet files as one flat stream, in the order of `paths`, read in place."
     def take(self,
@@ -86,17 +112,26 @@ class TokenPages(PageSet):
         length: int # tokens in a window
     ) -> np.ndarray: # int32 [n, length]
         "Windows of the flat stream. Raises `IndexError` when a window leaves the stream, `DamagedFile` for a page that fails its check."
-        starts = np.ascontiguousarray(starts, dtype=np.int64).reshape(-1)
-        if length < 0: raise IndexError(f"a window of {length} tokens")
-        out, table, self.clock = np.empty((len(starts), length), np.int32), self.hold(), self.clock + 1
-        while (page := _copy(starts, length, self.first, table.address, self.used, self.clock, out)) >= 0:
+        starts = _flat(starts, length)
+        out = np.empty((len(starts), length), np.int32)
+        self._fill(_copy, starts, length, out)
+        return out
+
+    def _fill(self, kernel, starts: np.ndarray, length: int, *more) -> None:
+        "Call a kernel until every page that it touches is at hand."
+        table, self.clock = self.hold(), self.clock + 1
+        while (page := kernel(starts, length, self.first, table.address, self.used, self.clock, *more)) >= 0:
             pages = self.pages_of(starts, length)
             self._arrive(pages)
             table = self.need(pages)
         if page == -2: raise IndexError(f"a window of {length} tokens leaves the stream of {len(self)}")
-        return out
 
 _copy = _gather if njit else _gather_numpy
+
+def _flat(starts, length: int) -> np.ndarray: # int64 [n], contiguous
+    if length < 0: raise IndexError(f"a window of {length} tokens")
+    starts = np.ascontiguousarray(starts, np.int64)
+    return starts if starts.ndim == 1 else starts.reshape(-1)
 
 def _take_numpy(pages: TokenPages, starts: np.ndarray, length: int) -> np.ndarray: # int32 [n, length]
     "`take` by the numpy path, for comparison."
@@ -104,7 +139,7 @@ def _take_numpy(pages: TokenPages, starts: np.ndarray, length: int) -> np.ndarra
     _gather_numpy(starts, length, pages.first, pages.need(np.arange(len(pages.counts))).address, pages.used, 1, out)
     return out
 
-# %% ../../nbs/02d_loader.ipynb #c015
+# %% ../../nbs/02d_loader.ipynb #c017
 class UnderWay:
     "Parts that are being fetched by this process, so that no two threads ask for the same one."
     def __init__(self): self.lock, self.futures, self.pid = threading.Lock(), {}, os.getpid()
@@ -129,7 +164,7 @@ def _begin(self, pages: np.ndarray) -> list: # futures
     return [x for f in np.unique(owner).tolist() if self.files[f].remote
             for x in _under_way(self).begin(self.files[f], f, np.unique(self.files[f].part_of[pages[owner == f] - self.page0[f]]).tolist())]
 
-# %% ../../nbs/02d_loader.ipynb #c016
+# %% ../../nbs/02d_loader.ipynb #c018
 def _prefetch(self,
     starts, # int [n]: windows that will be taken soon
     length: int # tokens in a window
@@ -145,14 +180,14 @@ def _arrive(self, pages: np.ndarray) -> None:
 TokenPages.prefetch, TokenPages._begin, TokenPages._arrive = _prefetch, _begin, _arrive
 TokenPages.local = property(lambda self: not any(f.remote for f in self.files))
 
-# %% ../../nbs/02d_loader.ipynb #c018
+# %% ../../nbs/02d_loader.ipynb #c020
 def domain_of(
     path # a file's path or address
 ) -> str:
     "The domain that a file's name states: `web` for web.parquet and web-00000-of-00004.parquet."
     return re.sub(r"-\d+-of-\d+$", "", re.split(r"[\\/]", str(path))[-1].removesuffix(".parquet"))
 
-# %% ../../nbs/02d_loader.ipynb #c026
+# %% ../../nbs/02d_loader.ipynb #c028
 def _mix(x: np.ndarray) -> np.ndarray: # uint64 -> uint64
     "splitmix64's finaliser."
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -165,7 +200,7 @@ def round_keys(*parts: int) -> np.ndarray: # uint64 [8]
     digest = hashlib.blake2b(repr(tuple(int(p) for p in parts)).encode(), digest_size=64).digest()
     return np.array(np.frombuffer(digest, dtype="<u8"), dtype=np.uint64)
 
-# %% ../../nbs/02d_loader.ipynb #c027
+# %% ../../nbs/02d_loader.ipynb #c029
 def _permute_numpy(out: np.ndarray, n: int, half: int, keys: np.ndarray) -> None:
     "Permute numbers below n in place, all at once."
     shift, mask, todo = np.uint64(half), np.uint64((1 << half) - 1), np.arange(len(out))
@@ -175,7 +210,7 @@ def _permute_numpy(out: np.ndarray, n: int, half: int, keys: np.ndarray) -> None
         out[todo] = (left << shift) | right
         todo = todo[out[todo] >= n]
 
-# %% ../../nbs/02d_loader.ipynb #c029
+# %% ../../nbs/02d_loader.ipynb #c031
 if njit:
     @njit("void(uint64[::1], uint64, uint64, uint64[::1])", nogil=True, cache=True)
     def _permute_numba(out, n, half, keys):
@@ -194,7 +229,7 @@ if njit:
                 if x < n: break
             out[i] = x
 
-# %% ../../nbs/02d_loader.ipynb #c030
+# %% ../../nbs/02d_loader.ipynb #c032
 def permute(
     x, # int [k]: positions, 0 <= x < n
     n: int, # size of the range
@@ -206,7 +241,7 @@ def permute(
     (_permute_numba if njit else _permute_numpy)(out, n, half, keys)
     return out.astype(np.int64)
 
-# %% ../../nbs/02d_loader.ipynb #c033
+# %% ../../nbs/02d_loader.ipynb #c035
 class WindowGrid:
     "The windows of a stream by number, and which domain each belongs to."
     def __init__(self,
@@ -227,10 +262,11 @@ class WindowGrid:
 
     def __len__(self): return int(self.window[-1])
 
-# %% ../../nbs/02d_loader.ipynb #c034
+# %% ../../nbs/02d_loader.ipynb #c036
 def _starts(self, windows) -> np.ndarray: # int64: first token of each window
     "Where windows begin in the flat stream."
     windows = np.asarray(windows, np.int64)
+    if len(self.token) == 1: return self.token[0] + windows * self.seq_len
     run = np.searchsorted(self.window, windows, side="right") - 1
     return self.token[run] + (windows - self.window[run]) * self.seq_len
 
@@ -256,7 +292,7 @@ def _units(self,
 
 WindowGrid.starts, WindowGrid.nth, WindowGrid.units = _starts, _nth, _units
 
-# %% ../../nbs/02d_loader.ipynb #c037
+# %% ../../nbs/02d_loader.ipynb #c039
 class WindowOrder:
     "Which window stands at which position of an epoch. Shuffle is 'window', 'page' or 'none'."
     def __init__(self,
@@ -280,7 +316,7 @@ class WindowOrder:
 
     def __len__(self): return self.n
 
-# %% ../../nbs/02d_loader.ipynb #c038
+# %% ../../nbs/02d_loader.ipynb #c040
 def file_domains(
     paths: list[str], # files
     mix: dict[str, float] # weights by domain or by file name
@@ -293,7 +329,7 @@ def file_domains(
     if bad is not None: raise UserError(f"mix: the weight of {bad!r} is {mix[bad]}; expected a number from 0 up")
     return names
 
-# %% ../../nbs/02d_loader.ipynb #c040
+# %% ../../nbs/02d_loader.ipynb #c042
 def _at(self,
     positions, # int [k]
     epoch: int
@@ -323,7 +359,7 @@ def _keys(self, domain: int, turn: int, *more: int) -> np.ndarray:
 
 WindowOrder.at, WindowOrder._drawn, WindowOrder._keys = _at, _drawn, _keys
 
-# %% ../../nbs/02d_loader.ipynb #c042
+# %% ../../nbs/02d_loader.ipynb #c044
 def _domain_pages(self, d: int, epoch: int) -> list[tuple]: # (first window, windows) of each page in turn
     "The stretches of pages that a domain gives to an epoch."
     domain, low, high = self._unit
@@ -348,7 +384,7 @@ def _page_table(self, epoch: int) -> None:
     self._groups = self._before[np.minimum(np.arange(0, len(first) + k, k), len(first))]
     self._epoch = epoch
 
-# %% ../../nbs/02d_loader.ipynb #c043
+# %% ../../nbs/02d_loader.ipynb #c045
 def _by_page(self, positions: np.ndarray, epoch: int) -> np.ndarray:
     "Window numbers at these positions in page order."
     self._page_table(epoch)
@@ -363,7 +399,7 @@ def _by_page(self, positions: np.ndarray, epoch: int) -> np.ndarray:
 
 WindowOrder._domain_pages, WindowOrder._page_table, WindowOrder._by_page = _domain_pages, _page_table, _by_page
 
-# %% ../../nbs/02d_loader.ipynb #c048
+# %% ../../nbs/02d_loader.ipynb #c050
 def mix_for(
     shares: dict[str, float], # domain -> wanted share; any positive numbers
     windows: dict[str, int], # domain -> windows it has, as `TokenLoader.mixture` tells
@@ -376,7 +412,7 @@ def mix_for(
     size = size or min(windows[d] * total / s for d, s in shares.items() if s)
     return {d: shares.get(d, 0) * size / total / n if n else 0. for d, n in windows.items()}
 
-# %% ../../nbs/02d_loader.ipynb #c051
+# %% ../../nbs/02d_loader.ipynb #c053
 def _boundaries_numpy(ids: np.ndarray, eos_id: int, position: np.ndarray, index: np.ndarray) -> None:
     "Fill position and index with array operations."
     begins = np.zeros(ids.shape, dtype=bool)
@@ -386,17 +422,29 @@ def _boundaries_numpy(ids: np.ndarray, eos_id: int, position: np.ndarray, index:
     index[:] = np.cumsum(begins, axis=1)
 
 if njit:
+    @njit("void(int32[::1], int64, int64[::1], int32[::1])", nogil=True, cache=True)
+    def _boundaries_row(ids, eos_id, position, index):
+        "The same for one window, document by document; EOS is looked for 16 tokens at a time, which compiles to vector instructions."
+        begin = document = 0
+        while begin < len(ids):
+            rest, n = ids[begin:], 0
+            while n + 16 <= len(rest):
+                block, found = rest[n:n + 16], 0
+                for t in range(16): found |= block[t] == eos_id
+                if found: break
+                n += 16
+            while n < len(rest) and rest[n] != eos_id: n += 1
+            n = min(n + 1, len(rest))
+            steps = position[begin:begin + n]
+            for t in range(n): steps[t] = t
+            index[begin:begin + n] = document
+            begin, document = begin + n, document + 1
+
     @njit("void(int32[:,::1], int64, int64[:,::1], int32[:,::1])", nogil=True, cache=True)
     def _boundaries_numba(ids, eos_id, position, index):
-        "The same in one pass."
-        for i in range(ids.shape[0]):
-            p = s = 0
-            for t in range(ids.shape[1]):
-                position[i, t] = p; index[i, t] = s
-                p += 1
-                if ids[i, t] == eos_id: p = 0; s += 1
+        for i in range(len(ids)): _boundaries_row(ids[i], eos_id, position[i], index[i])
 
-# %% ../../nbs/02d_loader.ipynb #c052
+# %% ../../nbs/02d_loader.ipynb #c054
 def boundaries(
     ids: np.ndarray, # int [n, length]
     eos_id: int | None # None: each window is one document
@@ -407,6 +455,35 @@ def boundaries(
     (_boundaries_numba if njit else _boundaries_numpy)(ids, -1 if eos_id is None else eos_id, position, index)
     return position, index
 
+# %% ../../nbs/02d_loader.ipynb #c056
+if njit:
+    @njit("int64(int64[::1], int64, int64[::1], uint64[::1], int64[::1], int64, int64, int64[:,::1], int64[:,::1], int32[:,::1])", nogil=True, cache=True)
+    def _gather_packed(starts, length, first, address, used, clock, eos_id, ids, position, index):
+        "`_gather`, int64 ids and borders, a window at a time. Returns what `_gather` returns."
+        row = np.empty((1, length), np.int32)
+        for i in range(len(starts)):
+            if i + 1 < len(starts): _find(starts[i + 1], first, address)
+            page = _gather(starts[i:i + 1], length, first, address, used, clock, row)
+            if page != -1: return page
+            ids[i] = row[0]
+            _boundaries_row(row[0], eos_id, position[i], index[i])
+        return -1
+
+def _packed(self,
+    starts, # int [n]: positions in the flat stream
+    length: int, # tokens in a window
+    eos_id: int | None = None # None: each window is one document
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # ids int64, position_ids int64, seq_idx int32: [n, length]
+    "Windows as training takes them. Raises what `take` raises."
+    if njit is None: ids = self.take(starts, length); return ids.astype(np.int64), *boundaries(ids, eos_id)
+    starts = _flat(starts, length)
+    ids, position, index = (np.empty((len(starts), length), t) for t in (np.int64, np.int64, np.int32))
+    self._fill(_gather_packed, starts, length, -1 if eos_id is None else eos_id, ids, position, index)
+    return ids, position, index
+
+TokenPages.packed = _packed
+
+# %% ../../nbs/02d_loader.ipynb #c057
 def cu_seqlens(
     position_ids # int [length] of one window, or [n, length] of a batch, taken as one packed row
 ) -> np.ndarray: # int32 [documents + 1]
@@ -414,7 +491,7 @@ def cu_seqlens(
     flat = np.asarray(position_ids).reshape(-1)
     return np.append(np.flatnonzero(flat == 0), len(flat)).astype(np.int32)
 
-# %% ../../nbs/02d_loader.ipynb #c055
+# %% ../../nbs/02d_loader.ipynb #c060
 class Windows(Dataset):
     "Windows of `seq_len` tokens, by number: map-style, without state, cheap to send to workers."
     def __init__(self,
@@ -434,15 +511,14 @@ class Windows(Dataset):
 
     def __getitem__(self, index) -> dict: # tensors [seq_len], or [n, seq_len] for a list of indices
         if isinstance(index, (int, np.integer)): return {k: v[0] for k, v in self[[index]].items()}
-        ids = self.take(index)
-        position_ids, seq_idx = boundaries(ids, self.eos_id)
-        return {"input_ids": torch.from_numpy(ids.astype(np.int64)), "position_ids": torch.from_numpy(position_ids), "seq_idx": torch.from_numpy(seq_idx)}
+        ids, position_ids, seq_idx = self.pages.packed(self.grid.starts(index), self.seq_len, self.eos_id)
+        return {"input_ids": torch.from_numpy(ids), "position_ids": torch.from_numpy(position_ids), "seq_idx": torch.from_numpy(seq_idx)}
 
     def __getitems__(self, indices) -> list[dict]: # one dict a window
         ids = torch.from_numpy(self.take(indices).astype(np.int64))
         return [{"input_ids": row, "labels": row.clone()} for row in ids]
 
-# %% ../../nbs/02d_loader.ipynb #c056
+# %% ../../nbs/02d_loader.ipynb #c061
 def _eos_of(pages: TokenPages) -> int | None:
     "The eos id that `format.parquet` wrote into the files; all must agree."
     found = {f.metadata.get("yunmin.eos_id") for f in pages.files}
@@ -450,7 +526,7 @@ def _eos_of(pages: TokenPages) -> int | None:
     value = found.pop()
     return None if value is None else int(value)
 
-# %% ../../nbs/02d_loader.ipynb #c059
+# %% ../../nbs/02d_loader.ipynb #c064
 class WindowBatches(Sampler):
     "Batches of window numbers of one rank. `epoch` and `step` say where iteration begins."
     def __init__(self,
@@ -470,23 +546,27 @@ class WindowBatches(Sampler):
     def __len__(self): return self.steps - sum(e == self.epoch for e, _ in self.skipped)
     def set_epoch(self, epoch: int) -> None: self.epoch, self.step = epoch, 0
 
-# %% ../../nbs/02d_loader.ipynb #c060
-def _windows_of_step(self, epoch: int, step: int) -> list[int]: # this rank's windows
-    "The windows of one step, computed from nothing but (epoch, step)."
+# %% ../../nbs/02d_loader.ipynb #c065
+def _windows_of(self, epoch: int, steps) -> np.ndarray: # int64 [steps, windows of this rank]
+    "The windows of some steps, computed from nothing but (epoch, step)."
     share = self.batch_size // self.world_size
-    low = step * self.batch_size + self.rank * share
-    return self.order.at(np.arange(low, low + share) % len(self.order), epoch).tolist()
+    positions = np.asarray(steps, np.int64).reshape(-1, 1) * self.batch_size + self.rank * share + np.arange(share)
+    return self.order.at(positions.reshape(-1) % len(self.order), epoch).reshape(-1, share)
+
+def _walk(self, epoch: int, plan: list[int], block: int = 32): # yields int64 [windows of this rank]
+    "The windows of the steps of a plan, one step after the other, computed a block of steps at a time."
+    for i in range(0, len(plan), block): yield from self.windows(epoch, plan[i:i + block])
 
 def _plan(self, epoch: int, step: int) -> list[int]: # steps that will be handed out, from `step` on
     "The steps of an epoch that are not skipped."
     return [s for s in range(step, self.steps) if (epoch, s) not in self.skipped]
 
-def _batches(self):
-    for step in self.plan(self.epoch, self.step): yield self.batch(self.epoch, step)
+def _batches(self): # yields list[int]
+    for batch in self.walk(self.epoch, self.plan(self.epoch, self.step)): yield batch.tolist()
 
-WindowBatches.batch, WindowBatches.plan, WindowBatches.__iter__ = _windows_of_step, _plan, _batches
+WindowBatches.windows, WindowBatches.walk, WindowBatches.plan, WindowBatches.__iter__ = _windows_of, _walk, _plan, _batches
 
-# %% ../../nbs/02d_loader.ipynb #c062
+# %% ../../nbs/02d_loader.ipynb #c067
 def process_place(
     rank: int | None = None, # None: from torchrun's RANK
     world_size: int | None = None # None: from torchrun's WORLD_SIZE
@@ -499,7 +579,7 @@ def process_place(
     if world_size == 1 and found[1] > 1: warnings.warn(f"{found[1]} processes run, but this loader has world_size=1: each of them gets the same batches; pass rank=None, world_size=None to share them")
     return rank, world_size
 
-# %% ../../nbs/02d_loader.ipynb #c063
+# %% ../../nbs/02d_loader.ipynb #c068
 class TokenLoader:
     "Batches of token windows in a deterministic, elastic, resumable order."
     def __init__(self,
@@ -530,7 +610,7 @@ class TokenLoader:
     def skipped(self) -> set: return self.batch_sampler.skipped # of (epoch, step)
     def __len__(self): return self.batch_sampler.steps - sum(e == self.epoch for e, _ in self.skipped)
 
-# %% ../../nbs/02d_loader.ipynb #c064
+# %% ../../nbs/02d_loader.ipynb #c069
 def _order(self, epoch: int) -> np.ndarray: # int64 [windows drawn in an epoch]
     "The global order of all windows in an epoch, the same for every rank and world size."
     return self.batch_sampler.order.at(np.arange(len(self.batch_sampler.order)), epoch)
@@ -542,7 +622,7 @@ def mixture(self) -> list[dict]: # a row for each domain: domain, windows, weigh
 
 TokenLoader.order, TokenLoader.mixture = _order, mixture
 
-# %% ../../nbs/02d_loader.ipynb #c066
+# %% ../../nbs/02d_loader.ipynb #c071
 def _make(self, plan: list[int]):
     "The batches of these steps of this epoch, made here or by workers."
     batches = self._announced(plan)
@@ -550,23 +630,25 @@ def _make(self, plan: list[int]):
     return iter(DataLoader(self.dataset, sampler=batches, batch_size=None, num_workers=self.num_workers, generator=torch.Generator().manual_seed(self.seed & (2**63 - 1))))
 
 def _announced(self, plan: list[int]):
-    "Window numbers step by step; blocks of the steps to come are prefetched on the way."
-    sampler, epoch = self.batch_sampler, self.epoch
-    if self.pages.local or self.ahead < 1: yield from (sampler.batch(epoch, s) for s in plan); return
-    def announce(batch): self.pages.prefetch(self.dataset.grid.starts(batch), self.dataset.seq_len)
-    coming = (sampler.batch(epoch, s) for s in plan)
+    "Window numbers step by step; parts of the steps to come are prefetched on the way."
+    sampler, length = self.batch_sampler, self.dataset.seq_len
+    coming = sampler.walk(self.epoch, plan)
+    if self.pages.local or self.ahead < 1: yield from coming; return
     windows = sampler.batch_size // sampler.world_size
-    cost = 6 * windows * self.dataset.seq_len if sampler.order.shuffle == "page" else windows * self.pages.part_bytes  # bytes that a batch adds
-    queue = list(islice(coming, min(self.ahead, max(1, self.pages.cache.limit // 8 // cost))))  # an eighth of the cache: what comes must not push out what is in use
+    cost = 6 * windows * length if sampler.order.shuffle == "page" else windows * self.pages.part_bytes  # bytes that a batch adds
+    few = min(self.ahead, max(1, self.pages.cache.limit // 8 // cost))  # an eighth of the cache: what comes must not push out what is in use
     with ThreadPoolExecutor(1) as thread:
-        for b in queue: thread.submit(announce, b)
+        def announce(batch):
+            if not self.pages.at_hand(starts := self.dataset.grid.starts(batch), length): thread.submit(self.pages.prefetch, starts, length)
+            return batch
+        queue = deque(map(announce, islice(coming, few)))
         while queue:
-            yield queue.pop(0)
-            for b in islice(coming, 1): queue.append(b); thread.submit(announce, b)
+            yield queue.popleft()
+            queue.extend(map(announce, islice(coming, 1)))
 
 TokenLoader._make, TokenLoader._announced = _make, _announced
 
-# %% ../../nbs/02d_loader.ipynb #c067
+# %% ../../nbs/02d_loader.ipynb #c072
 def _iterate(self):
     epoch, plan = self.epoch, self.batch_sampler.plan(self.epoch, self.step)
     for step, batch in zip(plan, self._make(plan)):
@@ -589,7 +671,7 @@ def skip(self,
 
 TokenLoader.__iter__, TokenLoader.skip = _iterate, skip
 
-# %% ../../nbs/02d_loader.ipynb #c069
+# %% ../../nbs/02d_loader.ipynb #c074
 def _file_digest(file: TokenFile) -> str: # 16 hexadecimal digits
     "Digest of one file's tokens: its footer, which holds a hash of them (`yunmin.token_hash`) where `format.parquet` wrote it; else some page checksums too; the tokens themselves where pyarrow decoded them."
     if file.way != "pages": return f"{zlib.crc32(file.data[:4 * len(file)]):016x}"
@@ -613,7 +695,7 @@ def fingerprint(self) -> str: # 16 hexadecimal digits
 
 TokenLoader.made_of, TokenLoader.fingerprint = made_of, fingerprint
 
-# %% ../../nbs/02d_loader.ipynb #c070
+# %% ../../nbs/02d_loader.ipynb #c075
 def state_dict(self) -> dict: # JSON-able
     "Where the loader is: the next step of this epoch, what was skipped, and what the order is made of."
     return {"epoch": self.epoch, "step": self.step, "seed": self.seed, "fingerprint": self.fingerprint(), "skipped": sorted(map(list, self.skipped)), "made_of": self.made_of()}
@@ -632,7 +714,7 @@ def load_state_dict(self, state: dict) -> None:
 
 TokenLoader.state_dict, TokenLoader.load_state_dict = state_dict, load_state_dict
 
-# %% ../../nbs/02d_loader.ipynb #c081
+# %% ../../nbs/02d_loader.ipynb #c086
 def s3_filesystem() -> pyarrow.fs.S3FileSystem:
     "pyarrow's S3 client on the server that AWS_ENDPOINT_URL names, with the usual AWS variables."
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
@@ -643,7 +725,7 @@ def s3_filesystem() -> pyarrow.fs.S3FileSystem:
     if region := os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION"): options["region"] = region
     return pyarrow.fs.S3FileSystem(**options)
 
-# %% ../../nbs/02d_loader.ipynb #c082
+# %% ../../nbs/02d_loader.ipynb #c087
 def open_parquet(
     path # a local path or an s3://bucket/key address
 ) -> pq.ParquetFile:
@@ -654,7 +736,7 @@ def open_parquet(
     except FileNotFoundError: raise UserError(f"{path}: no such file; `yunmin format` makes the Parquet files") from None
     except (pa.ArrowException, OSError) as e: raise UserError(f"{path}: not readable as Parquet: {str(e).splitlines()[0]}") from None
 
-# %% ../../nbs/02d_loader.ipynb #c084
+# %% ../../nbs/02d_loader.ipynb #c089
 class Deal:
     "What is left of each row group, dealt to `parts` (ranks x workers) in turn."
     def __init__(self,
@@ -700,7 +782,7 @@ class Deal:
     def even(self) -> int: # batches that every rank has
         return min(sum(self.batches[i] for w in range(self.workers) for i in self.mine(r * self.workers + w)) for r in range(self.world_size))
 
-# %% ../../nbs/02d_loader.ipynb #c087
+# %% ../../nbs/02d_loader.ipynb #c092
 class TextRows(IterableDataset):
     "Batches of rows with only the columns asked for: {column: list}. Row groups are shared over ranks and workers."
     def __init__(self,
@@ -727,7 +809,7 @@ class TextRows(IterableDataset):
                 self._groups += [(f, g, meta.row_group(g).num_rows) for g in range(meta.num_row_groups)]
         return self._groups
 
-# %% ../../nbs/02d_loader.ipynb #c088
+# %% ../../nbs/02d_loader.ipynb #c093
 def _deal(self, workers: int) -> tuple[Deal, int]: # (what is dealt, batches of it that this rank was given)
     "The deal that is under way with this many workers; a new one when ranks or workers are others than before."
     left = [(i, 0, rows) for i, (_, _, rows) in enumerate(self.groups()) if rows]
@@ -760,7 +842,7 @@ def _settle(self, workers: int, n: int) -> None:
 TextRows._deal, TextRows._iterate, TextRows._settle = _deal, _iterate_rows, _settle
 TextRows._mine_only, TextRows._counted, TextRows._own = False, False, None
 
-# %% ../../nbs/02d_loader.ipynb #c089
+# %% ../../nbs/02d_loader.ipynb #c094
 def _rows(self, deal: Deal, part: int, skip: int):
     "Batches of one part of the deal, from its `skip`-th on."
     opened: dict = {}
@@ -787,7 +869,7 @@ def _text_batches(file, group, columns, batch_size, first):
 
 TextRows._rows = _rows
 
-# %% ../../nbs/02d_loader.ipynb #c090
+# %% ../../nbs/02d_loader.ipynb #c095
 def _batches_of_rows(self,
     num_workers: int = 0 # of torch's DataLoader
 ):
@@ -814,7 +896,7 @@ def _load_state_of_rows(self, state: dict) -> None:
 
 TextRows.batches, TextRows.state_dict, TextRows.load_state_dict = _batches_of_rows, _state_of_rows, _load_state_of_rows
 
-# %% ../../nbs/02d_loader.ipynb #c095
+# %% ../../nbs/02d_loader.ipynb #c100
 def local_order(
     n: int, # windows
     size: int, # windows in a row group
@@ -835,7 +917,7 @@ def ngram_model(
         torch.manual_seed(seed)
         return torch.nn.Sequential(torch.nn.Embedding(vocab_size, width), torch.nn.Flatten(1), torch.nn.Linear(context * width, 2 * width), torch.nn.GELU(), torch.nn.Linear(2 * width, vocab_size))
 
-# %% ../../nbs/02d_loader.ipynb #c096
+# %% ../../nbs/02d_loader.ipynb #c101
 def order_perplexity(
     windows: np.ndarray, # int [n, length] in the order of training
     heldout: np.ndarray, # int [m, length]

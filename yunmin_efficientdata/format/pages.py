@@ -20,7 +20,8 @@ __all__ = ['DEPTH', 'FIELD', 'KIND', 'VALUE', 'LENGTH', 'NEXT', 'TRUE', 'FALSE',
            'PATH', 'CHECKS', 'MAPS', 'OtherLayout', 'DamagedFile', 'as_python', 'read_struct', 'MappedFile',
            'read_footer', 'leaf_index', 'column_facts', 'PageTable', 'read_header', 'check_header', 'check_page',
            'check_pages', 'index_bytes', 'header_counts', 'chunk_pages', 'page_table', 'unpack_tokens', 'TokenFile',
-           'page_parts', 'Resident', 'PageSet', 'pages_of', 'hold', 'need', 'publish_use', 'ready', 'prefetch']
+           'page_parts', 'Resident', 'PageSet', 'pages_of', 'hold', 'need', 'publish_use', 'ready', 'at_hand',
+           'prefetch']
 
 # %% ../../nbs/02c_pages.ipynb #c006
 class OtherLayout(Exception):
@@ -722,10 +723,15 @@ def ready(self,
     length: int # tokens in a window
 ) -> Resident: # no page of these windows is 0 in its `address`
     "Make the pages of windows ready to be gathered; keep the result while gathering."
-    now, self.clock = self.hold(), self.clock + 1
-    return now if _touch(starts, length, self.first, now.address, self.used, self.clock) else self.need(self.pages_of(starts, length))
+    now = self.hold()
+    return now if self.at_hand(starts, length, now) else self.need(self.pages_of(starts, length))
 
-PageSet.ready = ready
+def at_hand(self, starts: np.ndarray, length: int, table: Resident | None = None) -> bool: # `table` None: the present one
+    "Are all pages of these windows (as for `ready`) mapped? Their use is noted either way."
+    self.clock += 1
+    return _touch(starts, length, self.first, (table or self._now).address, self.used, self.clock)
+
+PageSet.ready, PageSet.at_hand = ready, at_hand
 
 # %% ../../nbs/02c_pages.ipynb #c066
 def prefetch(self,
