@@ -21,7 +21,7 @@ from .prompts import CRITERIA, overall
 # %% auto #0
 __all__ = ['SYSTEM', 'KEPT', 'JUDGE_COLUMNS', 'Points', 'Judgement', 'Malformed', 'parse_judgement', 'rubric_text', 'question',
            'check_judge', 'secret_key', 'Again', 'post', 'Answer', 'ask', 'Pair', 'pairs_of', 'collect', 'judge_row',
-           'judge_table', 'judge_record', 'judge_ratings']
+           'judge_table', 'current_judge', 'judge_record', 'judge_ratings']
 
 # %% ../../nbs/04i_judge.ipynb #c006
 class Points(BaseModel):
@@ -230,10 +230,13 @@ def collect(
     return [(p, found[k]) for p, k in zip(pairs, keys)]
 
 # %% ../../nbs/04i_judge.ipynb #c018
-JUDGE_COLUMNS = ["id", "domain", "rival", "verdict", "consistent", *(f"{who}_{c}" for who in ("base", "rival") for c in (*CRITERIA, "overall")), "difference", "failed"]
+JUDGE_COLUMNS = ["id", "domain", "rival", "verdict", "consistent", *(f"{who}_{c}" for who in ("base", "rival") for c in (*CRITERIA, "overall")), "difference", "answers", "failed"]
 
 def _winner(pair: Pair, judgement: Judgement) -> str: # base, rival or tie
     return "tie" if judgement.better == "tie" else "rival" if (judgement.better == "a") == pair.swapped else "base"
+
+def _texts(row: dict, rival: str) -> str: # digest of what was judged
+    return digest([row["answers"].get(BASE), row["answers"].get(rival)])
 
 def judge_row(
     asked: list[tuple[Pair, Answer]], # both positions of one prompt and rival
@@ -241,7 +244,7 @@ def judge_row(
 ) -> dict: # JUDGE_COLUMNS; no points when one position failed
     "Join the two positions of a pair."
     pair = asked[0][0]
-    row = {"id": pair.row["id"], "domain": pair.row["domain"], "rival": pair.rival, "failed": "; ".join(a.problem for _, a in asked if a.problem)}
+    row = {"id": pair.row["id"], "domain": pair.row["domain"], "rival": pair.rival, "answers": _texts(pair.row, pair.rival), "failed": "; ".join(a.problem for _, a in asked if a.problem)}
     if row["failed"]: return row
     points = {}
     for who in ("base", "rival"):
@@ -258,7 +261,16 @@ def judge_table(
     "One row for each prompt and rival."
     return pd.DataFrame([judge_row(answers[i:i + 2], rubric) for i in range(0, len(answers), 2)], columns=JUDGE_COLUMNS)
 
-# %% ../../nbs/04i_judge.ipynb #c019
+# %% ../../nbs/04i_judge.ipynb #c020
+def current_judge(
+    table: pd.DataFrame, rows: list[dict] # judge.csv; rows of eval_prompts.jsonl
+) -> tuple[pd.DataFrame, int]: # (rows about today's answers, number of others)
+    "Leave out judgements of texts that are no longer there."
+    by = {r["id"]: r for r in rows}
+    fits = np.array([i in by and _texts(by[i], rival) == seen for i, rival, seen in zip(table["id"], table["rival"], table["answers"])], bool)
+    kept = table[fits].reset_index(drop=True)
+    return kept.assign(failed=kept["failed"].fillna("")), int((~fits).sum())
+
 def judge_record(
     answers: list[tuple[Pair, Answer]], table: pd.DataFrame, s: JudgeSettings # as from `collect` and `judge_table`
 ) -> dict: # results/judge.json

@@ -14,15 +14,16 @@ from ..core.ledger import digest
 from ..core.records import JsonlWriter
 from ..core.settings import DOMAINS, UserError
 from ..core.store import Store
-from . import choices as mc, inference as speed, inputs, overlap as ov, perplexity as ppl, prompts as pr
+from . import choices as mc, inference as speed, inputs, judge as jd, overlap as ov, perplexity as ppl, prompts as pr, rating as rt
 
 # %% auto #0
-__all__ = ['PPL_COLUMNS', 'OVERLAP_COLUMNS', 'ITEM_COLUMNS', 'SUMMARY_COLUMNS', 'DOCUMENTS', 'TABLES', 'STEPS', 'Evaluation',
-           'each_model', 'write_table', 'read_table', 'perplexity_rows', 'pair_rows_of', 'perplexity_stage',
-           'overlap_rows', 'overlap_stage', 'choice_rows', 'choices_stage', 'asked', 'answer_rows', 'with_answers',
-           'gains_record', 'prompts_stage', 'read_rows', 'inference_stage', 'scored_items', 'contamination_stage',
-           'summary_rows', 'before_after', 'performance_page', 'draw_figures', 'summary_stage', 'Step', 'named_files',
-           'depends_on', 'run']
+__all__ = ['PPL_COLUMNS', 'OVERLAP_COLUMNS', 'PAIR_ITEMS', 'ITEM_COLUMNS', 'SUMMARY_COLUMNS', 'DOCUMENTS', 'WRITING', 'TABLES',
+           'STEPS', 'JUDGED', 'Evaluation', 'each_model', 'write_table', 'read_table', 'perplexity_rows',
+           'pair_rows_of', 'perplexity_stage', 'overlap_rows', 'overlap_stage', 'pair_rows', 'pairs_stage',
+           'choice_rows', 'choices_stage', 'harness_stage', 'data_curve_stage', 'asked', 'answer_rows', 'with_answers',
+           'gains_record', 'prompts_stage', 'read_rows', 'judge_stage', 'scored', 'scores_tables', 'score_lines',
+           'inference_stage', 'scored_items', 'contamination_stage', 'summary_rows', 'before_after', 'performance_page',
+           'draw_figures', 'summary_stage', 'Step', 'named_files', 'depends_on', 'run']
 
 # %% ../../nbs/04_evaluation.ipynb #c006
 class Evaluation:
@@ -43,6 +44,9 @@ class Evaluation:
     @cached_property
     def model_keys(self) -> list[str]: # files of models, tokenizer and test text: what the models' stages depend on
         return sorted({*(k for folder in self.folders.values() for k in self.store.list(folder + "/")), *(k for ks in self.files.values() for k in ks), *self.store.list("tokenizer/")})
+    @cached_property
+    def encoder(self): # for BERTScore; None when no folder is named
+        return ov.load_encoder(self.settings.bertscore_model, self.settings.bertscore_layer) if self.settings.bertscore_model else None
     def file(self, name: str, setting: str): return inputs.find_file(name, self.ctx.settings.config_dir, setting)
 
 # %% ../../nbs/04_evaluation.ipynb #c008
@@ -121,7 +125,7 @@ def overlap_rows(
     for domain in [name] if name in run.domains else run.domains:
         pairs = ov.continuations(tokenizer, [d.text for d in run.documents[domain]], s.seq_len//2, s.max_new_tokens, s.continuation_documents)
         written = ov.generate(model, tokenizer, [p.prompt for p in pairs], s.max_new_tokens)
-        scores = ov.overlap(written, [p.reference for p in pairs], s.rouge_tokenizers, seed=s.seed)
+        scores = ov.overlap(written, [p.reference for p in pairs], s.rouge_tokenizers, seed=s.seed, bleu_tokenizers=s.bleu_tokenizers, encoder=run.encoder)
         rows += [{"model": name, "domain": domain, **score._asdict()} for score in scores]
     return rows
 
@@ -132,6 +136,31 @@ def overlap_stage(run: Evaluation, stage) -> dict:
     return {"models": len(run.folders), "rows": len(table), "continuations_per_model": int(table[(table.model == inputs.BASE) & (table.metric == "chrf")].n.sum())}
 
 # %% ../../nbs/04_evaluation.ipynb #c017
+PAIR_ITEMS = ["model", "set", "index", "size", "task", "written", "reference", "chrf"]
+
+def pair_rows(
+    run: Evaluation, name: str, model # a model and its name
+) -> list[dict]: # one row a pair
+    "What one model writes for every pair, and its chrF."
+    s, rows = run.settings, []
+    for named in s.reference_pairs:
+        where, key = run.file(named, "evaluation.reference_pairs")
+        pairs = ov.read_pairs(where, key, s.max_pairs)
+        written = ov.generate(model, run.models.tokenizer, [run.models.tokenizer(ov.pair_prompt(p), verbose=False)["input_ids"] for p in pairs], s.max_new_tokens)
+        rows += [{"model": name, "set": key.rsplit(".jsonl", 1)[0], "index": p["index"], "size": p["size"], "task": p["task"], "written": w, "reference": p["reference"], "chrf": c}
+                 for p, w, c in zip(pairs, written, ov.sentence_chrf(written, [p["reference"] for p in pairs]))]
+    return rows
+
+def pairs_stage(run: Evaluation, stage) -> dict:
+    "results/pairs.csv and, without texts, pairs_items.csv"
+    s, items = run.settings, pd.DataFrame(each_model(run, stage, list(run.folders), lambda name, model: pair_rows(run, name, model)), columns=PAIR_ITEMS)
+    rows = [{"model": m, "set": name, "task": task, **score._asdict()} for (m, name, task), part in items.groupby(["model", "set", "task"], sort=False)
+            for score in ov.overlap(list(part.written), list(part.reference), s.rouge_tokenizers, seed=s.seed, bleu_tokenizers=s.bleu_tokenizers, encoder=run.encoder)]
+    write_table(run.store, "results/pairs.csv", rows, ["model", "set", "task", "metric", "value", "low", "high", "n", "signature"])
+    write_table(run.store, "results/pairs_items.csv", items.to_dict("records"), ["model", "set", "index", "size", "task", "chrf"])
+    return {"pairs": int((items.model == inputs.BASE).sum()), "rows": len(rows)}
+
+# %% ../../nbs/04_evaluation.ipynb #c019
 ITEM_COLUMNS = ["model", "file", "size", "index", "id", "subject", "choices", "answer", "predicted", "correct", "raw", "margin"]
 
 def choice_rows(
@@ -158,7 +187,27 @@ def choices_stage(run: Evaluation, stage) -> dict:
     whole = table[table.model == inputs.BASE]
     return {"models": len(names), "questions": int(whole.n.sum()), "chance": round(float(whole.chance.mean()), 4) if len(whole) else None}
 
-# %% ../../nbs/04_evaluation.ipynb #c019
+# %% ../../nbs/04_evaluation.ipynb #c021
+def harness_stage(run: Evaluation, stage) -> dict:
+    "results/harness.csv"
+    from yunmin_efficientdata.evaluation import harness as hs
+    work = lambda name, model: [{"model": name, **r} for r in hs.harness(model, run.models.tokenizer, run.settings.harness, run.ctx.settings.config_dir, run.settings.seed)]
+    table = write_table(run.store, "results/harness.csv", each_model(run, stage, list(run.folders), work), hs.HARNESS_COLUMNS)
+    if len(table): korean_style(); save_figure(run.store, hs.plot_harness(table), "reports/figures/evaluation_harness.png")
+    return {"tasks": int(table.task.nunique()), "rows": len(table)}
+
+def data_curve_stage(run: Evaluation, stage) -> dict:
+    "results/data_curve.csv and its figure: small models on shares of the training text."
+    from yunmin_efficientdata.evaluation import data_curve as dc
+    s, texts = run.settings.data_curve, {d: [x.text for x in docs] for d, docs in run.documents.items()}
+    files = [k for k in run.store.list("parquet_ready/") if k.endswith(".parquet") and not k.startswith("parquet_ready/heldout/")]
+    for part in run.ctx.progress(dc.parts(s), stage.name):
+        if not stage.done_part(part): stage.mark_part(part, dc.curve_run(run.store, files, run.models.tokenizer, s, part, texts, run.settings.seq_len, run.settings.stride))
+    table = write_table(run.store, "results/data_curve.csv", dc.curve_rows({p: stage.parts[p] for p in dc.parts(s)}, run.settings.seed), dc.CURVE_COLUMNS)
+    korean_style(); save_figure(run.store, dc.plot_curve(table), "reports/figures/evaluation_data_curve.png")
+    return {"runs": len(dc.parts(s)), "rows": len(table)}
+
+# %% ../../nbs/04_evaluation.ipynb #c023
 def asked(
     run: Evaluation, name: str, # model
     prompts: list[dict] # each with `domain`
@@ -177,7 +226,7 @@ def answer_rows(
     known = pr.per_character(model, tokenizer, sentences, s.batch_tokens) if name in (inputs.BASE, inputs.MERGED) and sentences else []
     return [{"model": name, "answers": {p["id"]: a for p, a in zip(mine, answers)}, "sentences": [ppl.six(v) for v in known]}]
 
-# %% ../../nbs/04_evaluation.ipynb #c020
+# %% ../../nbs/04_evaluation.ipynb #c024
 def with_answers(
     run: Evaluation, items: list[dict] # sentences with `prompt`
 ) -> list[dict]: # the same with what base and merged wrote after the prompt
@@ -196,7 +245,7 @@ def gains_record(
     return {**rule, "unit": "nats per character of the reference, merged minus base", "sentences": len(sentences), "sentences_improved": int((merged > base).sum()),
             "mean_gain": ppl.six((merged - base).mean()) if len(sentences) else None, "gains": with_answers(run, gains), "losses": with_answers(run, losses)}
 
-# %% ../../nbs/04_evaluation.ipynb #c021
+# %% ../../nbs/04_evaluation.ipynb #c025
 def prompts_stage(run: Evaluation, stage) -> dict:
     "results/eval_prompts.jsonl and gains.json"
     import orjson
@@ -219,7 +268,66 @@ def read_rows(
     from yunmin_efficientdata.core.records import read_jsonl
     return [row for _, row in read_jsonl(store, key)]
 
-# %% ../../nbs/04_evaluation.ipynb #c023
+# %% ../../nbs/04_evaluation.ipynb #c027
+def judge_stage(run: Evaluation, stage) -> dict:
+    "results/judge.csv and judge.json; every answer is kept in results/judge_answers/."
+    import orjson
+    s = run.settings.judge
+    if warning := jd.check_judge(s): run.ctx.warn(warning)
+    rows, rubric = read_rows(run.store, "results/eval_prompts.jsonl"), pr.read_rubric(*run.file(run.settings.scoring_rules, "evaluation.scoring_rules"))
+    if unknown := [r for r in s.rivals if r not in run.folders]: run.ctx.warn(f"judge: left out, not in this workspace: {', '.join(unknown)}")
+    answers = jd.collect(run.store, rows, rubric, s, run.ctx.log)
+    table = write_table(run.store, "results/judge.csv", jd.judge_table(answers, rubric).to_dict("records"), jd.JUDGE_COLUMNS)
+    record = jd.judge_record(answers, table, s)
+    run.store.write("results/judge.json", orjson.dumps(record, option=orjson.OPT_INDENT_2))
+    return {k: record[k] for k in ("questions", "failed", "consistent", "tokens_read", "tokens_written", "cost")}
+
+# %% ../../nbs/04_evaluation.ipynb #c028
+def scored(
+    run: Evaluation, rows: list[dict], rubric: dict # rows of eval_prompts.jsonl
+) -> tuple[dict[str, pd.DataFrame], list[str]]: # (people, judge -> points of today's answers, Markdown lines about what was left out)
+    "What people and judge have said about today's answers."
+    found, notes = {}, []
+    rt.join_ratings(run.store)
+    ratings, old = rt.current_ratings(rt.read_ratings(run.store), rows, rubric)
+    if len(ratings): found["people"] = ratings
+    judged = read_table(run.store, "results/judge.csv")
+    judged, gone = jd.current_judge(judged, rows) if len(judged) else (judged, 0)
+    if len(judged): found["judge"] = jd.judge_ratings(judged)
+    if old or gone: notes.append(f"- 답이 바뀌어 쓰지 않은 점수: 사람 {old}건, 심사 모델 {gone}건")
+    return found, notes
+
+def scores_tables(
+    run: Evaluation, found: dict[str, pd.DataFrame], rows: list[dict] # as from `scored`; rows of eval_prompts.jsonl
+) -> dict[str, pd.DataFrame]: # rating_summary, rating_agreement, scorer_agreement
+    "results/rating_summary.csv, rating_agreement.csv and scorer_agreement.csv, where there is something to say."
+    points = {**{k: rt.mean_points(t) for k, t in found.items()}, "automatic": rt.automatic_points(rows)}
+    tables = {"rating_summary": pd.concat([rt.rating_summary(t).assign(scorer=k) for k, t in found.items()]) if found else pd.DataFrame(),
+              "rating_agreement": rt.agreement_table(found["people"]) if "people" in found and found["people"].rater.nunique() > 1 else pd.DataFrame(),
+              "scorer_agreement": rt.between_scorers(points) if found else pd.DataFrame()}
+    for name, table in tables.items():
+        if len(table): write_table(run.store, f"results/{name}.csv", table.to_dict("records"), list(table))
+        else: run.store.delete(f"results/{name}.csv")
+    return tables
+
+# %% ../../nbs/04_evaluation.ipynb #c029
+def score_lines(
+    tables: dict[str, pd.DataFrame], notes: list[str] # as from `scores_tables` and `scored`
+) -> list[str]: # Markdown, for the comparison page
+    "Points by model, agreement of raters, agreement of people, judge and automatic column."
+    lines, named = [], {"people": "사람", "judge": "심사 모델", "automatic": "자동 지표"}
+    if len(t := tables["rating_summary"]):
+        t, span = t[t.criterion == "overall"], lambda r, a, b, c: "-" if pd.isna(r[a]) else f"{r[a]:+.2f} [{r[b]:+.2f}, {r[c]:+.2f}]"
+        lines += ["| 채점 | 모델 | 종합 점수 [95 % 구간] | base와의 차이 | 프롬프트 | 채점자 |", "|---|---|---:|---:|---:|---:|"]
+        lines += [f"| {named[r.scorer]} | {pr.one_line(r.model)} | {r['mean']:.2f} [{r.low:.2f}, {r.high:.2f}] | {span(r, 'change', 'change_low', 'change_high')} | {r.prompts} | {r.raters} |" for _, r in t.iterrows()] + [""]
+    if len(t := tables["rating_agreement"]):
+        r = t.iloc[0]
+        lines.append(f"- 채점자 {r.raters}명의 일치도(Krippendorff 알파, 종합): **{r.alpha:.2f}** [{r.low:.2f}, {r.high:.2f}], 답 {r.units}개. {rt.reliability(r.alpha)}")
+    for _, r in tables["scorer_agreement"].iterrows():
+        lines.append(f"- base와의 차이로 본 {named[r['first']]}와(과) {named[r['second']]}: 순위 상관 {r.spearman:.2f}, 방향이 같은 비율 {r.same_sign:.0%} ({r.signs:.0f}개)" if pd.notna(r.same_sign) else f"- {named[r['first']]}와(과) {named[r['second']]}: 견줄 만한 차이가 없음")
+    return lines + notes
+
+# %% ../../nbs/04_evaluation.ipynb #c031
 def inference_stage(run: Evaluation, stage) -> dict:
     "results/inference.csv: base and merged at every batch size; in turns where both fit, else one after the other."
     s, names = run.settings.inference, (inputs.BASE, inputs.MERGED)
@@ -230,13 +338,15 @@ def inference_stage(run: Evaluation, stage) -> dict:
     table = write_table(run.store, "results/inference.csv", sorted(rows, key=lambda r: (names.index(r["model"]), r["batch"])), list(rows[0]))
     return {"rows": len(table), "tokens_per_s": float(table.tokens_per_s.max()), "goodput": float(table.goodput.max())}
 
-# %% ../../nbs/04_evaluation.ipynb #c025
+# %% ../../nbs/04_evaluation.ipynb #c033
 def scored_items(
     run: Evaluation # the phase
 ): # yields (set, lines of the set, table of model, index, value; name of the metric)
     "Every item that a model was asked, with what it scored."
     items = read_table(run.store, "results/choices_items.csv")
     for (file, size), part in (items.groupby(["file", "size"], sort=False) if len(items) else ()): yield file, int(size), part.assign(value=part["correct"]), "accuracy"
+    pairs = read_table(run.store, "results/pairs_items.csv")
+    for (name, size), part in (pairs.groupby(["set", "size"], sort=False) if len(pairs) else ()): yield name, int(size), part.assign(value=part["chrf"]), "chrf"
     where, key = run.file(run.settings.prompts, "evaluation.prompts")
     rows = [{"model": m, "index": r["index"], "value": v} for r in read_rows(run.store, "results/eval_prompts.jsonl") for m, v in r["log_likelihood"].items()]
     yield key.rsplit(".jsonl", 1)[0], len(pr.read_prompts(where, key)), pd.DataFrame(rows), "log_likelihood"
@@ -248,7 +358,7 @@ def contamination_stage(run: Evaluation, stage) -> dict:
     known = table[(table.model == inputs.BASE) & table.checked]
     return {"sets": int((table.model == inputs.BASE).sum()), "checked": len(known), "items": int(known["items"].sum()), "contaminated": int(known.contaminated.sum())}
 
-# %% ../../nbs/04_evaluation.ipynb #c027
+# %% ../../nbs/04_evaluation.ipynb #c035
 SUMMARY_COLUMNS = ["model", "domain", "metric", "value", "low", "high", "n"]
 
 def summary_rows(
@@ -265,7 +375,7 @@ def summary_rows(
         rows.append({"model": model, "domain": "general", "metric": "accuracy", "value": found["accuracy"], **{k: found[k] for k in ("low", "high", "n")}})
     return rows
 
-# %% ../../nbs/04_evaluation.ipynb #c029
+# %% ../../nbs/04_evaluation.ipynb #c037
 def before_after(
     table: pd.DataFrame, metric: str, # metric_summary.csv and one of its metrics
     relative: bool # change in percent, else in points
@@ -280,7 +390,7 @@ def before_after(
         lines.append(f"| {domain} | {show(base)} | {show(merged)} | {'-' if pd.isna(change) else f'{change:+.2f}' + (' %' if relative else '점')} | {show(row.get('mixed', np.nan))} |")
     return lines
 
-# %% ../../nbs/04_evaluation.ipynb #c031
+# %% ../../nbs/04_evaluation.ipynb #c039
 def performance_page(
     table: pd.DataFrame, overlap: pd.DataFrame, # metric_summary.csv, overlap.csv
     missing: list[str], general: str # models left out; what the general text is
@@ -296,9 +406,9 @@ def performance_page(
     if missing: lines += ["", f"이 작업 공간에 없어서 빠진 모델: {', '.join(missing)}"]
     return "\n".join(lines) + "\n"
 
-# %% ../../nbs/04_evaluation.ipynb #c032
+# %% ../../nbs/04_evaluation.ipynb #c040
 def draw_figures(
-    run: Evaluation, tables: dict[str, pd.DataFrame], rows: list[dict] # tables by name; rows of eval_prompts.jsonl
+    run: Evaluation, tables: dict[str, pd.DataFrame], rows: list[dict], rubric: dict # tables by name; rows of eval_prompts.jsonl
 ) -> list[str]: # keys of the figures
     "reports/figures/evaluation_*.png"
     korean_style()
@@ -306,6 +416,9 @@ def draw_figures(
     if len(tables["perplexity_pairs"]): plots["pairs"] = lambda: ppl.plot_pairs(tables["perplexity_pairs"])
     if len(tables["overlap"]): plots["overlap"] = lambda: ov.plot_overlap(tables["overlap"])
     if len(tables["choices"]): plots["choices"] = lambda: mc.plot_choices(tables["choices"])
+    for scorer, title in (("people", "사람이 매긴 점수"), ("judge", "심사 모델이 매긴 점수")):
+        part = tables["rating_summary"]
+        if len(part) and (part.scorer == scorer).any(): plots["ratings" if scorer == "people" else "judge"] = lambda part=part[part.scorer == scorer], title=title: rt.plot_ratings(part, rubric, title)
     keys = []
     for name, plot in plots.items():
         keys.append(f"reports/figures/evaluation_{name}.png"); save_figure(run.store, plot(), keys[-1])
@@ -320,10 +433,12 @@ def summary_stage(run: Evaluation, stage) -> dict:
     run.store.write("results/perf_summary.md", performance_page(table, tables["overlap"], run.missing, general))
     rows, rubric = read_rows(run.store, "results/eval_prompts.jsonl"), pr.read_rubric(*run.file(run.settings.scoring_rules, "evaluation.scoring_rules"))
     gains = json.loads(run.store.read("results/gains.json")) if run.ctx.settings.report.quotes else None
-    run.store.write("results/eval_prompt_comparison.md", pr.comparison_page(rows, rubric, run.missing, {}, gains))
-    return {"rows": len(table), "figures": len(draw_figures(run, tables, rows))}
+    found, notes = scored(run, rows, rubric)
+    tables |= scores_tables(run, found, rows)
+    run.store.write("results/eval_prompt_comparison.md", pr.comparison_page(rows, rubric, run.missing, {k: rt.mean_points(t) for k, t in found.items()}, gains, score_lines(tables, notes)))
+    return {"rows": len(table), "figures": len(draw_figures(run, tables, rows, rubric)), "raters": int(found["people"].rater.nunique()) if "people" in found else 0}
 
-# %% ../../nbs/04_evaluation.ipynb #c034
+# %% ../../nbs/04_evaluation.ipynb #c042
 class Step(NamedTuple):
     "A stage of this phase: its work, what it writes and what it depends on."
     work: Callable # work(evaluation, stage) -> counts
@@ -333,23 +448,27 @@ class Step(NamedTuple):
     files: tuple = () # fields of EvaluationConfig that name files
     tables: tuple | None = None # keys that it reads where they exist, in place of models and texts
     after: tuple = ("dem.merge",)
-    optional: str = "" # the stage runs when this setting is on
+    wanted: Callable = lambda settings: True # does this config ask for it?
 
 DOCUMENTS = ("max_documents", "max_chars", "max_document_chars", "seed")
-TABLES = ("perplexity", "overlap", "choices", "inference", "prompts")
+WRITING = ("max_new_tokens", "rouge_tokenizers", "bleu_tokenizers", "bertscore_model", "bertscore_layer")
+TABLES = tuple(f"results/{n}" for n in ("perplexity.csv", "perplexity_pairs.csv", "overlap.csv", "choices.csv", "inference.csv", "eval_prompts.jsonl", "gains.json", "judge.csv", "ratings/"))
 
 STEPS = {
     "perplexity": Step(perplexity_stage, ("results/perplexity.csv", "results/perplexity_pairs.csv"), ("general_domains", "seq_len", "stride", "batch_tokens", "document_start", *DOCUMENTS), ("perplexity",), ("general",)),
-    "overlap": Step(overlap_stage, ("results/overlap.csv",), ("seq_len", "max_new_tokens", "continuation_documents", "rouge_tokenizers", *DOCUMENTS), ("overlap", "perplexity")),
+    "overlap": Step(overlap_stage, ("results/overlap.csv",), ("seq_len", "continuation_documents", *WRITING, *DOCUMENTS), ("overlap", "perplexity")),
+    "pairs": Step(pairs_stage, ("results/pairs.csv", "results/pairs_items.csv"), ("max_pairs", "seed", *WRITING), ("overlap", "perplexity"), ("reference_pairs",), wanted=lambda s: bool(s.reference_pairs)),
     "choices": Step(choices_stage, ("results/choices.csv", "results/choices_by_subject.csv", "results/choices_items.csv"), ("max_questions", "batch_tokens", "seed"), ("choices", "perplexity"), ("multiple_choice",)),
+    "harness": Step(harness_stage, ("results/harness.csv",), ("harness", "seed"), ("harness", "choices"), wanted=lambda s: bool(s.harness.tasks)),
     "prompts": Step(prompts_stage, ("results/eval_prompts.jsonl", "results/gains.json"), ("max_prompts", "max_new_tokens", "batch_tokens", *DOCUMENTS), ("prompts", "choices", "overlap", "perplexity"), ("prompts", "scoring_rules")),
+    "judge": Step(judge_stage, ("results/judge.csv", "results/judge.json"), ("judge",), ("judge", "prompts"), ("scoring_rules",), ("results/eval_prompts.jsonl",), ("evaluation.prompts",), lambda s: bool(s.judge.endpoint)),
     "inference": Step(inference_stage, ("results/inference.csv",), ("inference", "seq_len"), ("inference",)),
-    "contamination": Step(contamination_stage, ("results/contamination.csv",), (), (), ("prompts",), ("results/choices_items.csv", "results/eval_prompts.jsonl", "dedup_ready/contamination.json"), ("evaluation.choices", "evaluation.prompts")),
+    "data_curve": Step(data_curve_stage, ("results/data_curve.csv", "reports/figures/evaluation_data_curve.png"), ("data_curve", "seq_len", "stride", *DOCUMENTS), ("data_curve", "perplexity"), wanted=lambda s: s.data_curve.on),
+    "contamination": Step(contamination_stage, ("results/contamination.csv",), (), ("prompts",), ("prompts",), ("results/choices_items.csv", "results/pairs_items.csv", "results/eval_prompts.jsonl", "dedup_ready/contamination.json"), ("evaluation.choices", "evaluation.prompts")),
     "summary": Step(summary_stage, ("results/metric_summary.csv", "results/perf_summary.md", "results/eval_prompt_comparison.md", "reports/figures/evaluation_perplexity.png", "reports/figures/evaluation_gains.png"),
-                    ("general", "general_domains"), ("prompts", "perplexity", "overlap", "choices", "inference"), ("scoring_rules",),
-                    ("results/perplexity.csv", "results/perplexity_pairs.csv", "results/overlap.csv", "results/choices.csv", "results/inference.csv", "results/eval_prompts.jsonl", "results/gains.json"), tuple(f"evaluation.{t}" for t in TABLES))}
+                    ("general", "general_domains"), ("prompts", "perplexity", "overlap", "choices", "inference", "rating", "judge"), ("scoring_rules",), TABLES, tuple(f"evaluation.{n}" for n in ("perplexity", "overlap", "choices", "prompts", "inference")))}
 
-# %% ../../nbs/04_evaluation.ipynb #c035
+# %% ../../nbs/04_evaluation.ipynb #c043
 def named_files(
     run: Evaluation, fields: tuple # fields of EvaluationConfig: a name, a list of names, or None
 ) -> dict[str, tuple[Store, str]]: # "field name" -> (store, key)
@@ -360,16 +479,19 @@ def named_files(
         for name in [value] if isinstance(value, str) else value or []: found[f"{field} {name}"] = run.file(name, f"evaluation.{field}")
     return found
 
+JUDGED = ("model", "rivals", "response_format", "max_tokens", "price_input", "price_output") # settings of the judge that change its table
+
 def depends_on(
     run: Evaluation, step: Step # the phase and one of its stages
 ) -> tuple[list, dict]: # (inputs for the fingerprint, settings with digests of the named files)
     "What a stage depends on."
     plain = run.settings.model_dump(mode="json")
+    plain["judge"] = {k: plain["judge"][k] for k in JUDGED}
     settings = {"settings": {f: plain[f] for f in step.settings}, "missing": run.missing, "quotes": step.work is summary_stage and run.ctx.settings.report.quotes,
                 "files": {n: digest(where.read(key)) for n, (where, key) in named_files(run, step.files).items()}}
     return run.model_keys if step.tables is None else [k for name in step.tables for k in (run.store.list(name) if name.endswith("/") else [name] if run.store.exists(name) else [])], settings
 
-# %% ../../nbs/04_evaluation.ipynb #c036
+# %% ../../nbs/04_evaluation.ipynb #c044
 def run(
     workspace: str = "workspace", # folder or s3://bucket/prefix
     config: str = "configs/demo", # config folder
@@ -381,10 +503,13 @@ def run(
     with open_phase("evaluation", workspace, config=config, overrides=overrides, executor=executor, workers=workers) as ctx:
         evaluation = Evaluation(ctx)
         if evaluation.missing: ctx.warn(f"left out, not in this workspace: {', '.join(evaluation.missing)}")
-        for step in STEPS.values(): named_files(evaluation, step.files)      # a wrong path is said before the first hour of work
+        steps = {name: step for name, step in STEPS.items() if step.wanted(evaluation.settings)}
+        for step in steps.values(): named_files(evaluation, step.files)      # a wrong path is said before the first hour of work
+        if "judge" in steps: jd.check_judge(evaluation.settings.judge)
         counts = {}
-        for name, step in STEPS.items():
+        for name, step in steps.items():
             keys, settings = depends_on(evaluation, step)
             counts[name] = ctx.stage(f"evaluation.{name}", lambda stage, step=step: step.work(evaluation, stage), settings=settings, inputs=keys, after=list(step.after), outputs=list(step.outputs),
                                      code=[f"evaluation.{c}" for c in ("phase", "inputs", *step.code)])
+            if counts[name].get("failed"): ctx.ledger.forget(f"evaluation.{name}"); ctx.warn(f"{name}: {counts[name]['failed']} questions without an answer; run again to ask them once more")
     return {"models": list(evaluation.folders), "missing": evaluation.missing, "stages": counts}
