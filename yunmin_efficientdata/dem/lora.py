@@ -63,7 +63,7 @@ class LowRank(nn.Module):
         self.lora_A, self.lora_B = nn.Parameter(torch.empty(r, columns, device=where)), nn.Parameter(torch.zeros(rows, r, device=where))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
     def forward(self, weight):
-        with torch.autocast(weight.device.type, enabled=False): return weight + (self.scale*(self.lora_B @ self.lora_A)).view_as(weight).to(weight.dtype)
+        with torch.autocast("cuda" if weight.is_cuda else "cpu", enabled=False): return weight + (self.scale*(self.lora_B @ self.lora_A)).view_as(weight).to(weight.dtype)
 
 # %% ../../nbs/03b_lora.ipynb #c009
 def adapt(
