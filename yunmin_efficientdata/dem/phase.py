@@ -11,19 +11,20 @@ from pathlib import Path
 import numpy as np, torch
 from ..core.context import open_phase
 from ..core.figures import korean_style, save_figure
-from ..core.settings import LoraSettings, Settings, UserError
-from .base import (check_tokenizer, copy_model, demo_config, find_base, is_hub_id, load_model, make_deterministic,
-    parameter_count, pretrain, published_config, quiet, save_model)
-from .lora import heldout_windows, plot_training, targets, total_steps, train_adapter, training_log, training_table
+from ..core.settings import UserError
+from .accounts import COST_COLUMNS, METHOD_COLUMNS, cost_rows, method_rows, plot_methods, saved, table_text
+from .base import check_tokenizer, copy_model, demo_config, find_base, load_model, make_deterministic, parameter_count, pretrain, quiet, save_model
+from .lora import Checkpoints, domain_model, heldout_windows, plot_training, total_steps, train_adapter, training_flops, window_loss
 from .merge import merge, merge_weights
 from .vectors import cosine_table, cosines, difference, plot_cosines, plot_histogram, plot_layer_norms, vector_stats
-from .weights import Mixture, best, mean, mixture_loss, plot_path, plot_weights, search_weights
+from .weights import (Goal, Mixture, advice_text, best, mean, mixture_advice, mixture_loss, nelder_mead, plot_curves, plot_path,
+    plot_table, plot_weights, search_weights, weight_curves)
 from ..format.loader import TokenLoader
 
 # %% auto #0
-__all__ = ['GPUS', 'MFU', 'DISK', 'Corpus', 'read_manifest', 'read_corpus', 'Cost', 'base_stage', 'vector_stage',
-           'configured_weights', 'weight_stage', 'answer', 'check_merged', 'merge_stage', 'figure_stage', 'run',
-           'training_bytes', 'plan']
+__all__ = ['Corpus', 'read_manifest', 'read_corpus', 'Cost', 'base_stage', 'domain_shares', 'Steps', 'count_steps', 'Training',
+           'adapter_stages', 'vector_key', 'vector_stage', 'configured_weights', 'weight_stage', 'answer',
+           'check_merged', 'polish_stages', 'merge_stage', 'method_stage', 'figure_stage', 'run']
 
 # %% ../../nbs/03_dem.ipynb #c006
 @dataclass
@@ -119,56 +120,118 @@ def base_stage(ctx) -> dict:
     return ctx.stage("dem.base", lambda stage: _pretrain_base(ctx, keys), settings=[s, ctx.settings.dem.lora.seed, ctx.settings.dem.threads], inputs=keys, after=["format.tokenizer"], outputs=["models/base/"], code=["dem.base"])
 
 # %% ../../nbs/03_dem.ipynb #c015
-def _validation(ctx, corpus: Corpus, domain: str, seq_len: int, limit: int) -> np.ndarray:
-    return heldout_windows([ctx.store.fetch(k) for k in corpus.validation[domain]], seq_len, limit)
+def _loader(ctx, corpus: Corpus, shares: dict[str, float]) -> TokenLoader:
+    "Batches in which each domain has its share. The first domain named is seen once an epoch, others as often as their share wants."
+    s = ctx.settings.dem.lora; shares = {d: x for d, x in shares.items() if x > 0}; files = [ctx.store.fetch(k) for d in shares for k in corpus.files[d]]
+    if len(shares) == 1: return TokenLoader(files, s.seq_len, s.batch_size, seed=s.seed)
+    windows = {d: max(1, corpus.tokens[d]//s.seq_len) for d in shares}; first = next(iter(shares)); epoch = windows[first]/shares[first]
+    return TokenLoader(files, s.seq_len, s.batch_size, seed=s.seed, mix={d: epoch*x/windows[d] for d, x in shares.items()})
 
-def _train(ctx, corpus: Corpus, name: str, domains: list[str], steps: int | None) -> dict:
-    "Train one adapter on the files of `domains` and write checkpoint, log and table."
-    cost, s = Cost(), ctx.settings.dem.lora
-    loader = TokenLoader([ctx.store.fetch(k) for d in domains for k in corpus.files[d]], s.seq_len, s.batch_size, seed=s.seed)
-    windows = np.concatenate([_validation(ctx, corpus, d, s.seq_len, max(4, 32//len(domains))) for d in domains])
-    steps = steps or total_steps(s, len(loader))
-    if not len(windows): ctx.warn(f"{name}: no validation text of {s.seq_len} tokens, so no validation loss is measured")
-    def log(row): ctx.log(f"{name}: step {row['step']} of {steps}, loss {row['loss']:.3f}, validation {row['eval_loss']:.3f}")
-    with ctx.store.output(f"checkpoints/lora_{name}") as out: rows = train_adapter(ctx.store.fetch("models/base/"), loader, windows, s, out, steps, ctx.settings.dem.threads, log)
-    ctx.store.write(f"summary/train_{name}.csv", training_table(rows)); ctx.store.write(f"logs/train_{name}.log", training_log(name, rows, s))
-    last = next((r["eval_loss"] for r in reversed(rows) if "eval_loss" in r), None)
-    return cost.done(tokens=steps*s.batch_size*s.seq_len, steps=steps, eval_loss=None if last is None else round(last, 4))
+def domain_shares(
+    domain: str, # whose adapter
+    domains: list[str], # all
+    mix_share: float # of the windows that come from all domains alike
+) -> dict[str, float]: # domain -> share of the batch, the adapter's own first
+    "An adapter's own text, and a share of everything."
+    part = mix_share/len(domains)
+    return {domain: 1 - mix_share + part} | {d: part for d in domains if d != domain and part > 0}
 
-# %% ../../nbs/03_dem.ipynb #c016
-def _adapter_stage(ctx, corpus: Corpus, stage: str, name: str, domains: list[str], steps: int | None, only: str | None) -> dict:
-    "One adapter as a stage; with `only`, others that exist are kept as they are."
-    folder, entry = f"checkpoints/lora_{name}", ctx.ledger.read(stage)
-    if only and name == only: ctx.store.delete(f"ledger/{stage}.json")
-    elif only and entry and entry.get("status") == "done" and ctx.store.exists(f"{folder}/_COMMIT"):
-        ctx.log(f"{name}: kept, only {only} is trained again"); return entry["counts"]
-    s = ctx.settings.dem.lora
-    return ctx.stage(stage, lambda _: _train(ctx, corpus, name, domains, steps), settings=[s, steps, domains, ctx.settings.dem.threads], inputs=corpus.keys(domains), after=["dem.base"],
-        outputs=[f"{folder}/", f"logs/train_{name}.log", f"summary/train_{name}.csv"], code=["dem.base", "dem.lora"])
+@dataclass
+class Steps:
+    "How long each part is trained."
+    seed: int; domains: dict[str, int]; polish: int
+    @property
+    def total(self) -> int: return self.seed + sum(self.domains.values()) + self.polish
+    def shares(self) -> dict[str, float]: n = sum(self.domains.values()); return {d: x/n for d, x in self.domains.items()}
+
+def count_steps(ctx, corpus: Corpus) -> Steps:
+    "From the settings and the amount of text."
+    s = ctx.settings.dem
+    return Steps(s.seed_steps, {d: total_steps(s.lora, len(_loader(ctx, corpus, {d: 1.}))) for d in corpus.files}, s.polish_steps)
 
 # %% ../../nbs/03_dem.ipynb #c018
-def _vectors(ctx, domains: list[str]) -> dict:
-    "Difference vector, statistics and sanity checks of each domain, and the cosines between them."
-    cost, store, s = Cost(), ctx.store, ctx.settings.dem.vectors
-    base = store.fetch("models/base/")
+def _heldout(ctx, which: str, domain: str, limit: int) -> np.ndarray: # int64 [n, tokens]
+    "Windows of held-out text: `validation` or `test`."
+    keys = [k for k in ctx.store.list(f"parquet_ready/heldout/{which}/") if k.rsplit("/", 1)[-1].split(".")[0] == domain]
+    return heldout_windows([ctx.store.fetch(k) for k in keys], ctx.settings.dem.lora.seq_len, limit)
+
+@dataclass
+class Training:
+    "One adapter: on what, for how long, from where."
+    name: str; shares: dict[str, float]; steps: int
+    start: str | None = None # adapter to begin from
+    base: str = "models/base/"
+    rate: float | None = None # None: lora.learning_rate
+
+def _train(ctx, corpus: Corpus, t: Training) -> dict:
+    "Train one adapter, and write checkpoint, log and table."
+    cost, s = Cost(), ctx.settings.dem.lora; s = s.model_copy(update={"learning_rate": t.rate}) if t.rate else s; own = max(t.shares, key=t.shares.get)
+    of = list(t.shares) if t.name in ("mixed", "seed", "polish") or t.name.startswith("mixed_") else [own]
+    windows = np.concatenate([_heldout(ctx, "validation", d, max(4, 32//len(of))) for d in of])
+    if not len(windows): ctx.warn(f"{t.name}: no validation text of {s.seq_len} tokens, so no validation loss is measured")
+    def log(row): ctx.log(f"{t.name}: step {row['step']} of {t.steps}, loss {row['loss']:.3f}, validation {row['eval_loss']:.3f}")
+    base, start = ctx.store.fetch(t.base), ctx.store.fetch(t.start) if t.start else None
+    with ctx.store.output(f"checkpoints/lora_{t.name}") as out:
+        rows = train_adapter(base, _loader(ctx, corpus, t.shares), windows, s, out, t.steps, ctx.settings.dem.threads, log, start=start, resume=(ctx.store, f"checkpoints/states/{t.name}"), files=(ctx.store, t.name))
+    Checkpoints(ctx.store, f"checkpoints/states/{t.name}").clear()
+    if rows[-1].get("stopped"): ctx.warn(f"{t.name}: {rows[-1]['notes'][-1]}")
+    last = next((r["eval_loss"] for r in reversed(rows) if "eval_loss" in r), None)
+    return cost.done(tokens=rows[-1]["tokens"], steps=rows[-1]["step"], eval_loss=None if last is None else round(last, 4))
+
+# %% ../../nbs/03_dem.ipynb #c019
+def _adapter_stage(ctx, corpus: Corpus, stage: str, t: Training, after: list[str], only: str | None) -> dict:
+    "One adapter as a stage; with `only`, others that exist are kept as they are, and polish is made anew."
+    folder, entry = f"checkpoints/lora_{t.name}", ctx.ledger.read(stage)
+    if only and t.name == only: ctx.store.delete(f"ledger/{stage}.json")
+    elif only and t.name != "polish" and entry and entry.get("status") == "done" and ctx.store.exists(f"{folder}/_COMMIT"):
+        ctx.log(f"{t.name}: kept, only {only} is trained again"); return entry["counts"]
+    s = ctx.settings.dem
+    return ctx.stage(stage, lambda _: _train(ctx, corpus, t), settings=[s.lora, vars(t), s.threads], inputs=corpus.keys(t.shares), after=after,
+        outputs=[f"{folder}/", f"logs/train_{t.name}.log", f"summary/train_{t.name}.csv"], code=["dem.base", "dem.lora"])
+
+def adapter_stages(ctx, corpus: Corpus, steps: Steps, only: str | None) -> dict:
+    "Stages dem.seed, dem.lora.<domain>, dem.mixed, dem.control.<percent>."
+    s, domains, seeded = ctx.settings.dem, list(corpus.files), {}
+    costs = {"seed": _adapter_stage(ctx, corpus, "dem.seed", Training("seed", steps.shares(), steps.seed), ["dem.base"], only)} if steps.seed else {}
+    start, after = ("checkpoints/lora_seed/", ["dem.base", "dem.seed"]) if steps.seed else (None, ["dem.base"])
+    costs["domains"] = {d: _adapter_stage(ctx, corpus, f"dem.lora.{d}", Training(d, domain_shares(d, domains, s.mix_share), n, start), after, only) for d, n in steps.domains.items()}
+    if s.mixed_baseline: costs["mixed"] = _adapter_stage(ctx, corpus, "dem.mixed", Training("mixed", steps.shares(), steps.total), ["dem.base"], only)
+    percent = sorted({round(100*c) for c in s.controls})
+    costs["controls"] = {p: _adapter_stage(ctx, corpus, f"dem.control.{p}", Training(f"mixed_{p}", steps.shares(), max(1, steps.total*p//100)), ["dem.base"], only) for p in percent}
+    return costs
+
+# %% ../../nbs/03_dem.ipynb #c021
+def vector_key(ctx, domain: str) -> str: # file of a domain's vector, by the form that the settings ask for
+    return f"diff_vectors/diff_{domain}.{'npy' if ctx.settings.dem.vectors.form == 'dense' else 'lowrank.npz'}"
+
+def _manifest_key(ctx, domain: str) -> str: return str(Path(vector_key(ctx, domain)).with_suffix(".json"))
+
+def _vector(ctx, base: Path, d: str):
+    "Difference vector, statistics and sanity checks of one domain."
+    store, s = ctx.store, ctx.settings.dem.vectors
+    with store.output(vector_key(ctx, d)) as out:
+        difference(base, store.fetch(f"checkpoints/lora_{d}/"), out, s.normalize, form=s.form, rank=s.rank)
+        stats = {"domain": d, **vector_stats(out, base, s.max_norm, s.max_relative_norm, max_tail=s.max_tail, max_mean=s.max_mean)}
+        store.publish(out.with_suffix(".json"), _manifest_key(ctx, d))
+    store.write(f"diff_stats/diff_{d}_summary.json", _json(stats))
+    for check, row in stats["sanity"].items():
+        if not row["ok"]: ctx.warn(f"{d}: sanity check {check}: {row['value']:.4g} against the limit {row['limit']:g}")
+
+def _vectors(ctx, domains: list[str], only: str | None) -> dict:
+    "Every domain's vector (with `only`, those that are there are kept), and the cosines between them."
+    cost, store = Cost(), ctx.store; base = store.fetch("models/base/")
     for d in domains:
-        with store.output(f"diff_vectors/diff_{d}.npy") as out:
-            difference(base, store.fetch(f"checkpoints/lora_{d}/"), out, s.normalize)
-            stats = {"domain": d, **vector_stats(out, base, s.max_norm, s.max_relative_norm)}
-            store.publish(out.with_suffix(".json"), f"diff_vectors/diff_{d}.json")
-        store.write(f"diff_stats/diff_{d}_summary.json", _json(stats))
-        for check, row in stats["sanity"].items():
-            if not row["ok"]: ctx.warn(f"{d}: sanity check {check}: {row['value']:.4g} against the limit {row['limit']:g}")
-    folder = store.fetch("diff_vectors/")
-    store.write("diff_stats/cosines.csv", cosine_table(domains, cosines({d: folder/f"diff_{d}.npy" for d in domains})))
+        kept = only and d != only and all(store.exists(k) for k in (vector_key(ctx, d), _manifest_key(ctx, d), f"diff_stats/diff_{d}_summary.json"))
+        if not kept: _vector(ctx, base, d)
+    store.write("diff_stats/cosines.csv", cosine_table(domains, cosines({d: store.fetch("diff_vectors/")/Path(vector_key(ctx, d)).name for d in domains})))
     return cost.done(vectors=len(domains))
 
-def vector_stage(ctx, domains: list[str]) -> dict:
+def vector_stage(ctx, domains: list[str], only: str | None = None) -> dict:
     "Stage dem.vectors."
-    outputs = [f"diff_vectors/diff_{d}.{e}" for d in domains for e in ("npy", "json")] + [f"diff_stats/diff_{d}_summary.json" for d in domains] + ["diff_stats/cosines.csv"]
-    return ctx.stage("dem.vectors", lambda stage: _vectors(ctx, domains), settings=[ctx.settings.dem.vectors, domains], after=["dem.base", *(f"dem.lora.{d}" for d in domains)], outputs=outputs, code=["dem.vectors"])
+    outputs = [k for d in domains for k in (vector_key(ctx, d), _manifest_key(ctx, d), f"diff_stats/diff_{d}_summary.json")] + ["diff_stats/cosines.csv"]
+    return ctx.stage("dem.vectors", lambda stage: _vectors(ctx, domains, only), settings=[ctx.settings.dem.vectors, domains], after=["dem.base", *(f"dem.lora.{d}" for d in domains)], outputs=outputs, code=["dem.vectors"])
 
-# %% ../../nbs/03_dem.ipynb #c020
+# %% ../../nbs/03_dem.ipynb #c023
 def configured_weights(
     weights: dict[str, float], # from the settings; empty: equal
     domains: list[str], # that have a vector
@@ -180,46 +243,65 @@ def configured_weights(
     if not weights: return {d: 1/len(domains) for d in domains}
     return merge_weights({d: weights.get(d, 0.) for d in domains}, normalize)
 
-# %% ../../nbs/03_dem.ipynb #c022
+# %% ../../nbs/03_dem.ipynb #c026
+def _search_windows(ctx, domains: list[str]) -> dict[str, np.ndarray]: # domain (and "general") -> int64 [n, tokens]
+    "Validation windows of each domain that has some; general text too when the search shall retain it."
+    s = ctx.settings.dem.merge
+    windows = {d: w for d in domains if len(w := _heldout(ctx, "validation", d, s.search_windows))}
+    known = [windows[g] for g in ctx.settings.evaluation.general_domains if g in windows]
+    return windows | ({"general": np.concatenate(known)} if s.retention and known else {})
+
+def _search(ctx, mix: Mixture, windows: dict, goal: Goal) -> tuple[list[dict], dict]: # path, the entry that was chosen
+    "Gradients, then Nelder-Mead when asked for; says so when the floor cannot be kept."
+    s = ctx.settings.dem.merge; high = 1.5 if not ctx.settings.dem.vectors.normalize else 50.
+    path = search_weights(mix, windows, s.search_steps, high=high, goal=goal)
+    if s.nelder_mead: path += nelder_mead(mix, windows, best(path, goal)["weights"], s.nelder_mead, high=high, goal=goal)
+    found = best(path, goal)
+    if not found["floor_met"]:
+        over = goal.over(found["losses"]); d = max(over, key=over.get)
+        ctx.warn(f"weight search: {d} stays {math.expm1(found['losses'][d] - goal.base[d]):.1%} worse than the base in perplexity, more than the floor of {s.floor:.0%}: no weights that are as good as uniform keep it")
+    return path, found
+
+# %% ../../nbs/03_dem.ipynb #c027
 def _weights(ctx, corpus: Corpus, domains: list[str]) -> dict:
     "Validation loss of base, uniform and configured weights; the search; results/merge_weights.json."
     cost, s, store = Cost(), ctx.settings.dem.merge, ctx.store
     make_deterministic(ctx.settings.dem.lora.seed, ctx.settings.dem.threads)
-    windows = {d: w for d in domains if len(w := _validation(ctx, corpus, d, ctx.settings.dem.lora.seq_len, s.search_windows))}
-    uniform = {d: 1/len(domains) for d in domains}; known = {"uniform": uniform, "configured": configured_weights(s.weights, domains, s.normalize)}
-    path, measured = [], {}
+    windows = _search_windows(ctx, domains); known = {"uniform": {d: 1/len(domains) for d in domains}, "configured": configured_weights(s.weights, domains, s.normalize)}
+    out = {"path": [], "validation": {}}
     if windows:
-        folder = store.fetch("diff_vectors/"); mix = Mixture(store.fetch("models/base/"), {d: folder/f"diff_{d}.npy" for d in domains})
-        path, measured = _search(ctx, mix, windows, known)
+        mix = Mixture(store.fetch("models/base/"), {d: store.fetch("diff_vectors/")/Path(vector_key(ctx, d)).name for d in domains})
+        out |= _measure_weights(ctx, mix, windows, known)
     elif s.search: ctx.warn("no domain has validation text: the weights are not searched")
-    chosen = "searched" if "searched" in known else "configured"
+    chosen = "searched" if "searched" in known and s.method == "linear" else "configured"
     if ctx.settings.dem.vectors.normalize: ctx.log("the vectors have norm 1: weights are on another scale than usual")
-    store.write("results/merge_weights.json", _json({"method": s.method, "delivered": chosen, "weights": known[chosen], **known, "validation": measured,
-        "evaluations": len(path), "windows": {d: len(w) for d, w in windows.items()}, "path": path, "skipped": corpus.skipped}))
-    return cost.done(tokens=int(sum(w.size for w in windows.values()))*len(path), steps=len(path))
+    advice = mixture_advice(known["searched"], corpus.tokens) if "searched" in known else []
+    if advice: store.write("results/mixture_advice.md", advice_text(advice)); ctx.log("mixture advice: " + "; ".join(f"{r['domain']} {r['advice']}" for r in advice))
+    store.write("results/merge_weights.json", _json({"method": s.method, "delivered": chosen if s.method == "linear" else s.method, "weights": known[chosen], **known, **out,
+        "evaluations": len(out["path"]), "windows": {d: len(w) for d, w in windows.items()}, "advice": advice, "skipped": corpus.skipped}))
+    return cost.done(tokens=int(sum(w.size for w in windows.values()))*len(out["path"]), steps=len(out["path"]))
 
-# %% ../../nbs/03_dem.ipynb #c023
-def _search(ctx, mix: Mixture, windows: dict, known: dict) -> tuple[list[dict], dict]: # path, validation loss by name
+# %% ../../nbs/03_dem.ipynb #c028
+def _measure_weights(ctx, mix: Mixture, windows: dict, known: dict) -> dict: # path, validation loss by name, curves, floor_met
     "Search when the settings ask for it, and put the result into `known`; measure all known weights on the same windows."
-    s, path = ctx.settings.dem.merge, []
-    if s.search and s.method != "linear": ctx.log(f"weights are searched for the linear merge only; {s.method} takes the configured ones")
-    elif s.search: path = search_weights(mix, windows, s.search_steps, high=1.5 if not ctx.settings.dem.vectors.normalize else 50.)
-    measured = {}
-    for name, w in {"base": {}, **known}.items():
-        losses, _ = mixture_loss(mix, [w.get(d, 0.) for d in mix.names], windows, gradient=False)
-        measured[name] = {"loss": mean(losses), "losses": losses}
-    if path:
-        found = min([best(path), {"weights": known["configured"], **measured["configured"]}], key=lambda e: e["loss"])
-        known["searched"] = found["weights"]; measured["searched"] = {k: found[k] for k in ("loss", "losses")}
-    for name, m in measured.items(): ctx.log(f"validation perplexity, mean of domains: {name} {math.exp(m['loss']):.1f}")
-    return path, measured
+    s, out = ctx.settings.dem.merge, {"path": []}
+    def at(w): losses, _ = mixture_loss(mix, [w.get(d, 0.) for d in mix.names], windows, gradient=False); return losses
+    losses = {name: at(w) for name, w in {"base": {}, **known}.items()}; goal = Goal(losses["base"], s.floor, s.retention)
+    if s.search:
+        out["path"], found = _search(ctx, mix, windows, goal)
+        entries = [{"weights": known[n], "loss": mean(goal.domains(losses[n])), "losses": losses[n]} for n in ("uniform", "configured")]
+        found = best([entries[0], found, entries[1]], goal); known["searched"], losses["searched"] = found["weights"], found["losses"]; out["floor_met"] = found["floor_met"]
+        if s.curve_points: out["curves"] = weight_curves(mix, {d: w[:s.curve_windows] for d, w in windows.items() if d != "general"}, known["searched"], s.curve_points, max(1.5, *known["searched"].values()))
+    out["validation"] = {n: {"loss": mean(goal.domains(x)), "losses": x} for n, x in losses.items()}
+    for name, m in out["validation"].items(): ctx.log(f"validation perplexity, mean of domains: {name} {math.exp(m['loss']):.1f}")
+    return out
 
 def weight_stage(ctx, corpus: Corpus, domains: list[str]) -> dict:
     "Stage dem.weights."
-    return ctx.stage("dem.weights", lambda stage: _weights(ctx, corpus, domains), settings=[ctx.settings.dem.merge, ctx.settings.dem.lora.seq_len, ctx.settings.dem.threads, domains, corpus.skipped],
+    return ctx.stage("dem.weights", lambda stage: _weights(ctx, corpus, domains), settings=[ctx.settings.dem.merge, ctx.settings.dem.lora.seq_len, ctx.settings.dem.threads, domains, corpus.skipped, corpus.tokens],
         inputs=[k for d in domains for k in corpus.validation[d]], after=["dem.vectors"], outputs=["results/merge_weights.json"], code=["dem.weights"])
 
-# %% ../../nbs/03_dem.ipynb #c025
+# %% ../../nbs/03_dem.ipynb #c030
 def _prompts(ctx, limit: int) -> list[dict]: # id, domain, prompt
     "The evaluation prompts, one of each domain in turn."
     file = Path(ctx.settings.config_dir)/ctx.settings.evaluation.prompts
@@ -246,30 +328,121 @@ def check_merged(ctx, folder: Path) -> dict:
     rows = [{k: p.get(k) for k in ("id", "domain", "prompt")} | {"answer": answer(model, tokenizer, p["prompt"], min(32, ctx.settings.evaluation.max_new_tokens))} for p in _prompts(ctx, 10)]
     return {"loads": True, "parameters": sum(p.numel() for p in model.parameters()), "prompts": len(rows), "answered": sum(bool(r["answer"].strip()) for r in rows), "answers": rows}
 
-# %% ../../nbs/03_dem.ipynb #c026
-def _merge(ctx, domains: list[str]) -> dict:
-    "models/uniform/, merged_model/ and results/merge_check.json."
-    cost, s, store = Cost(), ctx.settings.dem.merge, ctx.store
-    found = json.loads(store.read_text("results/merge_weights.json")); base, folder = store.fetch("models/base/"), store.fetch("diff_vectors/")
-    make_deterministic(ctx.settings.dem.lora.seed, ctx.settings.dem.threads)
-    def files(weights): return {folder/f"diff_{d}.npy": weights[d] for d in domains}
-    with store.output("models/uniform") as out: merge(base, out, files(found["uniform"]), normalize=False)
-    plain = s.method == "linear"  # weights were normalised before; TIES and DARE take the switch themselves
-    with store.output("merged_model") as out: recipe = merge(base, out, files(found["weights"]), s.method, normalize=not plain and s.normalize)
-    merged = cost.done(vectors=len(domains), left_out=len(recipe["left_out"]))
+# %% ../../nbs/03_dem.ipynb #c031
+def _merge_by(ctx, domains: list[str], out: Path, method: str, weights: dict[str, float]) -> dict: # the recipe
+    "One merge. Linear weights are used as they are; TIES, DARE and the calibrated methods normalise by themselves."
+    s, store = ctx.settings.dem.merge, ctx.store; plain = method == "linear"; calibrated = method in ("regmean", "seqmean"); more = {}
+    if calibrated:
+        make_deterministic(ctx.settings.dem.lora.seed, ctx.settings.dem.threads)
+        more = {"calibration": {d: _heldout(ctx, "validation", d, s.calibration_windows) for d in domains}, "ridge": s.ridge, "shrink": s.shrink}
+    files = {store.fetch("diff_vectors/")/Path(vector_key(ctx, d)).name: weights[d] for d in domains}
+    return merge(store.fetch("models/base/"), out, files, method, normalize=not plain and (s.normalize or calibrated), density=s.density, **more)
+
+def _found(ctx) -> dict: return json.loads(ctx.store.read_text("results/merge_weights.json"))
+
+def _unpolished(ctx, domains: list[str]) -> dict:
+    "models/unpolished/: the delivered merge before its polish."
+    cost, found = Cost(), _found(ctx)
+    with ctx.store.output("models/unpolished") as out: _merge_by(ctx, domains, out, found["method"], found["weights"])
+    return cost.done(vectors=len(domains))
+
+def polish_stages(ctx, corpus: Corpus, steps: Steps, only: str | None) -> dict:
+    "Stages dem.unpolished and dem.polish; nothing when no polish is asked for."
+    if not steps.polish: return {}
+    s, domains = ctx.settings.dem, list(corpus.files)
+    merged = ctx.stage("dem.unpolished", lambda stage: _unpolished(ctx, domains), settings=[s.merge, s.lora.seq_len, s.threads, domains], inputs=[k for d in domains for k in corpus.validation[d]], after=["dem.base", "dem.vectors", "dem.weights"],
+        outputs=["models/unpolished/"], code=["dem.merge", "dem.vectors", "dem.calibrated"])
+    return {"unpolished": merged, "polish": _adapter_stage(ctx, corpus, "dem.polish", Training("polish", steps.shares(), steps.polish, base="models/unpolished/", rate=s.polish_rate), ["dem.unpolished"], only)}
+
+# %% ../../nbs/03_dem.ipynb #c032
+def _deliver(ctx, domains: list[str]) -> dict:
+    "merged_model/: the delivered merge, or the unpolished one with its polish added."
+    cost, found, store = Cost(), _found(ctx), ctx.store
+    with store.output("merged_model") as out:
+        if ctx.settings.dem.polish_steps: recipe = merge(store.fetch("models/unpolished/"), out, {store.fetch("checkpoints/lora_polish/"): 1.}, "linear", normalize=False)
+        else: recipe = _merge_by(ctx, domains, out, found["method"], found["weights"])
     for w in recipe["warnings"]: ctx.warn(w)
-    check = check_merged(ctx, store.fetch("merged_model/")); store.write("results/merge_check.json", _json(check))
+    return cost.done(left_out=len(recipe["left_out"]))
+
+def _merge(ctx, domains: list[str]) -> dict:
+    "merged_model/, models/uniform/, further merges to compare with, and results/merge_check.json."
+    found, s, store = _found(ctx), ctx.settings.dem.merge, ctx.store
+    merged = _deliver(ctx, domains); cost = Cost(); same = s.method if ctx.settings.dem.polish_steps else None
+    with store.output("models/uniform") as out: _merge_by(ctx, domains, out, "linear", found["uniform"])
+    for name in sorted(set(s.compare) - {same}):
+        if name == "searched" and "searched" not in found: continue
+        with store.output(f"models/{name}") as out: _merge_by(ctx, domains, out, "linear" if name == "searched" else name, found["searched" if name == "searched" else "configured"])
+    compared = cost.done(); check = check_merged(ctx, store.fetch("merged_model/")); store.write("results/merge_check.json", _json(check))
     ctx.log(f"merged_model loads and answered {check['answered']} of {check['prompts']} prompts")
-    return merged
+    return {**merged, "vectors": len(domains), "compared_seconds": compared["seconds"], "compared_cpu_seconds": compared["cpu_seconds"]}
 
-def merge_stage(ctx, domains: list[str]) -> dict:
+def merge_stage(ctx, corpus: Corpus, domains: list[str]) -> dict:
     "Stage dem.merge."
-    return ctx.stage("dem.merge", lambda stage: _merge(ctx, domains), settings=[ctx.settings.dem.merge.method, ctx.settings.dem.merge.normalize, domains, ctx.settings.evaluation.prompts], after=["dem.base", "dem.vectors", "dem.weights"],
-        outputs=["models/uniform/", "merged_model/", "results/merge_check.json"], code=["dem.merge", "dem.vectors"])
+    s = ctx.settings.dem; polish = ["dem.unpolished", "dem.polish"] if s.polish_steps else []
+    return ctx.stage("dem.merge", lambda stage: _merge(ctx, domains), settings=[s.merge, s.lora.seq_len, s.threads, s.polish_steps, domains, ctx.settings.evaluation.prompts], inputs=[k for d in domains for k in corpus.validation[d]],
+        after=["dem.base", "dem.vectors", "dem.weights", *polish], outputs=["models/uniform/", "merged_model/", "results/merge_check.json"], code=["dem.merge", "dem.vectors", "dem.calibrated"])
 
-# %% ../../nbs/03_dem.ipynb #c028
+# %% ../../nbs/03_dem.ipynb #c034
+def _models(ctx, domains: list[str]) -> dict: # method -> function that loads it
+    "The models that there are, each loaded when its turn comes."
+    store, s = ctx.store, ctx.settings.dem; base = store.fetch("models/base/")
+    def folder(key): return lambda: load_model(store.fetch(key))
+    def adapter(name): return lambda: domain_model(base, store.fetch(f"checkpoints/lora_{name}/"))
+    found = {"base": folder("models/base/"), "uniform": folder("models/uniform/")}
+    found |= {m: folder(f"models/{m}/") for m in s.merge.compare if store.exists(f"models/{m}/_COMMIT")}
+    if s.polish_steps: found[s.merge.method] = folder("models/unpolished/")
+    found |= {"merged": folder("merged_model/")} | ({"mixed": adapter("mixed")} if s.mixed_baseline else {})
+    found |= {f"mixed_{p}": adapter(f"mixed_{p}") for p in sorted({round(100*c) for c in s.controls})} | ({"seed": adapter("seed")} if s.seed_steps else {})
+    return found
+
+def _effort(ctx, costs: dict, steps: Steps) -> dict[str, tuple[int, float]]: # method -> steps, CPU seconds
+    "What each method took: an adapter's own training, or seed and domains, and polish for the delivered one."
+    cpu = lambda *parts: sum(c.get("cpu_seconds", 0.) for c in parts if c)
+    before = cpu(costs.get("seed"), *costs["domains"].values()); n = steps.seed + sum(steps.domains.values()); merged = cpu(costs.get("unpolished"), costs.get("polish"), costs["merge"])
+    effort = dict.fromkeys(("own", "uniform", "searched", "ties", "dare", "regmean", "seqmean"), (n, before)) | {"searched": (n, before + cpu(costs["search"])), "merged": (n + steps.polish, before + merged)}
+    effort |= {f"mixed_{p}": (c["steps"], c["cpu_seconds"]) for p, c in costs["controls"].items()}
+    return effort | {k: (costs[k]["steps"], costs[k]["cpu_seconds"]) for k in ("mixed", "seed") if costs.get(k)}
+
+# %% ../../nbs/03_dem.ipynb #c035
+def _methods(ctx, domains: list[str], costs: dict, steps: Steps) -> dict:
+    "results/merge_methods.csv: every model on the same test windows."
+    cost, s, store = Cost(), ctx.settings.dem, ctx.store; make_deterministic(s.lora.seed, s.threads); quiet()
+    windows = {d: w for d in domains if len(w := _heldout(ctx, "test", d, s.test_windows))}
+    if not windows: ctx.warn("no domain has test text of one window: results/merge_methods.csv stays empty")
+    losses = {}
+    for name, load in _models(ctx, domains).items():
+        model = load(); losses[name] = {d: window_loss(model, w, 16) for d, w in windows.items()}
+        if name == "base": losses["own"] = {d: window_loss(domain_model(store.fetch("models/base/"), store.fetch(f"checkpoints/lora_{d}/")), w, 16) for d, w in windows.items()}
+    rows = method_rows(losses, ctx.settings.evaluation.general_domains, _effort(ctx, costs, steps)) if windows else []
+    store.write("results/merge_methods.csv", table_text(rows, METHOD_COLUMNS))
+    for r in rows:
+        if r["domain"] == "mean" and r["share"] is not None: ctx.log(f"test perplexity, mean of domains: {r['method']} {r['perplexity']:.1f}, {r['share']:.0%} of what mixed training gained")
+    if windows and s.mixed_baseline: korean_style(); save_figure(store, plot_methods(rows), "reports/figures/dem_methods.png")
+    return cost.done(models=len(losses))
+
+def method_stage(ctx, corpus: Corpus, costs: dict, steps: Steps) -> dict:
+    "Stage dem.methods."
+    s, domains = ctx.settings.dem, list(corpus.files); parts = [f"dem.lora.{d}" for d in domains] + ["dem.mixed"]*s.mixed_baseline + [f"dem.control.{p}" for p in costs["controls"]] + ["dem.seed"]*bool(s.seed_steps)
+    inputs = [k for k in ctx.store.list("parquet_ready/heldout/test/") if k.rsplit("/", 1)[-1].split(".")[0] in domains]
+    return ctx.stage("dem.methods", lambda stage: _methods(ctx, domains, costs, steps), settings=[s.test_windows, s.merge.compare, s.controls, s.threads, ctx.settings.evaluation.general_domains, domains], inputs=inputs, after=["dem.merge", *parts],
+        outputs=["results/merge_methods.csv"], code=["dem.accounts"])
+
+# %% ../../nbs/03_dem.ipynb #c037
+def _bill(ctx, costs: dict):
+    "results/dem_costs.json and results/cost_ledger.csv. FLOPs of training are the model's work a token; those of search and calibration are counted as forward and backward passes."
+    from transformers import AutoConfig
+    s = ctx.settings.dem; config = AutoConfig.from_pretrained(ctx.store.fetch("models/base/")); token = training_flops(config, s.lora)[0]
+    parts = {"base": costs["base"], "seed": costs.get("seed"), **{f"lora.{d}": c for d, c in costs["domains"].items()}, "vectors": costs["vectors"], "search": costs["search"], "calibration": costs.get("unpolished"), "polish": costs.get("polish"), "merge": costs["merge"],
+             "mixed": costs.get("mixed"), **{f"control.{p}": c for p, c in costs["controls"].items()}, "measure": costs.get("methods")}
+    if not s.polish_steps and s.merge.method in ("regmean", "seqmean"): parts["calibration"], parts["merge"] = costs["merge"], None
+    flops = {p: token for p in parts if p.startswith(("lora.", "control.")) or p in ("seed", "polish", "mixed", "search")} | {"base": 6*costs["base"].get("parameters", 0)}
+    rows = cost_rows(parts, flops, s.mixture_trials); found = saved(rows)
+    _write_same(ctx.store, "results/cost_ledger.csv", table_text(rows, COST_COLUMNS)); _write_same(ctx.store, "results/dem_costs.json", _json({**costs, "saved": found}))
+    if "over_mixed" in found: ctx.log(f"domains, search and merge took {found['dem']:.0f} CPU s, {found['over_mixed']:.2f} times one mixed run, {found['over_mixture_search_estimate']:.2f} times a search of {s.mixture_trials} mixtures (arithmetic)")
+
+# %% ../../nbs/03_dem.ipynb #c039
 def _read_table(store, key: str) -> list[dict]: # rows with numbers; empty cells dropped
-    return [{k: float(v) for k, v in r.items() if v} for r in csv.DictReader(io.StringIO(store.read_text(key)))]
+    return [{k: float(v) for k, v in r.items() if v and k is not None} for r in csv.DictReader(io.StringIO(store.read_text(key)))]
 
 def _figures(ctx, domains: list[str]) -> dict:
     "Draw every figure of this phase from the recorded files."
@@ -277,10 +450,12 @@ def _figures(ctx, domains: list[str]) -> dict:
     stats = {d: json.loads(store.read_text(f"diff_stats/diff_{d}_summary.json")) for d in domains}
     matrix = np.array([[float(x) for x in row[1:]] for row in list(csv.reader(io.StringIO(store.read_text("diff_stats/cosines.csv"))))[1:]])
     weights = json.loads(store.read_text("results/merge_weights.json"))
-    tables = {d: _read_table(store, f"summary/train_{d}.csv") for d in [*domains, "mixed"] if store.exists(f"summary/train_{d}.csv")}
+    tables = {d: _read_table(store, f"summary/train_{d}.csv") for d in ["seed", *domains, "polish", "mixed"] if store.exists(f"summary/train_{d}.csv")}
     figures = {"training": plot_training(tables), "layer_norms": plot_layer_norms(stats), "histogram": plot_histogram(stats), "cosines": plot_cosines(domains, matrix),
                "weights": plot_weights({n: weights[n] for n in ("uniform", "configured", "searched") if n in weights})}
     if weights["path"]: figures["search"] = plot_path(weights["path"])
+    if weights.get("curves"): figures["weight_curves"] = plot_curves(weights["curves"], weights["searched"])
+    if weights["validation"]: figures["weight_table"] = plot_table({n: m["losses"] for n, m in weights["validation"].items()})
     for name, fig in figures.items(): save_figure(store, fig, f"reports/figures/dem_{name}.png")
     return {"figures": len(figures)}
 
@@ -290,7 +465,7 @@ def figure_stage(ctx, domains: list[str]) -> dict:
     return ctx.stage("dem.figures", lambda stage: _figures(ctx, domains), settings=domains, after=["dem.vectors", "dem.weights", *(f"dem.lora.{d}" for d in domains), *(["dem.mixed"] if ctx.settings.dem.mixed_baseline else [])],
         outputs=[f"reports/figures/dem_{n}.png" for n in names], code=["dem"])
 
-# %% ../../nbs/03_dem.ipynb #c030
+# %% ../../nbs/03_dem.ipynb #c041
 def run(
     workspace: str = "workspace", # folder or s3://bucket/prefix
     config: str = "configs/demo", # config folder
@@ -301,73 +476,21 @@ def run(
 ) -> dict: # costs by part, domains, skipped domains
     "Phase 3. Raises `UserError` for anything that a person can mend."
     with open_phase("dem", workspace, config=config, overrides=overrides, executor=executor, workers=workers) as ctx:
-        s = ctx.settings.dem
-        corpus = read_corpus(ctx.store, s.domains, s.lora.seq_len); domains = list(corpus.files)
+        s = ctx.settings.dem; corpus = read_corpus(ctx.store, s.domains, s.lora.seq_len); domains = list(corpus.files)
         for d, why in corpus.skipped.items(): ctx.warn(f"domain {d} is skipped: {why}")
         if only and only not in domains: raise UserError(f"--only {only}: no such domain; there are {', '.join(domains)}")
-        configured_weights(s.merge.weights, domains, s.merge.normalize)
-        costs = {"base": _kept(ctx, "dem.base", "models/base/_COMMIT") if only else None}
-        costs["base"] = costs["base"] or base_stage(ctx)
-        costs["domains"] = {d: _adapter_stage(ctx, corpus, f"dem.lora.{d}", d, [d], None, only) for d in domains}
-        if s.mixed_baseline: costs["mixed"] = _adapter_stage(ctx, corpus, "dem.mixed", "mixed", domains, sum(c["steps"] for c in costs["domains"].values()), only)
-        costs["vectors"] = vector_stage(ctx, domains)
+        configured_weights(s.merge.weights, domains, s.merge.normalize); steps = count_steps(ctx, corpus)
+        costs = {"base": (_kept(ctx, "dem.base", "models/base/_COMMIT") if only else None) or base_stage(ctx)}
+        costs |= adapter_stages(ctx, corpus, steps, only)
+        costs["vectors"] = vector_stage(ctx, domains, only)
         costs["search"] = weight_stage(ctx, corpus, domains)
-        costs["merge"] = merge_stage(ctx, domains)
+        costs |= polish_stages(ctx, corpus, steps, only)
+        costs["merge"] = merge_stage(ctx, corpus, domains)
         figure_stage(ctx, domains)
-        _write_same(ctx.store, "results/dem_costs.json", _json({**costs, "skipped": corpus.skipped}))
+        if s.test_windows: costs["methods"] = method_stage(ctx, corpus, costs, steps)
+        _bill(ctx, {**costs, "skipped": corpus.skipped})
         return {"domains": domains, "skipped": corpus.skipped, "costs": costs}
 
 def _kept(ctx, stage: str, marker: str) -> dict | None: # recorded counts
     entry = ctx.ledger.read(stage)
     return entry["counts"] if entry and entry.get("status") == "done" and ctx.store.exists(marker) else None
-
-# %% ../../nbs/03_dem.ipynb #c032
-GPUS = {"A10G, 24 GB (g5.2xlarge)": (24e9, 70e12), "A100, 80 GB": (80e9, 312e12)}  # memory in bytes, dense half-precision FLOP/s
-MFU, DISK = .3, 2e8  # assumed share of peak FLOP/s, assumed bytes a second of a disk
-
-def _shape(settings: Settings, store=None): # (config, where it comes from)
-    from transformers import AutoConfig
-    s = settings.dem.base
-    if not s.path: return demo_config(s, settings.tokenizer.vocab_size), "small Mamba2 of base.*"
-    if Path(s.path).expanduser().is_dir() or not is_hub_id(s.path): return AutoConfig.from_pretrained(find_base(s.path)), s.path
-    return published_config(), f"{s.path} is not here: the published Mamba shape of 3B"
-
-def _adapter_size(config, s: LoraSettings) -> int: # parameters of an adapter
-    from transformers import AutoModelForCausalLM
-    with torch.device("meta"): model = AutoModelForCausalLM.from_config(config)
-    return sum(s.r*sum(m.weight.shape) for m in targets(model, s.target_modules).values())
-
-def training_bytes(
-    config, parameters: int, adapter: int, # the model's shape, its parameters and the adapter's
-    s: LoraSettings # batch, window, precision, checkpointing
-) -> float: # bytes, rough
-    "Weights + adapter with gradients and Adam (16 bytes each) + activations + logits in float32 twice."
-    width = 4 if s.precision == "fp32" else 2; tokens = s.batch_size*s.seq_len
-    layers, hidden = getattr(config, "num_hidden_layers", 1), config.hidden_size
-    a_layer = tokens*hidden*34*width   # about 34 values a token and unit of width within a block
-    activations = layers*tokens*hidden*width + a_layer if s.gradient_checkpointing else layers*a_layer
-    return parameters*width + adapter*16 + activations + tokens*config.vocab_size*8
-
-# %% ../../nbs/03_dem.ipynb #c033
-def plan(
-    settings: Settings, # as loaded
-    store=None # a workspace, for the domains' tokens; without one, 10 million a domain
-) -> list[dict]: # rows: what, estimate, limit, within
-    "Parameters, memory, disk and time of phase 3, by arithmetic."
-    quiet(); config, origin = _shape(settings, store); s = settings.dem.lora; n, a = parameter_count(config), _adapter_size(config, s)
-    manifest = read_manifest(store)["domains"] if store is not None and store.exists("parquet_ready/manifest.json") else None
-    tokens = {d: v["tokens"] for d, v in manifest.items()} if manifest else {d: 10_000_000 for d in (settings.dem.domains or ["main_data", "textbook", "assembly", "web", "social"])}
-    trained = {d: s.epochs*t if s.max_steps < 1 else s.max_steps*s.batch_size*s.seq_len for d, t in tokens.items()}
-    need, k = training_bytes(config, n, a, s), len(tokens); rows = []
-    def row(what, estimate, limit="", within=None): rows.append({"what": what, "estimate": estimate, "limit": limit, "within": "" if within is None else "yes" if within else "NO"})
-    row("base", f"{origin}"); row("parameters", f"{n:,}"); row("adapter parameters a domain", f"{a:,}")
-    row("tokens a domain" + ("" if manifest else " (assumed)"), f"{min(trained.values()):,.0f} - {max(trained.values()):,.0f}")
-    for name, (memory, flops) in GPUS.items():
-        row(f"training memory, {name}", f"{need/1e9:.2f} GB", f"{memory/1e9:.0f} GB", need < memory)
-        per_token = (6 if s.gradient_checkpointing else 4)*n; hours = [per_token*t/(flops*MFU)/3600 for t in trained.values()]
-        row(f"longest domain, {name} at {MFU:.0%} of peak", f"{max(hours):.2f} h ({flops*MFU/per_token:,.0f} tokens/s)", "2 h", max(hours) <= 2)
-        row(f"{k} domains, {name}", f"{sum(hours):.2f} h", "10 h", sum(hours) <= 10)
-    row("disk: vectors dense", f"{4*n*k/1e9:.2f} GB"); row("disk: vectors low-rank", f"{4*a*k/1e9:.3f} GB"); row("disk: base, uniform and merged model", f"{3*n*(4 if not settings.dem.base.path else 2)/1e9:.2f} GB")
-    row(f"a difference vector at {DISK/1e6:.0f} MB/s", f"{(2 + 4)*n/DISK/60:.2f} min", "5 min", (2 + 4)*n/DISK <= 300)
-    row(f"merge at {DISK/1e6:.0f} MB/s", f"{(4*k + 4)*n/DISK/60:.2f} min", "20 min", (4*k + 4)*n/DISK <= 1200)
-    return rows
