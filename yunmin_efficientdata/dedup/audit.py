@@ -848,24 +848,35 @@ def _rates_section(stats: dict, t, language: str) -> list[str]:
     return out
 
 # %% ../../nbs/01e_audit.ipynb #c090
+_ALTERNATIVES = [("밴드 × 행", "bands x rows", lambda r, t: f"{r['bands']} × {r['rows']}", None), ("기준에서 재현율", "recall at the threshold", "recall_at_threshold", "{:.4f}"),
+    ("기준 이상 평균 재현율", "mean recall above", "recall_above", "{:.4f}"), ("거짓 후보 면적", "area of false candidates", "false_area", "{:.4f}"),
+    ("거짓 후보 (추정)", "false candidates (estimate)", "false_candidates", None), ("선택", "chosen", lambda r, t: "✔" if r["chosen"] else "", None)]
+_PLANTED = [("변형", "change", lambda r, t: r["kind"] + (f" {r['rate']:g}" if r.get("rate") not in (None, 1, 1.0) else ""), None), ("사본", "copies", "pairs", None), ("평균 J", "mean J", "mean_jaccard", "{:.3f}"),
+    ("기준 이상", "at or above", "above_threshold", None), ("후보", "candidates", "candidate", None), ("찾음", "found", "found", None), ("char5로 찾음", "found by char5", lambda r, t: (r.get("char5") or {}).get("found"), None)]
+
+def _table(
+    rows: list[dict],
+    columns: list[tuple], # Korean and English heading, key of the cell or function of row and translator, format
+    language: str
+) -> str: # Markdown
+    "Rows as a table."
+    def t(ko, en): return _t(language, ko, en)
+    cells = [[read(r, t) if callable(read) else r.get(read) for _, _, read, _ in columns] for r in rows]
+    return markdown_table([t(ko, en) for ko, en, *_ in columns], cells, {i: form for i, (*_, form) in enumerate(columns) if form})
+
 def alternatives_markdown(
     options: list[dict], # of `band_alternatives`
     language: str = "ko"
 ) -> str: # Markdown
     "Bands and rows that could have been chosen; the chosen ones are marked."
-    def t(ko, en): return _t(language, ko, en)
-    heads = [t("밴드 × 행", "bands x rows"), t("기준에서 재현율", "recall at the threshold"), t("기준 이상 평균 재현율", "mean recall above"), t("거짓 후보 면적", "area of false candidates"), t("거짓 후보 (추정)", "false candidates (estimate)"), t("선택", "chosen")]
-    return markdown_table(heads, [[f"{o['bands']} × {o['rows']}", o["recall_at_threshold"], o["recall_above"], o["false_area"], o["false_candidates"], "✔" if o["chosen"] else ""] for o in options], {1: "{:.4f}", 2: "{:.4f}", 3: "{:.4f}"})
+    return _table(options, _ALTERNATIVES, language)
 
 def planted_markdown(
     planted: dict, # of `augment.planted_recall`
     language: str = "ko"
 ) -> str: # Markdown
     "Planted copies by kind of change: how similar they are, how many became candidates, how many are found by these shingles and by char5."
-    def t(ko, en): return _t(language, ko, en)
-    heads = [t("변형", "change"), t("사본", "copies"), t("평균 J", "mean J"), t("기준 이상", "at or above"), t("후보", "candidates"), t("찾음", "found"), t("char5로 찾음", "found by char5")]
-    rows = [[k["kind"] + (f" {k['rate']:g}" if k.get("rate") not in (None, 1, 1.0) else ""), k["pairs"], k.get("mean_jaccard"), k.get("above_threshold"), k.get("candidate"), k.get("found"), (k.get("char5") or {}).get("found")] for k in planted.get("kinds", [])]
-    return markdown_table(heads, rows, {2: "{:.3f}"}) if rows else ""
+    return _table(planted["kinds"], _PLANTED, language) if planted.get("kinds") else ""
 
 def _recall_section(stats: dict, t, language: str) -> list[str]:
     p, planted, known = stats["candidate_precision"], stats.get("planted_copies"), stats.get("planted")
@@ -882,14 +893,17 @@ def _recall_section(stats: dict, t, language: str) -> list[str]:
     return out
 
 # %% ../../nbs/01e_audit.ipynb #c091
+_SPEED = [("단계", "step", lambda r, t: t(*STEPS.get(r["step"], (r["step"],) * 2)), None), ("초", "seconds", "seconds", "{:,.2f}"), ("CPU 초", "CPU seconds", "cpu_seconds", "{:,.2f}"),
+    ("문서/초", "documents/s", "docs_per_second", "{:,.0f}"), ("MB/s", "MB/s", "mb_per_second", "{:,.1f}"), ("최대 메모리 (MB)", "peak memory (MB)", "peak_mb", "{:,.0f}")]
+_SENSITIVITY = [("기준 J", "threshold J", "threshold", "{:.2f}"), ("유사 쌍", "pairs", "pairs", None), ("유사 중복으로 제거", "removed as near", "docs", None), ("완전 중복 포함", "with exact copies", "with_exact", None),
+    ("유사 중복 바이트", "bytes of near", "bytes", None)]
+
 def speed_markdown(
     speed: list[dict], # of `step_rates`
     language: str = "ko"
 ) -> str: # Markdown
     "Time and rate of each step."
-    def t(ko, en): return _t(language, ko, en)
-    heads = [t("단계", "step"), t("초", "seconds"), t("CPU 초", "CPU seconds"), t("문서/초", "documents/s"), "MB/s", t("최대 메모리 (MB)", "peak memory (MB)")]
-    return markdown_table(heads, [[_t(language, *STEPS.get(r["step"], (r["step"],) * 2)), r["seconds"], r["cpu_seconds"], r["docs_per_second"], r["mb_per_second"], r["peak_mb"]] for r in speed], {1: "{:,.2f}", 2: "{:,.2f}", 3: "{:,.0f}", 4: "{:,.1f}", 5: "{:,.0f}"})
+    return _table(speed, _SPEED, language)
 
 def sensitivity_markdown(
     curve: list[dict], # of `sensitivity`
@@ -897,10 +911,8 @@ def sensitivity_markdown(
     most: int = 6 # rows
 ) -> str: # Markdown
     "A few points of the curve."
-    def t(ko, en): return _t(language, ko, en)
     some = sorted({round(i) for i in np.linspace(0, len(curve) - 1, most)})
-    return markdown_table([t("기준 J", "threshold J"), t("유사 쌍", "pairs"), t("유사 중복으로 제거", "removed as near"), t("완전 중복 포함", "with exact copies"), t("유사 중복 바이트", "bytes of near")],
-                          [[curve[i]["threshold"], curve[i]["pairs"], curve[i]["docs"], curve[i]["docs"] + exact, curve[i]["bytes"]] for i in some], {0: "{:.2f}"})
+    return _table([curve[i] | {"with_exact": curve[i]["docs"] + exact} for i in some], _SENSITIVITY, language)
 
 # %% ../../nbs/01e_audit.ipynb #c092
 def audit_page(

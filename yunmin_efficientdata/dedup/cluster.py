@@ -11,7 +11,7 @@ from ..core.records import dump_line
 from ..core.settings import DedupSettings
 from ..core.store import Store, open_store
 from .minhash import _jit, njit
-from .prepare import FATES, Corpus, load_array, load_fate, resumable, sweep, write_fate, write_table
+from .prepare import FATES, Corpus, large_file, load_array, load_fate, resumable, sweep, write_fate, write_table
 from .spans import cut
 from .lsh import contaminated, keeper_order, partition_of, read_bucket, write_buckets, write_pairs
 
@@ -261,7 +261,8 @@ def write_part(
     steps = [~np.isin(fate, [FATES.index(f) for f in gone]) for gone in (["contaminated"], ["contaminated", "exact"], ["contaminated", "exact", "near"])]
     spans = load_array(store, f"minhash_lsh/spans/{name}.npy") if task["spans"] else np.empty((0, 3), np.int64)
     now, key = {k: np.array(t[k]) for k in ("bytes", "words")}, f"deduped/{name}.jsonl"
-    with store.writer(key) as out: out.writelines(_lines(corpus, part, fate, spans, task["min_chars"], now) if len(spans) else _unchanged(corpus, part, np.flatnonzero(fate == 0)))
+    with large_file(store, key) as put:
+        for lines in _lines(corpus, part, fate, spans, task["min_chars"], now) if len(spans) else _unchanged(corpus, part, np.flatnonzero(fate == 0)): put(lines)
     kept = fate == 0
     if not kept.any(): store.delete(key)
     write_fate(corpus, part, fate)

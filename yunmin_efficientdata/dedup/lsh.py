@@ -4,19 +4,21 @@
 
 # %% ../../nbs/01c_lsh.ipynb #c004
 from __future__ import annotations
+import io
 from typing import Iterator
 import numpy as np, pyarrow as pa, pyarrow.compute as pc
 from ..core.settings import DedupSettings, UserError
 from ..core.store import Store, open_store
 from .minhash import N, _jit, jaccard_pairs, njit, shingle_sets, signatures
-from .prepare import Corpus, load_array, write_table
+from .prepare import Corpus, large_file, load_array, write_table
 
 # %% auto #0
 __all__ = ['PARTITION_ROWS', 'SIGN_DOCUMENTS', 'HOT', 'CHUNK', 'LEADERS', 'FIRST', 'BEST', 'NEAR', 'SURE', 'BLOCK_BYTES', 'PAIRS',
            'candidate_probability', 'mean_recall', 'choose_bands', 'resolve_bands', 'partition_of', 'write_buckets',
            'read_bucket', 'partition_count', 'band_keys', 'number_bits', 'rows_of_part', 'left_out', 'contaminated',
-           'sign_part', 'with_company', 'split_buckets', 'bucket_pairs', 'unpack', 'keeper_order', 'read_signatures',
-           'star_pairs', 'join_partition', 'blocks', 'verify_pairs', 'write_pairs', 'verify_range', 'rejoin_partition']
+           'npy_header', 'sign_part', 'with_company', 'split_buckets', 'bucket_pairs', 'unpack', 'keeper_order',
+           'read_signatures', 'star_pairs', 'join_partition', 'blocks', 'verify_pairs', 'write_pairs', 'verify_range',
+           'rejoin_partition']
 
 # %% ../../nbs/01c_lsh.ipynb #c005
 def candidate_probability(
@@ -142,6 +144,11 @@ def contaminated(corpus: Corpus, part: int, s: DedupSettings) -> np.ndarray: # b
 # %% ../../nbs/01c_lsh.ipynb #c019
 SIGN_DOCUMENTS = 20_000  # signed at once: 10 MB of signatures
 
+def npy_header(kind: str, shape: tuple[int, ...]) -> bytes: # of an .npy file, for example of "<u4"
+    out = io.BytesIO()
+    np.lib.format.write_array_header_1_0(out, {"descr": kind, "fortran_order": False, "shape": shape})
+    return out.getvalue()
+
 def sign_part(
     task: dict # workspace, number (of the part), settings (of dedup), partitions
 ) -> dict: # documents that take part
@@ -149,11 +156,11 @@ def sign_part(
     corpus, s, part = Corpus(task["workspace"]), DedupSettings(**task["settings"]), task["number"]
     store, (name, docs) = corpus.store, (corpus.parts[part][k] for k in ("name", "docs"))
     bits, alive, keys, low = number_bits(len(corpus)), ~left_out(corpus, part, s), [], 0
-    with store.writer(f"minhash_lsh/signatures/{name}.npy") as f:
-        np.lib.format.write_array_header_1_0(f, {"descr": "<u4", "fortran_order": False, "shape": (docs, s.num_perm)})
+    with large_file(store, f"minhash_lsh/signatures/{name}.npy") as put:
+        put(npy_header("<u4", (docs, s.num_perm)))
         for lines in (x[i:i + SIGN_DOCUMENTS] for x in corpus.part_lines(part) for i in range(0, len(x), SIGN_DOCUMENTS)):
             sign = signatures(lines, s.num_perm, s.shingle, s.seed)
-            f.write(np.ascontiguousarray(sign, "<u4").data)
+            put(np.ascontiguousarray(sign, "<u4"))
             keys.append(band_keys(sign[alive[low:low + len(sign)]], s.bands, s.rows)); low += len(sign)
     keys, numbers = np.concatenate(keys), np.flatnonzero(alive).astype(np.uint64) + np.uint64(corpus.starts[part])
     packed = keys << np.uint64(bits) | numbers[:, None]

@@ -19,15 +19,15 @@ from .clean import Cleaner, white_space
 from .minhash import BASE, KEYS, SPACE, Lines, _code_points, _find_words, _fmix64, _hash_words, _jit, _mix, njit, word_hash
 
 # %% auto #0
-__all__ = ['CHUNK_BYTES', 'SPILL_BYTES', 'ROW_BYTES', 'ROW', 'SPILL', 'COPY_BYTES', 'BATCH_CHARS', 'WINDOW_BYTES', 'INDEX',
-           'DOC_BYTES', 'CACHE_BYTES', 'READ_BYTES', 'GAP_LOCAL', 'GAP_S3', 'FATES', 'RawFile', 'normal_source',
-           'list_raw', 'cut_file', 'safe_domain', 'file_domain', 'text_hash', 'measure', 'base_id', 'id_hash', 'ties',
-           'order_rows', 'spill_table', 'pieces', 'in_order', 'Spill', 'load_array', 'spill_slice', 'new_tally',
-           'add_tally', 'check_tally', 'Review', 'excerpts', 'first_difference', 'document', 'Intake',
-           'rare_collections', 'prepare_file', 'quarantine_key', 'write_quarantine', 'check_domains', 'join_quarantine',
-           'number_ids', 'Window', 'Gathered', 'number_rows', 'cut_part', 'write_parquet', 'write_table',
-           'prepare_range', 'Corpus', 'read_runs', 'load_fate', 'write_fate', 'resumable', 'sweep', 'file_tasks',
-           'prepare', 'review_markdown']
+__all__ = ['CHUNK_BYTES', 'SPILL_BYTES', 'ROW_BYTES', 'ROW', 'SPILL', 'PIECE_BYTES', 'COPY_BYTES', 'BATCH_CHARS', 'WINDOW_BYTES',
+           'INDEX', 'DOC_BYTES', 'CACHE_BYTES', 'READ_BYTES', 'GAP_LOCAL', 'GAP_S3', 'FATES', 'RawFile',
+           'normal_source', 'list_raw', 'cut_file', 'safe_domain', 'file_domain', 'text_hash', 'measure', 'base_id',
+           'id_hash', 'ties', 'order_rows', 'spill_table', 'large_file', 'pieces', 'in_order', 'Spill', 'load_array',
+           'spill_slice', 'new_tally', 'add_tally', 'check_tally', 'Review', 'excerpts', 'first_difference', 'document',
+           'Intake', 'rare_collections', 'prepare_file', 'quarantine_key', 'write_quarantine', 'check_domains',
+           'join_quarantine', 'number_ids', 'Window', 'Gathered', 'number_rows', 'cut_part', 'write_parquet',
+           'write_table', 'prepare_range', 'Corpus', 'read_runs', 'load_fate', 'write_fate', 'resumable', 'sweep',
+           'file_tasks', 'prepare', 'review_markdown']
 
 # %% ../../nbs/01f_prepare.ipynb #c006
 class RawFile(NamedTuple):
@@ -193,7 +193,19 @@ def spill_table(
     return pa.table({c: pa.array(v, t) for (c, t), v in zip(SPILL.items(), columns)})
 
 # %% ../../nbs/01f_prepare.ipynb #c026
-COPY_BYTES = 4 << 20  # that are put in order at once
+PIECE_BYTES = 1 << 16  # of one write
+
+@contextmanager
+def large_file(store: Store, key: str) -> Iterator[Callable[[Any], None]]: # put(buffer)
+    "A file of many megabytes, atomic as all files of a store."
+    with store.output(key) as path, open(path, "wb", buffering=PIECE_BYTES // 2) as f:
+        def put(data):
+            data = memoryview(data).cast("B")
+            for i in range(0, len(data), PIECE_BYTES): f.write(data[i:i + PIECE_BYTES])
+        yield put
+
+# %% ../../nbs/01f_prepare.ipynb #c027
+COPY_BYTES = 1 << 20  # that are put in order at once
 
 @_jit
 def _copy(source, start, length, out, to):
@@ -214,16 +226,17 @@ def in_order(
     data: Any, # buffer of lines
     start: np.ndarray, length: np.ndarray # int64, in the wanted order
 ) -> Iterator[Any]: # buffers
-    "Lines of a buffer in another order."
-    view = memoryview(data)
+    "Lines of a buffer in another order. A buffer is only good until the next one is asked for."
+    view, room = memoryview(data), np.empty(0, np.uint8)
     if njit is None: yield from (view[a:a + n] for a, n in zip(start.tolist(), length.tolist())); return
     data = np.frombuffer(data, np.uint8)
     for i, j in pieces(length):
-        n = length[i:j]; out = np.empty(int(n.sum()), np.uint8)
-        _copy(data, start[i:j], n, out, np.cumsum(n) - n)
-        yield out.data
+        n = length[i:j]; size = int(n.sum())
+        if size > len(room): room = np.empty(size, np.uint8)
+        _copy(data, start[i:j], n, room, np.cumsum(n) - n)
+        yield room[:size]
 
-# %% ../../nbs/01f_prepare.ipynb #c029
+# %% ../../nbs/01f_prepare.ipynb #c030
 class Spill:
     "Collects documents and writes them out in sorted files."
     def __init__(self, store: Store, prefix: str):
@@ -240,16 +253,17 @@ class Spill:
         rows, length, key = self.rows, np.array(self.lengths, np.int64), f"{self.prefix}-{len(self.keys):05d}"
         start = np.cumsum(length) - length
         order = order_rows(np.array([r[0] for r in rows], np.uint64), lambda i: rows[i][1], lambda i: self.lines[start[i]:start[i] + length[i]])
-        with self.store.writer(key + ".jsonl") as f: f.writelines(in_order(self.lines, start[order], length[order]))
+        with large_file(self.store, key + ".jsonl") as put:
+            for lines in in_order(self.lines, start[order], length[order]): put(lines)
         table = spill_table([rows[i] for i in order.tolist()], tuple(np.concatenate(m)[order] for m in zip(*self.measures)), length[order])
-        with pa.BufferOutputStream() as out:
+        with pa.BufferOutputStream() as out, large_file(self.store, key + ".arrow") as put:
             with pa.ipc.new_file(out, table.schema) as w: w.write_table(table)
-            self.store.write(key + ".arrow", out.getvalue())
+            put(out.getvalue())
         self.docs += len(rows); self.total += len(self.lines); self.keys.append(key)
         self._clear()
         if not gc.isenabled(): gc.collect()  # see `rare_collections`
 
-# %% ../../nbs/01f_prepare.ipynb #c030
+# %% ../../nbs/01f_prepare.ipynb #c031
 def load_array(
     store: Store,
     key: str # of an .npy file
@@ -269,7 +283,7 @@ def spill_slice(
         with pa.ipc.new_stream(out, table.schema) as w: w.write_table(table.slice(i, j - i))
         return pa.ipc.open_stream(out.getvalue()).read_all()
 
-# %% ../../nbs/01f_prepare.ipynb #c033
+# %% ../../nbs/01f_prepare.ipynb #c034
 def new_tally() -> dict: # counts of one domain
     "Counts of prepare for one domain."
     return {"read": 0, "kept": 0, "filtered": Counter(), "quarantined": Counter(), "rules": Counter(),
@@ -290,7 +304,7 @@ def check_tally(name: str, t: dict) -> None:
     out = t["kept"] + sum(t["filtered"].values()) + sum(t["quarantined"].values())
     if t["read"] != out: raise RuntimeError(f"{name}: {t['read']} lines read, but {out} kept, filtered or quarantined")
 
-# %% ../../nbs/01f_prepare.ipynb #c036
+# %% ../../nbs/01f_prepare.ipynb #c037
 class Review:
     "The best `limit` before/after pairs of each domain."
     def __init__(self, limit: int): self.limit, self.best = limit, {}
@@ -330,7 +344,7 @@ def first_difference(x: str, y: str) -> int: # index of the first character that
     start = next((i for i in range(0, n, 4096) if x[i:i + 4096] != y[i:i + 4096]), n)
     return next((start + i for i, (a, b) in enumerate(zip(x[start:start + 4096], y[start:start + 4096])) if a != b), n)
 
-# %% ../../nbs/01f_prepare.ipynb #c039
+# %% ../../nbs/01f_prepare.ipynb #c040
 _FIELDS = dict.fromkeys(FIELDS, "")
 
 def _as_text(value: Any) -> str: # of a field
@@ -353,7 +367,7 @@ def document(
     if not given: out["id"] = make_id(domain, text)
     return out, given
 
-# %% ../../nbs/01f_prepare.ipynb #c042
+# %% ../../nbs/01f_prepare.ipynb #c043
 BATCH_CHARS = 1 << 17  # of text that are measured in one call
 
 class Intake:
@@ -370,7 +384,7 @@ class Intake:
             check_domains(self.tallies, self.limit)
         return self.tallies[domain]
 
-# %% ../../nbs/01f_prepare.ipynb #c043
+# %% ../../nbs/01f_prepare.ipynb #c044
 @patch
 def add(self: Intake, record: dict) -> str | None: # reason when it is no document
     if reason := validate(record): return reason
@@ -407,7 +421,7 @@ def count(self: Intake) -> None:
 @patch
 def finish(self: Intake) -> None: self.count(); self.spill.flush()
 
-# %% ../../nbs/01f_prepare.ipynb #c045
+# %% ../../nbs/01f_prepare.ipynb #c046
 @contextmanager
 def rare_collections():
     "Within, the garbage collector runs when it is called, and only over new objects."
@@ -418,7 +432,7 @@ def rare_collections():
         if was: gc.enable()
         gc.unfreeze()
 
-# %% ../../nbs/01f_prepare.ipynb #c046
+# %% ../../nbs/01f_prepare.ipynb #c047
 def prepare_file(
     task: dict # workspace, number, file (RawFile), file_number, cut (as `cut_file` gives it), domain, settings (of clean)
 ) -> dict: # spills, docs and bytes in them, tallies, review, key of bad lines, lines
@@ -437,7 +451,7 @@ def prepare_file(
     intake.finish()
     return {"spills": intake.spill.keys, "docs": intake.spill.docs, "bytes": intake.spill.total, "tallies": intake.tallies, "review": intake.review.best, "bad": bad, "lines": span.lines if span else None}
 
-# %% ../../nbs/01f_prepare.ipynb #c047
+# %% ../../nbs/01f_prepare.ipynb #c048
 def quarantine_key(name: str, number: int) -> str: # of a raw file and its number
     "Where the bad lines of a file go."
     return f"dedup_ready/quarantine/{number:05d}-{_UNSAFE.sub('_', name)[-80:]}".removesuffix(".gz").removesuffix(".zst")
@@ -457,7 +471,7 @@ def check_domains(domains: Iterable[str], limit: int) -> None:
     if len(names := sorted(domains)) > limit:
         raise UserError(f"{len(names)} domains are more than clean.max_domains={limit}: {', '.join(names[:60])}{' …' if len(names) > 60 else ''}; give records a `domain`, set clean.domain_pattern or rename the files")
 
-# %% ../../nbs/01f_prepare.ipynb #c049
+# %% ../../nbs/01f_prepare.ipynb #c050
 def join_quarantine(
     task: dict # workspace, key, chunks: [(key or None, lines)] in the order of the file
 ) -> str: # the key
@@ -469,7 +483,7 @@ def join_quarantine(
             before += lines
     return task["key"]
 
-# %% ../../nbs/01f_prepare.ipynb #c052
+# %% ../../nbs/01f_prepare.ipynb #c053
 def number_ids(
     ids: list[str], # of the documents at one place, in the order of the corpus
     given: list[bool] # was it given
@@ -485,7 +499,7 @@ def number_ids(
         used.add(new); out.append(new); repeated += was_given and new != own
     return out, repeated
 
-# %% ../../nbs/01f_prepare.ipynb #c055
+# %% ../../nbs/01f_prepare.ipynb #c056
 WINDOW_BYTES = 256 << 20  # lines of one range that are held at a time
 
 class Window:
@@ -501,7 +515,7 @@ class Window:
             i = at - self.start
         return self.data[i:i + n]
 
-# %% ../../nbs/01f_prepare.ipynb #c056
+# %% ../../nbs/01f_prepare.ipynb #c057
 class Gathered:
     "All documents of a range: columns from all spills, lines through windows."
     def __init__(self, store: Store, spills: list[str], low: int, high: int):
@@ -521,19 +535,19 @@ class Gathered:
     def line(self, row: int) -> memoryview: return self.windows[self.spill[row]].line(int(self.offset[row]), int(self.length[row]))
 
 @patch
-def blocks(self: Gathered, rows: np.ndarray) -> Iterator[Any]: # buffers
-    "Lines put together, megabytes at a time; one by one where windows have to move."
+def blocks(self: Gathered, rows: np.ndarray) -> Iterator[Any]: # buffers, as `in_order` gives them
+    "Lines put together, a megabyte at a time; one by one where windows have to move."
     if njit is None or not self.whole: yield from (line for _, line in self.lines(rows)); return
-    data = [np.frombuffer(w.line(w.low, w.high - w.low), np.uint8) for w in self.windows]
+    data, room = [np.frombuffer(w.line(w.low, w.high - w.low), np.uint8) for w in self.windows], np.empty(0, np.uint8)
     for i, j in pieces(self.length[rows]):
-        some = rows[i:j]; n, spill = self.length[some], self.spill[some]
-        out, to = np.empty(int(n.sum()), np.uint8), np.cumsum(n) - n
+        some = rows[i:j]; n, spill, size = self.length[some], self.spill[some], int(self.length[some].sum())
+        if size > len(room): room = np.empty(size, np.uint8)
         for k in np.unique(spill).tolist():
             m = np.flatnonzero(spill == k)
-            _copy(data[k], self.offset[some[m]] - self.windows[k].low, n[m], out, to[m])
-        yield out.data
+            _copy(data[k], self.offset[some[m]] - self.windows[k].low, n[m], room, (np.cumsum(n) - n)[m])
+        yield room[:size]
 
-# %% ../../nbs/01f_prepare.ipynb #c057
+# %% ../../nbs/01f_prepare.ipynb #c058
 def number_rows(
     gathered: Gathered
 ) -> tuple[np.ndarray, dict[int, str], int]: # rows in the order of the corpus, new ids of rows, repeated given ids
@@ -560,7 +574,7 @@ def cut_part(
     edges = [0, *(1 + np.flatnonzero(np.diff((ends - weights) // limit))), len(ends)]
     return [(int(i), int(j)) for i, j in zip(edges, edges[1:])]
 
-# %% ../../nbs/01f_prepare.ipynb #c059
+# %% ../../nbs/01f_prepare.ipynb #c060
 INDEX = {"id": pa.string(), "offset": pa.int64(), "length": pa.int64(), "words": pa.int64(), "bytes": pa.int64(), "source": pa.string(), "date": pa.string(), "hash": pa.uint64()}
 
 def write_parquet(store: Store, key: str, table: pa.Table) -> None:
@@ -575,25 +589,25 @@ def write_table(
     "Write columns as a Parquet file."
     write_parquet(store, key, pa.table({k: pa.array(columns[k], t) for k, t in schema.items()}))
 
-# %% ../../nbs/01f_prepare.ipynb #c060
+# %% ../../nbs/01f_prepare.ipynb #c061
 def _renumber(line: Any, id_: str) -> bytes: # the line with another id
     return dump_line(orjson.loads(line) | {"id": id_})
 
 def _write_part(store: Store, domain: str, name: str, gathered: Gathered, rows: np.ndarray, renamed: dict[int, str]) -> dict: # its entry in parts.json
     "One part and its index."
     lengths = gathered.length[rows].copy()
-    with store.writer(f"dedup_ready/{name}.jsonl") as out:
-        if not renamed: out.writelines(gathered.blocks(rows))
+    with large_file(store, f"dedup_ready/{name}.jsonl") as put:
+        for lines in () if renamed else gathered.blocks(rows): put(lines)
         for i, (row, line) in enumerate(gathered.lines(rows) if renamed else ()):
             if row in renamed: line = _renumber(line, renamed[row]); lengths[i] = len(line)
-            out.write(line)
+            put(line)
     table = gathered.table.take(pa.array(rows)).combine_chunks()
     if renamed: table = table.set_column(table.schema.get_field_index("id"), "id", pa.array([renamed.get(r, i) for r, i in zip(rows.tolist(), table["id"].to_pylist())], pa.string()))
     columns = {c: table[c] for c in INDEX} | {"offset": pa.array(np.cumsum(lengths) - lengths), "length": pa.array(lengths)}
     write_parquet(store, f"minhash_lsh/index/{name}.parquet", pa.table(columns))
     return {"domain": domain, "name": name, "docs": len(rows), "bytes": int(lengths.sum())}
 
-# %% ../../nbs/01f_prepare.ipynb #c061
+# %% ../../nbs/01f_prepare.ipynb #c062
 DOC_BYTES = 256  # that a document counts for in the size of a part, beside its line
 
 def prepare_range(
@@ -614,7 +628,7 @@ def prepare_range(
             parts.append(_write_part(store, domain, name, gathered, rows[i:j], renamed))
     return {"parts": parts, "repeated_ids": repeated}
 
-# %% ../../nbs/01f_prepare.ipynb #c063
+# %% ../../nbs/01f_prepare.ipynb #c064
 CACHE_BYTES = 32 << 20  # of numeric columns that a Corpus keeps
 
 class Corpus:
@@ -630,7 +644,7 @@ class Corpus:
         cuts = np.searchsorted(docs, self.starts)
         for part in np.flatnonzero(np.diff(cuts)): yield int(part), docs[cuts[part]:cuts[part + 1]] - self.starts[part]
 
-# %% ../../nbs/01f_prepare.ipynb #c064
+# %% ../../nbs/01f_prepare.ipynb #c065
 @patch
 def columns(
     self: Corpus,
@@ -653,7 +667,7 @@ def _remember(self: Corpus, part: int, name: str, values: np.ndarray) -> np.ndar
     while self._cached > CACHE_BYTES and len(self._cache) > 1: self._cached -= self._cache.popitem(last=False)[1].nbytes
     return values
 
-# %% ../../nbs/01f_prepare.ipynb #c065
+# %% ../../nbs/01f_prepare.ipynb #c066
 @patch
 def table(self: Corpus, part: int, columns: list[str]) -> dict[str, Any]: # numpy for numbers, lists for text
     "Columns of one part."
@@ -679,7 +693,7 @@ def gather(self: Corpus, docs: np.ndarray, columns: list[str]) -> dict[str, list
     "The same as Python lists, for a few documents."
     return self.gather_table(docs, columns).to_pydict()
 
-# %% ../../nbs/01f_prepare.ipynb #c067
+# %% ../../nbs/01f_prepare.ipynb #c068
 READ_BYTES, GAP_LOCAL, GAP_S3 = 4 << 20, 8 << 10, 1 << 20  # of one read; unwanted bytes read over rather than starting another
 
 def read_runs(
@@ -713,7 +727,7 @@ def lines(self: Corpus, part: int, rows: np.ndarray | None = None) -> Iterator[t
         data = memoryview(data)
         for row, i, j in zip(some.tolist(), start.tolist(), end.tolist()): yield row, data[i:j]
 
-# %% ../../nbs/01f_prepare.ipynb #c068
+# %% ../../nbs/01f_prepare.ipynb #c069
 @contextmanager
 def _reader(store: Store, key: str, reads: int): # read(start, length) -> bytes
     "Reads of one file: of a few, on S3, each is a request; for many the file is fetched."
@@ -762,7 +776,7 @@ def texts(
     for part, rows in self.groups(np.asarray(docs, np.int64)):
         for _, text in self.part_texts(part, rows): yield text
 
-# %% ../../nbs/01f_prepare.ipynb #c071
+# %% ../../nbs/01f_prepare.ipynb #c072
 FATES = ("kept", "exact", "near", "contaminated", "semantic", "emptied")  # values 0 to 5 of minhash_lsh/fate/<part>.npy
 
 def load_fate(
@@ -788,7 +802,7 @@ def write_fate(
     with corpus.store.writer(key) as f: np.save(f, fate, allow_pickle=False)
     return key
 
-# %% ../../nbs/01f_prepare.ipynb #c073
+# %% ../../nbs/01f_prepare.ipynb #c074
 def resumable(
     ctx, stage, # of the driver
     name: str, fn, tasks: list[dict], # each with a `number`
@@ -809,7 +823,7 @@ def sweep(
     for key in store.list(prefix):
         if key not in keep: store.delete(key)
 
-# %% ../../nbs/01f_prepare.ipynb #c074
+# %% ../../nbs/01f_prepare.ipynb #c075
 def file_tasks(
     store: Store, files: list[RawFile],
     settings: CleanSettings,
@@ -830,7 +844,7 @@ def _quarantines(ctx, stage, tasks: list[dict], mapped: list[dict]) -> list[str]
     keys |= dict(zip([t["number"] for t in todo], resumable(ctx, stage, "quarantine", join_quarantine, todo)))
     return [keys[i] for i in sorted(keys)]
 
-# %% ../../nbs/01f_prepare.ipynb #c075
+# %% ../../nbs/01f_prepare.ipynb #c076
 def prepare(ctx, stage, files: list[RawFile], ignored: list[str], sources: list[str]) -> dict: # counts
     "Fill dedup_ready/ and minhash_lsh/index/. Raises `UserError` when nothing is left, `RuntimeError` when counts do not add up."
     store, s, log = ctx.store, ctx.settings, getattr(ctx, "log", lambda text: None)
@@ -852,7 +866,7 @@ def prepare(ctx, stage, files: list[RawFile], ignored: list[str], sources: list[
     store.delete_prefix("minhash_lsh/spill")
     return counts
 
-# %% ../../nbs/01f_prepare.ipynb #c076
+# %% ../../nbs/01f_prepare.ipynb #c077
 def _publish(store, domains, parts, ranged, mapped, quarantine, ignored, sources, files, settings) -> dict: # counts
     "Check the counts, write the manifest, parts.json and the review samples, remove leftovers."
     total = new_tally()
@@ -873,7 +887,7 @@ def _publish(store, domains, parts, ranged, mapped, quarantine, ignored, sources
     sweep(store, "minhash_lsh/index/", ["minhash_lsh/index/parts.json"] + [f"minhash_lsh/index/{n}.parquet" for n in names])
     return {k: total[k] for k in ("read", "kept")} | {"filtered": sum(total["filtered"].values()), "quarantined": sum(total["quarantined"].values()), "domains": domains, "total": total}
 
-# %% ../../nbs/01f_prepare.ipynb #c077
+# %% ../../nbs/01f_prepare.ipynb #c078
 def review_markdown(
     mapped: list[dict], # results of `prepare_file`
     limit: int # pairs a domain
