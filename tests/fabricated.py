@@ -58,6 +58,28 @@ def evaluation(store, domains=DOMAINS, merged=0.93, prompts=True):
         store.write("results/gains.json", json.dumps({"prompts": 10, "improved": 7, "needed": 6, "met": True, "sentences": 40, "sentences_improved": 25, "gains": [item(i, .5 - i/10) for i in range(3)], "losses": [item(9, -.2)]}, ensure_ascii=False))
 
 
+def extras(store, domains=DOMAINS):
+    "What the newer parts of phases 3 and 4 write: ways to merge, cost ledger, pairs, contamination, subjects, harness, data curve, ratings, judge."
+    w = lambda key, header, rows: store.write(key, header + "\n" + "".join(",".join("" if v is None else str(v) for v in r) + "\n" for r in rows))
+    ways = {"base": (150, 0, 90, 0), "uniform": (130, .38, 93, 300), "seqmean": (112, .76, 94, 300), "mixed_20": (115, .62, 92, 60), "mixed": (100, 1, 96, 300)}
+    w("results/merge_methods.csv", "method,domain,nats,perplexity,share,steps,cpu_seconds,split",
+      [r for m, (p, s, g, n) in ways.items() for r in ((m, "mean", 4.8, p, s, n, n/10, "test"), (m, "general", 4.5, g, None, n, n/10, "test"))])
+    w("results/cost_ledger.csv", "part,seconds,cpu_seconds,tokens,steps,flops,kind", [("base", 40, 76, 400000, 400, 1e12, "measured"), *((f"lora.{d}", 10, 19, 30000, 60, 1e11, "measured") for d in domains), ("seed", 6, 11, 9000, 30, 1e10, "measured"),
+      ("calibration", 2, 4, 4000, None, None, "measured"), ("merge", 1, 1, None, None, None, "measured"), ("control.mixed_20", 12, 20, 30000, 60, 1e11, "measured"), ("mixed", 66, 120, 150000, 300, 5e11, "measured"), ("mixture_search_estimate", 1320, 2400, 3000000, 6000, 1e13, "arithmetic")])
+    w("results/perplexity_pairs.csv", "model,against,domain,change,low,high,bits_change,bits_low,bits_high,better,documents",
+      [("merged", "base", d, -7, -9, -5, -.1, -.12, -.08, .99, 20) for d in (*domains, "mean")] + [("merged", "base", "general", 1, -1, 3, .01, -.01, .03, .4, 20)])
+    subjects = [(m, "quiz", s, a, .1, .6, .25, .1, a, .05, 10) for m, a in (("base", .3), ("merged", .4), ("web", .9)) for s in ("all", "과학", "역사")]
+    header = "model,file,subject,accuracy,low,high,chance,above_chance,raw,margin,n"
+    w("results/choices.csv", header, [r for r in subjects if r[2] == "all"]); w("results/choices_by_subject.csv", header, [r for r in subjects if r[2] != "all"])
+    w("results/contamination.csv", "set,model,metric,items,contaminated,score_all,score_clean,checked", [("quiz", m, "accuracy", 20, 3, .35, .3, True) for m in ("base", "merged")] + [("prompts", "base", "gain", 10, None, .1, None, False)])
+    w("results/harness.csv", "model,task,subject,metric,value,low,high,chance,n,version", [(m, "kobest_copa", s, "acc", .5, .4, .6, .5, 100, "1.0") for m in ("base", "merged") for s in ("all", "-")])
+    w("results/data_curve.csv", "kind,domain,share,seed,tokens,steps,nats,low,high,perplexity,change,cpu_seconds", [("measured", "mean", .5, None, 1000, None, 5, 4.9, 5.1, 148, 10, None), ("measured", "mean", 1, None, 2000, None, 4.9, 4.8, 5, 134, 0, None),
+      ("predicted", "mean", 2, None, 4000, None, 4.8, 4.5, 5.1, 121, -9.5, None), ("run", "web", 1, 0, 2000, 9, 4.9, None, None, 134, 0, 1.5)])
+    w("results/ratings.csv", "rater,id,domain,model,answer,information,logic,brevity,tone,note", [(r, f"web-{i}", "web", m, "abc", p, p, 3, 4, None) for r in ("지민", "하나") for i in range(3) for m, p in (("base", 2), ("merged", 4))])
+    points = [f"{who}_{c}" for who in ("base", "rival") for c in ("information", "logic", "brevity", "tone", "overall")]
+    w("results/judge.csv", ",".join(["id", "domain", "rival", "verdict", "consistent", *points, "difference", "answers", "failed"]), [(f"web-{i}", "web", "merged", "rival", True, *[2]*5, *[4]*5, 2, "abc", None) for i in range(3)])
+
+
 def figures(store):
     "A figure of each phase."
     import matplotlib.pyplot as plt
@@ -90,5 +112,5 @@ def workspace(store, domains=DOMAINS, merged=0.93, prompts=True, parts=("dedup",
         if part == "evaluation": evaluation(store, domains, merged, prompts)
         elif part == "notebooks": notebooks(store)
         elif part == "figures": figures(store)
-        else: {"dedup": dedup, "format": format_, "dem": dem, "ledger": ledger}[part](store, domains)
+        else: {"dedup": dedup, "format": format_, "dem": dem, "ledger": ledger, "extras": extras}[part](store, domains)
     return store

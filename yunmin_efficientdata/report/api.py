@@ -72,7 +72,7 @@ def patched(node: ast.FunctionDef) -> str: # class name, or empty
 
 def _prose(node) -> list[str]:
     "A docstring as a paragraph."
-    text = ast.get_docstring(node) or ""
+    text = re.sub(r"\[([^\]\[]*)\]\([^()\s]+\)", r"\1", ast.get_docstring(node) or "")   # links in docstrings are relative to the notebook
     return [re.sub(r"([<~$*])", r"\\\1", " ".join(text.split())), ""] if text else []
 
 def _entry(node: ast.FunctionDef, name: str, level: int, comments: dict[int, str], ko: bool) -> list[str]:

@@ -10,12 +10,13 @@ from typing import Any, Callable
 import pandas as pd
 
 # %% auto #0
-__all__ = ['BENCHMARK', 'TEXT', 'WINDOWS', 'COSTS', 'COST_LEDGER', 'OTHER_PARTS', 'SUMMARY', 'GAINS', 'METHODS', 'EXPECTATIONS',
-           'ASKED', 'UNITS', 'Facts', 'stages', 'seconds', 'Measured', 'data_reduction', 'quarantine_rate', 'loading',
-           'loading_speed', 'loading_memory', 'window_speed', 'window_memory', 'costs', 'domain_costs', 'cost_ledger',
-           'cost_one_run', 'tried_weights', 'cost_mixture_search', 'slowest_domain', 'all_domains', 'vectors_time',
-           'merge_time', 'metric', 'change', 'perplexity_gain', 'bleu_gain', 'sign_test', 'choice_gain',
-           'prompts_better', 'method_means', 'Expectation', 'readable_time', 'shown', 'executive']
+__all__ = ['BENCHMARK', 'TEXT', 'WINDOWS', 'COSTS', 'COST_LEDGER', 'OTHER_PARTS', 'SUMMARY', 'PAIRS', 'GAINS', 'METHODS',
+           'EXPECTATIONS', 'ASKED', 'UNITS', 'Facts', 'stages', 'seconds', 'Measured', 'data_reduction',
+           'quarantine_rate', 'loading', 'loading_speed', 'loading_memory', 'window_speed', 'window_memory', 'costs',
+           'domain_costs', 'cost_ledger', 'of_merge', 'cost_one_run', 'tried_weights', 'cost_mixture_search',
+           'slowest_domain', 'all_domains', 'vectors_time', 'merge_time', 'metric', 'change', 'paired', 'zero_inside',
+           'perplexity_gain', 'bleu_gain', 'sign_test', 'choice_gain', 'prompts_better', 'method_means', 'Expectation',
+           'readable_time', 'shown', 'executive']
 
 # %% ../../nbs/05a_facts.ipynb #c006
 class Facts:
@@ -143,11 +144,15 @@ def cost_ledger(facts: Facts) -> dict[str, float]: # part -> seconds
     table = facts.csv(COST_LEDGER)
     return {} if table is None else {str(r.part): float(r.seconds) for r in table.itertuples() if pd.notna(r.seconds)}
 
+def of_merge(part: str) -> bool: # a part of the cost ledger
+    "Does this part belong to the making of the merged model?"
+    return part not in ("base", "mixed", "mixture_search_estimate") and not part.startswith(("control", "measure"))
+
 def _dem_seconds(facts: Facts) -> tuple[float, float, str] | None: # merged model, mixed run, file
     "Seconds of everything that made the merged model, beside those of one mixed run; None without a mixed run to compare with."
     ledger, every, domains = cost_ledger(facts), costs(facts), domain_costs(facts)
     if ledger.get("mixed") and any(k.startswith("lora.") for k in ledger):
-        return sum(v for k, v in ledger.items() if k.startswith("lora.") or k in OTHER_PARTS), ledger["mixed"], COST_LEDGER
+        return sum(v for k, v in ledger.items() if of_merge(k)), ledger["mixed"], COST_LEDGER
     if not domains or not every.get("mixed", {}).get("seconds"): return None
     return sum(c["seconds"] for c in domains.values()) + sum(every.get(k, {}).get("seconds", 0) for k in OTHER_PARTS), every["mixed"]["seconds"], COSTS
 
@@ -225,17 +230,33 @@ def change(
     return float((both[model] - both["base"]).mean()), len(both)
 
 # %% ../../nbs/05a_facts.ipynb #c036
+PAIRS = "results/perplexity_pairs.csv"
+
+def paired(facts: Facts, model: str = "merged") -> pd.DataFrame | None: # domain, change, low, high in percent, better
+    "Paired changes of perplexity from the base, by domain, then `mean` and `general`; None where phase 4 made none."
+    table = facts.csv(PAIRS)
+    if table is None or not {"model", "against", "domain", "change", "low", "high"} <= set(table.columns): return None
+    rows = table[(table.model == model) & (table.against == "base")]
+    return rows if len(rows) else None
+
+def zero_inside(facts: Facts) -> bool: # of the interval of the mean over domains
+    "Is no change at all inside the paired interval? False where there is none."
+    rows = paired(facts)
+    mean = None if rows is None else rows[rows.domain == "mean"]
+    return bool(mean is not None and len(mean) and mean.low.iloc[0] <= 0 <= mean.high.iloc[0])
+
+# %% ../../nbs/05a_facts.ipynb #c037
 def perplexity_gain(facts: Facts) -> Measured | None: # percent below base
     c = change(facts, "perplexity")
     if not c: return None
-    wish = ("", "") if c[0] > -3 else (", 희망치 5 % 도 충족", ", also the wished 5 %") if c[0] <= -5 else (", 희망치 5 % 에는 미달", ", short of the wished 5 %")
-    return Measured(-c[0], SUMMARY, f"{c[1]}개 도메인의 기하평균{wish[0]}", f"geometric mean of {c[1]} domains{wish[1]}")
+    wish = ("", "") if c[0] > -3 else (", 희망치 5\u00a0%도 충족", ", also the wished 5 %") if c[0] <= -5 else (", 희망치 5\u00a0%에는 미달", ", short of the wished 5 %")
+    return Measured(-c[0], SUMMARY, f"{c[1]}개 도메인의 기하평균{wish[0]}", f"geometric mean of {c[1]} domains{wish[1]}", zero_inside(facts))
 
 def bleu_gain(facts: Facts) -> Measured | None: # points
     c = change(facts, "bleu_char", ratio=False)
     return Measured(c[0], SUMMARY, f"bleu_char, {c[1]}개 도메인의 평균", f"bleu_char, mean of {c[1]} domains") if c else None
 
-# %% ../../nbs/05a_facts.ipynb #c038
+# %% ../../nbs/05a_facts.ipynb #c039
 def sign_test(
     better: int, n: int # successes; of how many
 ) -> float: # p
@@ -253,7 +274,7 @@ def choice_gain(facts: Facts) -> Measured | None: # percent more right answers t
     n = int(rows.n.sum())
     return Measured(100*(merged/base - 1), SUMMARY, f"정답률 base {base:.3f}, merged {merged:.3f}, {n}문항", f"accuracy base {base:.3f}, merged {merged:.3f}, {n} questions", doubt) if base else None
 
-# %% ../../nbs/05a_facts.ipynb #c041
+# %% ../../nbs/05a_facts.ipynb #c042
 GAINS = "results/gains.json"
 
 def prompts_better(facts: Facts) -> Measured | None: # of ten prompts
@@ -265,7 +286,7 @@ def prompts_better(facts: Facts) -> Measured | None: # of ten prompts
     p = sign_test(int(better), int(n))
     return Measured(10*better/n, GAINS, f"프롬프트 {n}개 가운데 {better}개, 부호 검정 p = {p:.2g}", f"{better} of {n} prompts, sign test p = {p:.2g}", p > .05)
 
-# %% ../../nbs/05a_facts.ipynb #c043
+# %% ../../nbs/05a_facts.ipynb #c044
 METHODS = "results/merge_methods.csv"
 
 def method_means(facts: Facts) -> pd.DataFrame | None: # method, share, perplexity, general (% change), steps, cpu_seconds; base is left out
@@ -279,7 +300,7 @@ def method_means(facts: Facts) -> pd.DataFrame | None: # method, share, perplexi
     out["general"] = 100*(general.perplexity/base - 1) if math.isfinite(base) else math.nan
     return out[out.share.notna()].rename_axis("method").reset_index() if out.share.notna().any() else None
 
-# %% ../../nbs/05a_facts.ipynb #c046
+# %% ../../nbs/05a_facts.ipynb #c047
 @dataclass(frozen=True)
 class Expectation:
     "One published expectation: met when the measured value is at least (or at most) the target."
@@ -295,7 +316,7 @@ class Expectation:
         if m is None or not math.isfinite(m.value): return "not measured"
         return "yes" if (m.value >= self.target if self.at_least else m.value <= self.target) else "no"
 
-# %% ../../nbs/05a_facts.ipynb #c047
+# %% ../../nbs/05a_facts.ipynb #c048
 EXPECTATIONS = (
     Expectation("data", "데이터 축소", "data reduction", 50, "%", True, "up to -50 %", data_reduction),
     Expectation("cost_one", "DEM 학습 비용 절감 (혼합 학습 1회 대비)", "DEM training cost saved, against one mixed run", 70, "%", True, "-70 to -90 %", cost_one_run),
@@ -315,7 +336,7 @@ EXPECTATIONS = (
     Expectation("errors", "처리하지 못한 입력 줄", "input lines not processed", 1, "%", False, "at most 1 %", quarantine_rate),
 )
 
-# %% ../../nbs/05a_facts.ipynb #c048
+# %% ../../nbs/05a_facts.ipynb #c049
 ASKED = {"up to -50 %": "최대 -50 %", "-70 to -90 %": "-70~90 %", "up to 5x": "최대 5배", "up to -80 %": "최대 -80 %", "up to +15 %": "최대 +15 %", "at most 2 h": "2시간 이하", "about 5 min": "약 5분",
          "at most 20 min": "20분 이하", "at most 10 h": "10시간 이하", "3-10 % below base": "base보다 3~10 % 낮음", "+2": "+2점", "6 of 10 better": "10개 중 6개", "at most 1 %": "1 % 이하"}   # Korean for `asked`
 UNITS = {"x": "배", "h": "시간", "min": "분", "s": "초", "points": "점", "of 10": "/10"}   # what Korean says for a unit
@@ -333,7 +354,7 @@ def shown(
     text = f"{value:.3g}" if unit in ("h", "min", "s") else f"{value:.2f}" if unit in ("x", "points") else f"{value:.1f}"
     return f"{text} {UNITS.get(unit, unit) if language == 'ko' else unit}".replace(" /10", "/10")
 
-# %% ../../nbs/05a_facts.ipynb #c050
+# %% ../../nbs/05a_facts.ipynb #c051
 def executive(facts: Facts) -> pd.DataFrame: # id, expectation, target, value, unit, measured, met, source, remark, remark_ko, doubt
     "Every expectation with what was measured, whether it is met, and from which file."
     rows = []

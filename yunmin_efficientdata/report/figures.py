@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from ..core.figures import korean_style, save_figure
-from .facts import BENCHMARK, COST_LEDGER, EXPECTATIONS, METHODS, OTHER_PARTS, Facts, cost_ledger, executive, loading, method_means, metric, shown, stages
+from .facts import BENCHMARK, COST_LEDGER, EXPECTATIONS, METHODS, Facts, cost_ledger, executive, loading, method_means, metric, of_merge, shown, stages
 from .history import describe, kept_runs, plot_history, run_name, series
 
 # %% auto #0
@@ -157,20 +157,22 @@ def cost_bars(facts: Facts) -> dict[str, dict[str, float]]: # bar -> {part: seco
     ledger = cost_ledger(facts)
     loras = sum(v for k, v in ledger.items() if k.startswith("lora."))
     if not loras: return {}
-    bars = {"DEM": {"lora": loras, **{p: ledger[p] for p in OTHER_PARTS if ledger.get(p)}}}
+    rest = {p: s for p, s in ledger.items() if of_merge(p) and not p.startswith("lora.") and s}
+    bars = {"DEM": {"lora": loras, **{p: s for p, s in rest.items() if p in PARTS}, "other": sum(s for p, s in rest.items() if p not in PARTS)}}
+    if not bars["DEM"]["other"]: del bars["DEM"]["other"]
     if ledger.get("mixed"): bars["mixed"] = {"mixed": ledger["mixed"]}
     if ledger.get("mixture_search_estimate"): bars["search"] = {"estimate": ledger["mixture_search_estimate"]}
     return bars
 
 PARTS = {"lora": ("도메인 학습", "domains"), "seed": ("공통 시작 학습", "seed phase"), "polish": ("마무리 학습", "polish"), "vectors": ("차이 벡터", "vectors"), "search": ("가중치 탐색", "weight search"),
-         "calibration": ("보정", "calibration"), "merge": ("병합", "merge"), "mixed": ("혼합 학습", "mixed training"), "estimate": ("혼합 비율 탐색 (계산값)", "mixture search (arithmetic)")}
+         "calibration": ("보정", "calibration"), "merge": ("병합", "merge"), "other": ("그 밖", "other"), "mixed": ("혼합 학습", "mixed training"), "estimate": ("혼합 비율 탐색 (계산값)", "mixture search (arithmetic)")}
 
 def plot_costs(facts: Facts, language: str = "ko"): # figure, or None
     "Seconds of making the merged model, beside one mixed run and a mixture search; arithmetic is hatched."
     bars, pick = cost_bars(facts), 0 if language == "ko" else 1
     if not bars: return None
     fig, ax = plt.subplots(figsize=(8.2, 0.5*len(bars) + 1.5), layout="constrained")
-    colours = dict(zip(PARTS, (BLUE, "#56b4e9", GREEN, GREY, "#cc78bc", "#fbafe4", "#d55e00", ORANGE, "#ffffff")))
+    colours = dict(zip(PARTS, (BLUE, "#56b4e9", GREEN, GREY, "#cc78bc", "#fbafe4", "#d55e00", "#cccccc", ORANGE, "#ffffff")))
     names = {"DEM": ("병합 모델", "merged model"), "mixed": ("혼합 학습 1회", "one mixed run"), "search": ("혼합 비율 탐색", "mixture search")}
     for y, (bar, parts) in enumerate(bars.items()):
         left = 0.0

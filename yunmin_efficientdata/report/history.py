@@ -100,7 +100,7 @@ def changed_numbers(before: dict, now: dict) -> list[tuple[str, dict, dict]]: # 
     return [p for p in pairs if p[1] != p[2]]
 
 # %% ../../nbs/05h_history.ipynb #c018
-VERDICT = {"yes": ("✓\u00a0충족", "✓\u00a0met"), "no": ("✗\u00a0미충족", "✗\u00a0not\u00a0met"), "not measured": ("–\u00a0측정\u00a0안\u00a0함", "–\u00a0not\u00a0measured")}   # on one line
+VERDICT = {"yes": ("✓\u00a0충족", "✓\u00a0met"), "no": ("✗\u00a0미충족", "✗\u00a0not met"), "not measured": ("–\u00a0측정 안 함", "–\u00a0not measured")}   # the sign stays with its word
 
 def causes(before: dict, now: dict) -> list[tuple[str, str]]: # Korean and English
     "What differs between two runs besides their numbers, in words."

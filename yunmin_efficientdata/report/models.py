@@ -7,16 +7,17 @@ from __future__ import annotations
 import math
 from typing import Any
 import pandas as pd
-from .facts import COST_LEDGER, COSTS, GAINS, METHODS, SUMMARY, Facts, change, costs, domain_costs, method_means, metric, tried_weights
+from .facts import COST_LEDGER, COSTS, GAINS, METHODS, SUMMARY, Facts, change, costs, domain_costs, method_means, metric, paired, PAIRS, tried_weights
 from .figures import ORDER, PARTS, merge_weights
 from .page import Page, Raw, plain
 
 # %% auto #0
-__all__ = ['CONTAMINATION', 'SUBJECTS', 'HARNESS', 'CURVE', 'PROMPTS', 'CRITERIA', 'RATERS', 'INFERENCE', 'dem_section',
-           'ordered', 'perplexity_table', 'worse_domains', 'verdict', 'against', 'methods_part', 'best',
-           'weights_table', 'vectors_table', 'part_name', 'cost_table', 'evaluation_section', 'scores_table',
-           'choices_part', 'contamination_part', 'harness_part', 'curve_part', 'changed_sentences', 'gains_part',
-           'rule_sentence', 'gain_row', 'rating_means', 'ratings_part', 'inference_part']
+__all__ = ['CONTAMINATION', 'SUBJECTS', 'HARNESS', 'CURVE', 'CURVE_KINDS', 'PROMPTS', 'CRITERIA', 'RATINGS', 'JUDGE', 'INFERENCE',
+           'dem_section', 'ordered', 'perplexity_table', 'worse_domains', 'verdict', 'pairs_table', 'against',
+           'methods_part', 'best', 'weights_table', 'vectors_table', 'part_name', 'cost_table', 'evaluation_section',
+           'scores_table', 'by_subject', 'choices_part', 'whole_sets', 'contamination_part', 'harness_part',
+           'curve_part', 'changed_sentences', 'gains_part', 'rule_sentence', 'gain_row', 'rating_means', 'judge_points',
+           'ratings_part', 'judge_part', 'inference_part']
 
 # %% ../../nbs/05g_models.ipynb #c006
 def dem_section(page: Page) -> None:
@@ -58,7 +59,17 @@ def verdict(page: Page) -> None:
              f"The merged model's perplexity is **{abs(merged[0]):.1f} % {'below' if better else 'above'}** the base's over {merged[1]} domains (geometric mean){'' if better else ': merging made it worse'}.")
     each = ", ".join(f"`{d}` {v:+.1f} %" for d, v in worse.items())
     if worse: page.add(f"base보다 나빠진 도메인: {each}.", f"Domains that got worse than the base: {each}.")
-    against(page, merged[0])
+    against(page, merged[0]); pairs_table(page)
+
+def pairs_table(page: Page) -> None:
+    "The merged model against the base on the same documents, with paired intervals; silent where phase 4 made none."
+    rows = paired(page.facts)
+    if rows is None: return
+    names = {"mean": page.t("평균", "mean"), "general": page.t("일반", "general")}
+    page.add(f"같은 문서에서 짝지어 견준 PPL의 변화입니다(병합 모델 대 base, 95 % 구간). 구간이 0을 포함하면 차이를 말할 수 없습니다 (`{PAIRS}`).", f"Change of perplexity on the same documents, paired (merged against base, 95 % interval). Where the interval holds 0, no difference can be claimed (`{PAIRS}`).")
+    percent = lambda v: None if pd.isna(v) else f"{v:+.1f} %"
+    page.table([page.t(*h) for h in (("도메인", "Domain"), ("변화", "Change"), ("하한", "Low"), ("상한", "High"), ("판단", "Says"))],
+               [[names.get(r.domain, r.domain), percent(r.change), percent(r.low), percent(r.high), page.t("구별 안 됨", "no difference") if r.low <= 0 <= r.high else page.t("나아짐", "better") if r.change < 0 else page.t("나빠짐", "worse")] for r in rows.itertuples()])
 
 def against(page: Page, merged: float) -> None: # percent change of the merged model over domains
     "The merged model on general text, and against the mixed-data run."
@@ -161,43 +172,64 @@ def scores_table(page: Page) -> None:
     page.table([page.t("지표", "Metric"), *models], [[m, *(float(v) for v in row)] for m, row in zip(wide.index, wide[models].to_numpy(float))])
 
 # %% ../../nbs/05g_models.ipynb #c019
+def by_subject(table: pd.DataFrame) -> pd.DataFrame: # subject, a column of accuracy a model, chance, n
+    "Accuracy by subject, models side by side."
+    wide = table.pivot_table(index="subject", columns="model", values="accuracy", aggfunc="mean", sort=False)
+    more = table.groupby("subject", sort=False)[[c for c in ("chance", "n") if c in table]].first()
+    return wide[[m for m in ("base", "uniform", "merged", "mixed") if m in wide]].join(more).reset_index()
+
 def choices_part(page: Page) -> None:
-    "Accuracy by subject with intervals and chance; the pooled row first."
-    table, key = page.facts.csv(SUBJECTS), SUBJECTS
-    if table is None: table, key = page.facts.csv("results/choices.csv"), "results/choices.csv"
-    if table is None or not {"model", "accuracy"} <= set(table.columns): return
-    table = table[table.model.isin(["base", "uniform", "merged", "mixed"])]
-    if key != SUBJECTS and "subject" in table: table = table[table.subject == "all"]
+    "Accuracy with intervals and chance, whole sets first, then by subject."
+    whole, subjects = (None if (t := page.facts.csv(k)) is None or "model" not in t else t[t.model.isin(["base", "uniform", "merged", "mixed"])] for k in ("results/choices.csv", SUBJECTS))
+    if whole is not None and "subject" in whole: whole = whole[whole.subject == "all"]
+    if whole is None and subjects is None: return
     page.heading("선다형", "Multiple choice", 3)
-    inside = [r.low <= r.chance <= r.high for r in table.itertuples() if hasattr(r, "chance") and hasattr(r, "low")]
-    if inside: page.add(f"길이로 나눈 로그우도로 답을 골랐습니다. {len(inside)}줄 가운데 {sum(inside)}줄에서 95 % 구간이 우연 수준을 포함합니다: 찍은 것과 구별되지 않습니다.",
-                        f"Answers are chosen by length-normalised log-likelihood. In {sum(inside)} of {len(inside)} rows the 95 % interval holds the chance level: no better than guessing.")
-    page.csv_table(key, {"model": ("모델", "Model"), "file": ("문항 묶음", "Set"), "set": ("문항 묶음", "Set"), "subject": ("과목", "Subject"), "accuracy": ("정답률", "Accuracy"), "low": ("하한", "Low"), "high": ("상한", "High"), "chance": ("우연", "Chance"), "n": ("문항", "Items")}, left=3, rows=table)
+    if whole is not None and len(whole): whole_sets(page, whole)
+    if subjects is None or not len(subjects): return
+    page.add(f"과목별 정답률입니다 (`{SUBJECTS}`).", f"Accuracy by subject (`{SUBJECTS}`).")
+    page.csv_table(SUBJECTS, {"subject": ("과목", "Subject"), **{m: (m, m) for m in ("base", "uniform", "merged", "mixed")}, "chance": ("우연", "Chance"), "n": ("문항", "Items")}, rows=by_subject(subjects))
+
+def whole_sets(page: Page, table: pd.DataFrame) -> None: # rows of choices.csv, whole sets
+    "The pooled accuracies, and whether they differ from chance."
+    inside = [r.low <= r.chance <= r.high for r in table.itertuples()] if {"low", "high", "chance"} <= set(table.columns) else []
+    if inside: page.add(f"길이로 나눈 로그우도로 답을 골랐습니다 (`results/choices.csv`). {len(inside)}줄 가운데 {sum(inside)}줄에서 95 % 구간이 우연 수준을 포함합니다{': 찍은 것과 구별되지 않습니다' if any(inside) else ''}.",
+                        f"Answers are chosen by length-normalised log-likelihood (`results/choices.csv`). In {sum(inside)} of {len(inside)} rows the 95 % interval holds the chance level{': no better than guessing' if any(inside) else ''}.")
+    page.csv_table("results/choices.csv", {"model": ("모델", "Model"), "file": ("문항 묶음", "Set"), "accuracy": ("정답률", "Accuracy"), "low": ("하한", "Low"), "high": ("상한", "High"), "chance": ("우연", "Chance"), "n": ("문항", "Items")}, left=2, rows=table)
 
 def contamination_part(page: Page) -> None:
     "Which evaluation items occur in the training text, and the score without them."
     table = page.facts.csv(CONTAMINATION)
     if table is None: return
     page.heading("평가 문항의 오염", "Contamination of the evaluation", 3)
-    sets = table.drop_duplicates([c for c in ("set", "file") if c in table] or None)
-    hit = int(pd.to_numeric(sets.get("contaminated", sets.get("contaminated_count", pd.Series([0]))), errors="coerce").fillna(0).sum())
-    page.add(f"학습 본문에 나타난 평가 문항은 {hit:,}개입니다. 점수를 모든 문항과 깨끗한 문항으로 나누어 보입니다 (`{CONTAMINATION}`).",
-             f"{hit:,} evaluation items occur in the training text; scores are given over all items and over the clean ones (`{CONTAMINATION}`).")
-    page.csv_table(CONTAMINATION, {"set": ("묶음", "Set"), "model": ("모델", "Model"), "metric": ("지표", "Metric"), "items": ("문항", "Items"), "n": ("문항", "Items"), "contaminated": ("오염", "Contaminated"), "clean": ("깨끗한 문항", "Clean items"),
-                                   "score_all": ("점수 (모두)", "Score, all"), "score_clean": ("점수 (깨끗한 것)", "Score, clean")}, left=3)
+    sets = table.drop_duplicates("set")
+    hit, unknown = int(pd.to_numeric(sets.contaminated, errors="coerce").fillna(0).sum()), [str(x) for x in sets.set[sets.contaminated.isna()]]
+    page.add(f"학습 본문에 나타난 평가 문항은 {hit:,}개입니다. 점수를 모든 문항과 깨끗한 문항으로 나누어 보입니다 (`{CONTAMINATION}`)." + (f" 검사하지 않은 묶음: {', '.join(f'`{x}`' for x in unknown)}." if unknown else ""),
+             f"{hit:,} evaluation items occur in the training text; scores are given over all items and over the clean ones (`{CONTAMINATION}`)." + (f" Sets that were not checked: {', '.join(f'`{x}`' for x in unknown)}." if unknown else ""))
+    whole = table.assign(**{c: pd.to_numeric(table[c], errors="coerce").astype("Int64") for c in ("items", "contaminated")})
+    page.csv_table(CONTAMINATION, {"set": ("묶음", "Set"), "model": ("모델", "Model"), "metric": ("지표", "Metric"), "items": ("문항", "Items"), "contaminated": ("오염", "Contaminated"), "score_all": ("점수 (모두)", "Score, all"), "score_clean": ("점수 (깨끗한 것)", "Score, clean")},
+                   left=3, rows=whole[whole.model.isin(["base", "uniform", "merged", "mixed"])])
 
 # %% ../../nbs/05g_models.ipynb #c020
 def harness_part(page: Page) -> None:
     "Scores by lm-evaluation-harness, where it was run."
-    if page.facts.csv(HARNESS) is None: return
+    table = page.facts.csv(HARNESS)
+    if table is None: return
     page.heading("lm-evaluation-harness", "lm-evaluation-harness", 3)
-    page.csv_table(HARNESS, {"task": ("과제", "Task"), "model": ("모델", "Model"), "metric": ("지표", "Metric"), "value": ("값", "Value"), "stderr": ("표준오차", "Standard error"), "n": ("문항", "Items"), "version": ("버전", "Version")}, left=3)
+    if "subject" in table: table = table[table.subject == "all"]
+    page.csv_table(HARNESS, {"task": ("과제", "Task"), "model": ("모델", "Model"), "metric": ("지표", "Metric"), "value": ("값", "Value"), "low": ("하한", "Low"), "high": ("상한", "High"), "chance": ("우연", "Chance"), "n": ("문항", "Items"), "version": ("버전", "Version")}, left=3, rows=table)
+
+CURVE_KINDS = {"measured": ("측정", "measured"), "predicted": ("거듭제곱 법칙", "power law"), "cautious": ("마지막 기울기", "last slope"), "check": ("확인: 작은 것들로 예측", "check: predicted from the smaller")}
 
 def curve_part(page: Page) -> None:
-    "Loss by amount of data, and what doubling it would bring."
-    if page.facts.csv(CURVE) is None: return
+    "Loss by amount of data, and what more of it would bring."
+    table = page.facts.csv(CURVE)
+    if table is None or not {"kind", "domain", "share", "nats"} <= set(table.columns): return
     page.heading("데이터 양", "How much data", 3)
-    page.csv_table(CURVE, {"kind": ("종류", "Kind"), "domain": ("도메인", "Domain"), "share": ("비율", "Share"), "tokens": ("토큰", "Tokens"), "steps": ("스텝", "Steps"), "loss": ("손실", "Loss"), "nats": ("손실 (nats)", "Loss (nats)"), "perplexity": ("PPL", "Perplexity"), "low": ("하한", "Low"), "high": ("상한", "High")})
+    mean = table[(table.domain == "mean") & table.kind.isin(CURVE_KINDS)]
+    for r in mean[mean.kind.isin(["predicted", "cautious"])].itertuples():
+        page.add(f"데이터가 {r.share:g}배가 되면({CURVE_KINDS[r.kind][0]}) PPL이 {abs(r.change):.1f} % {'낮아' if r.change < 0 else '높아'}집니다 (`{CURVE}`).", f"With {r.share:g} times the data ({CURVE_KINDS[r.kind][1]}) perplexity would be {abs(r.change):.1f} % {'lower' if r.change < 0 else 'higher'} (`{CURVE}`).")
+    rows = mean.assign(kind=[page.t(*CURVE_KINDS[k]) for k in mean.kind], tokens=mean.tokens.astype("Int64"))
+    page.csv_table(CURVE, {"kind": ("종류", "Kind"), "share": ("비율", "Share"), "tokens": ("토큰", "Tokens"), "nats": ("손실 (nats)", "Loss (nats)"), "low": ("하한", "Low"), "high": ("상한", "High"), "perplexity": ("PPL", "Perplexity")}, rows=rows)
 
 # %% ../../nbs/05g_models.ipynb #c022
 PROMPTS = "results/eval_prompts.jsonl"  # answers of every model to the project's own prompts
@@ -240,33 +272,45 @@ def gain_row(item: dict, width: int = 120) -> list: # cells
 
 # %% ../../nbs/05g_models.ipynb #c025
 CRITERIA = {"information": ("정보", "Information"), "logic": ("논리", "Logic"), "brevity": ("간결", "Brevity"), "tone": ("어조", "Tone")}
-RATERS = (("results/ratings.csv", "사람의 평가", "Ratings by people"), ("results/judge.csv", "심사 모델의 평가", "Scores by a judge model"))
+RATINGS, JUDGE = "results/ratings.csv", "results/judge.csv"
 
 def rating_means(table: pd.DataFrame) -> pd.DataFrame | None: # model, n, one column a criterion, mean
-    "Mean of each criterion by model, from one row a rating (wide, or long with `criterion` and `score`)."
-    score = next((c for c in ("score", "rating", "value") if c in table), None)
-    if "model" not in table: return None
-    if "criterion" in table and score:
-        wide = table.pivot_table(index="model", columns="criterion", values=score, aggfunc="mean"); n = table.groupby("model")[score].count()//max(1, table.criterion.nunique())
-    else:
-        have = [c for c in CRITERIA if c in table]
-        if not have: return None
-        wide, n = table.groupby("model")[have].mean(), table.groupby("model")[have[0]].count()
+    "Mean of each criterion by model, from one row a rating."
+    have = [c for c in CRITERIA if c in table]
+    if "model" not in table or not have: return None
+    wide, n = table.groupby("model", sort=False)[have].mean(), table.groupby("model", sort=False)[have[0]].count()
     return wide.assign(mean=wide.mean(axis=1), n=n).reset_index()
+
+def judge_points(table: pd.DataFrame) -> pd.DataFrame: # model, then the criteria: one row an answer
+    "The judge's points for the base and its rivals as rows of one model each; what failed is left out."
+    good = table[table.failed.isna() | (table.failed == "")] if "failed" in table else table
+    sides = [good[[f"{who}_{c}" for c in CRITERIA]].set_axis(list(CRITERIA), axis=1).assign(model="base" if who == "base" else good.rival) for who in ("base", "rival")]
+    return pd.concat(sides, ignore_index=True)
 
 def ratings_part(page: Page) -> None:
     "Means of the 5-point ratings by model; one line when nobody rated."
-    shown_ = [(key, ko, en, rating_means(t)) for key, ko, en in RATERS if (t := page.facts.csv(key)) is not None]
+    people, judge = page.facts.csv(RATINGS), page.facts.csv(JUDGE)
     page.heading("5점 척도 평가", "Ratings on the 5-point scale", 3)
-    if not shown_: return page.add("사람이나 심사 모델의 평가는 이 실행에 없습니다. 자동 측정(로그우도)만 있습니다.", "Neither people nor a judge model rated this run; there is only the automatic column (log-likelihood).")
-    for key, ko, en, means in shown_:
-        page.add(f"**{ko}** (`{key}`)", f"**{en}** (`{key}`)")
-        if means is not None: page.csv_table(key, {"model": ("모델", "Model"), "n": ("답변", "Answers"), **CRITERIA, "mean": ("평균", "Mean")}, rows=means)
+    if people is None and judge is None: return page.add("사람이나 심사 모델의 평가는 이 실행에 없습니다. 자동 측정(로그우도)만 있습니다.", "Neither people nor a judge model rated this run; there is only the automatic column (log-likelihood).")
+    columns = {"model": ("모델", "Model"), "n": ("답변", "Answers"), **CRITERIA, "mean": ("평균", "Mean")}
+    if people is not None:
+        raters = people.rater.nunique() if "rater" in people else 0
+        page.add(f"**사람의 평가**: {raters}명 (`{RATINGS}`). 평가자 사이의 일치도는 `results/eval_prompt_comparison.md`에 있습니다.", f"**Ratings by people**: {raters} raters (`{RATINGS}`); their agreement is in `results/eval_prompt_comparison.md`.")
+        page.csv_table(RATINGS, columns, rows=rating_means(people))
+    if judge is not None: judge_part(page, judge, columns)
+
+def judge_part(page: Page, table: pd.DataFrame, columns: dict) -> None: # judge.csv; as for people
+    "Wins and points by the judge, both positions asked."
+    good = table[table.failed.isna() | (table.failed == "")] if "failed" in table else table
+    page.add(f"**심사 모델의 평가** (`{JUDGE}`): 두 순서로 물어 {len(good)}쌍을 얻었고, 실패한 것은 {len(table) - len(good)}쌍입니다.", f"**Scores by a judge model** (`{JUDGE}`): {len(good)} pairs, each asked in both orders; {len(table) - len(good)} failed.")
+    wins = good.groupby("rival", sort=False).verdict.value_counts().unstack(fill_value=0)
+    page.table([page.t(*h) for h in (("base와 견준 모델", "Model against the base"), ("이김", "Wins"), ("비김", "Ties"), ("짐", "Losses"))], [[r, *(int(wins.loc[r].get(v, 0)) for v in ("rival", "tie", "base"))] for r in wins.index])
+    page.csv_table(JUDGE, columns, rows=rating_means(judge_points(table)))
 
 # %% ../../nbs/05g_models.ipynb #c028
-INFERENCE = {"model": ("모델", "Model"), "batch": ("배치", "Batch"), "ttft_ms": ("TTFT (ms)", "TTFT (ms)"), "tpot_ms": ("TPOT (ms)", "TPOT (ms)"), "tokens_per_second": ("토큰/초", "Tokens/s"), "tokens_per_s": ("토큰/초", "Tokens/s"),
-             "goodput": ("goodput", "Goodput"), "goodput_per_second": ("goodput (요청/초)", "Goodput (requests/s)"), "peak_memory_mb": ("최대 메모리 (MB)", "Peak memory (MB)"), "peak_mb": ("최대 메모리 (MB)", "Peak memory (MB)"),
-             "peak_gpu_mb": ("GPU 메모리 (MB)", "GPU memory (MB)"), "mfu": ("MFU", "MFU"), "mbu": ("MBU", "MBU")}
+INFERENCE = {"model": ("모델", "Model"), "batch": ("배치", "Batch"), "ttft_ms": ("TTFT (ms)", "TTFT (ms)"), "ttft_p95_ms": ("TTFT 95 %", "TTFT 95 %"), "tpot_ms": ("TPOT (ms)", "TPOT (ms)"), "tpot_p95_ms": ("TPOT 95 %", "TPOT 95 %"), "tokens_per_second": ("토큰/초", "Tokens/s"), "tokens_per_s": ("토큰/초", "Tokens/s"),
+             "goodput": ("goodput", "Goodput"), "peak_memory_mb": ("최대 메모리 (MB)", "Peak memory (MB)"), "peak_mb": ("최대 메모리 (MB)", "Peak memory (MB)"),
+             "gpu_mb": ("GPU 메모리 (MB)", "GPU memory (MB)"), "mfu": ("MFU", "MFU"), "mbu": ("MBU", "MBU")}
 
 def inference_part(page: Page) -> None:
     "Time to the first token, time a token, throughput, goodput and utilisation, by model and batch; the device and its peaks."
@@ -275,6 +319,6 @@ def inference_part(page: Page) -> None:
     if table is None: return page.missing("results/inference.csv")
     page.csv_table("results/inference.csv", INFERENCE)
     first = table.iloc[0]
-    names = (("device", "장치", "device"), ("peak_gflops", "연산 한도 (GFLOP/s)", "peak GFLOP/s"), ("peak_gb_per_second", "대역폭 한도 (GB/s)", "peak GB/s"), ("limits", "goodput 기준", "limits of goodput"), ("goodput_limits", "goodput 기준", "limits of goodput"))
+    names = (("device", "장치", "device"), ("peak_gflops", "연산 한도 (GFLOP/s)", "peak GFLOP/s"), ("peak_tflops", "연산 한도 (TFLOP/s)", "peak TFLOP/s"), ("peak_gb_per_second", "대역폭 한도 (GB/s)", "peak GB/s"), ("peak_gb_per_s", "대역폭 한도 (GB/s)", "peak GB/s"), ("peak_source", "한도의 출처", "source of the peaks"), ("limits", "goodput 기준", "limits of goodput"))
     said = [f"{page.t(ko, en)} {plain(first[c])}" for c, ko, en in names if c in table and pd.notna(first[c])]
     if said: page.add("; ".join(said) + ". MFU와 MBU는 이 한도에 대한 비율입니다 (`results/inference.csv`).", "; ".join(said) + ". MFU and MBU are shares of these peaks (`results/inference.csv`).")

@@ -35,7 +35,8 @@ class Raw(str): "A cell that is Markdown already."
 
 def escape(text: str) -> str: # safe inside a table cell
     "Escape what Markdown or HTML would take for markup; line breaks become spaces. An underscore inside a word is left: it marks nothing there."
-    text = "".join(c if c.isprintable() else "�" for c in " ".join(text.split()))   # a small model writes control characters too
+    text = re.sub(r"[^\S\u00a0]+", " ", text).strip()
+    text = "".join(c if c.isprintable() or c == "\u00a0" else "�" for c in text)   # a small model writes control characters too
     return re.sub(r"([\\|*`\[\]<>#~$]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", text)
 
 def plain(

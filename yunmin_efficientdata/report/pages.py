@@ -16,8 +16,9 @@ from .page import Page
 from .write import executive_rows, headline, warnings_part
 
 # %% auto #0
-__all__ = ['LINK', 'TASK_PHASES', 'relink', 'front', 'uncaption', 'breakable', 'home_page', 'where_to_go', 'history_page',
-           'kept_report', 'architecture_page', 'read_tasks', 'tasks_page', 'task_row', 'guide_page', 'api_pages']
+__all__ = ['LINK', 'TASK_PHASES', 'relink', 'front', 'uncaption', 'breakable', 'drawing', 'home_page', 'where_to_go',
+           'history_page', 'kept_report', 'architecture_page', 'read_tasks', 'tasks_page', 'task_row', 'guide_page',
+           'api_pages']
 
 # %% ../../nbs/05j_pages.ipynb #c006
 LINK = re.compile(r"(?<!\!)\[([^\]\[]*)\]\(([^()\s]+)\)")
@@ -57,6 +58,10 @@ def breakable(text: str) -> str: # Markdown
     return "\n".join(re.sub(r"`([^`]+)`", span, line) if line.startswith("|") else line for line in text.split("\n"))
 
 # %% ../../nbs/05j_pages.ipynb #c014
+def drawing(svg: str) -> str: # HTML
+    "A drawing that scrolls inside itself on a narrow screen, where it would otherwise shrink until nobody can read it."
+    return f'<div class="drawing">\n{svg.strip()}\n</div>'
+
 def home_page(
     store, language: str # workspace; ko or en
 ) -> str: # Markdown
@@ -65,7 +70,7 @@ def home_page(
     page.heading("YunMin-EfficientData", "YunMin-EfficientData", 1)
     page.add("한국어 원시 JSONL에서 중복을 없애고, 학습이 그대로 읽는 Parquet으로 바꾸고, 도메인별 LoRA를 학습해 하나로 병합한 뒤, 얻은 것을 측정해 보고하는 파이프라인입니다. 이 사이트는 한 번의 실행에서 자동으로 만들었습니다.",
              "A pipeline from raw Korean JSONL to a smaller corpus, Parquet that training reads in place, one LoRA a domain merged into one model, and a report of what was gained. This site was made automatically from one run.")
-    page.lines += [flow_svg(language), ""]
+    page.lines += [drawing(flow_svg(language)), ""]
     page.heading("이 실행의 결과", "The result of this run")
     headline(page); warnings_part(page)
     page.table([page.t(*h) for h in (("기대치", "Expectation"), ("기대값", "Asked"), ("측정값", "Measured"), ("판정", "Verdict"))], executive_rows(page, files=False), left=2)
@@ -112,8 +117,8 @@ def architecture_page(
     "The two drawings and the table of all notebooks with their modules."
     page = Page(None, language)
     page.heading("구조", "Architecture", 1)
-    page.heading("데이터가 지나는 길", "The way of the data"); page.lines += [flow_svg(language), ""]
-    page.heading("패키지의 층", "Floors of the package"); page.lines += [house_svg(language), ""]
+    page.heading("데이터가 지나는 길", "The way of the data"); page.lines += [drawing(flow_svg(language)), ""]
+    page.heading("패키지의 층", "Floors of the package"); page.lines += [drawing(house_svg(language)), ""]
     page.heading("노트북과 모듈", "Notebooks and modules")
     page.add("노트북이 원본이고 패키지는 거기서 나옵니다. 숫자만 있는 노트북이 단계이고, 글자가 붙은 노트북은 모듈 하나씩을 설명하고 시험합니다.",
              "The notebooks are the source; the package is exported from them. A plain number is a phase; a letter marks a notebook that teaches and tests one module.")

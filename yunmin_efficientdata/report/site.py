@@ -19,9 +19,9 @@ from .pages import api_pages, architecture_page, breakable, front, guide_page, h
 
 # %% auto #0
 __all__ = ['PATHS', 'TEXTS', 'PHASE_NOTEBOOKS', 'FRAME', 'scrub', 'machine_roots', 'clean_source', 'clean_parameters',
-           'clean_output', 'new_cell', 'new_notebook', 'clean_notebook', 'heading', 'title_cell', 'notebook_sources',
-           'stage_notebooks', 'localized', 'stage', 'report_pages', 'stage_fonts', 'choose_renderer', 'render',
-           'dead_links', 'build_site', 'page_sources']
+           'clean_output', 'new_cell', 'new_notebook', 'joined', 'clean_notebook', 'heading', 'title_cell',
+           'notebook_sources', 'stage_notebooks', 'localized', 'stage', 'report_pages', 'stage_fonts',
+           'choose_renderer', 'render', 'dead_links', 'build_site', 'page_sources']
 
 # %% ../../nbs/05c_site.ipynb #c006
 PATHS = re.compile(r"(?<![\w.:/<>…-])(?:file://)?/(?:home|Users|root|tmp|var|work|mnt|opt|data|srv|usr|private|content|workspace)(?:/[^\s\"'`<>|:,;()\[\]{}\\&]*)+")
@@ -88,7 +88,16 @@ def new_notebook(cells: list) -> Any: # notebook node
     kernel = nbformat.NotebookNode(display_name="python3", language="python", name="python3")
     return nbformat.NotebookNode(cells=cells, metadata=nbformat.NotebookNode(kernelspec=kernel), nbformat=4, nbformat_minor=5)
 
-# %% ../../nbs/05c_site.ipynb #c016
+# %% ../../nbs/05c_site.ipynb #c017
+def joined(outputs: list) -> list: # the same, neighbouring prints as one
+    "Join neighbouring outputs of the same stream."
+    out: list = []
+    for o in outputs:
+        if out and o.output_type == "stream" == out[-1].output_type and o.name == out[-1].name: out[-1].text += o.text
+        else: out.append(o)
+    return out
+
+# %% ../../nbs/05c_site.ipynb #c019
 def clean_notebook(
     nb: Any, # notebook node
     name: str, # "01_dedup"; its number goes before the title
@@ -102,12 +111,12 @@ def clean_notebook(
             source = clean_source(cell.source)
             if "injected-parameters" in cell.metadata.get("tags", []): source = clean_parameters(source)
             if not source.strip(): continue
-            new = new_cell("code", scrub(source, roots), outputs=[o for o in (clean_output(o, roots) for o in cell.outputs) if o is not None])
+            new = new_cell("code", scrub(source, roots), outputs=joined([o for o in (clean_output(o, roots) for o in cell.outputs) if o is not None]))
         else: new = new_cell(cell.cell_type, scrub(cell.source, roots) if cell.cell_type == "markdown" else cell.source)
         cells.append(new)
     return new_notebook(title_cell(cells, name))
 
-# %% ../../nbs/05c_site.ipynb #c017
+# %% ../../nbs/05c_site.ipynb #c020
 def heading(source: str) -> tuple[str, str, str]: # title, quote, rest of the cell
     "Split `# Title`, an optional `> quote` and the rest."
     m = re.match(r"\s*#\s+(.+?)\s*(?:\n\s*>\s*(.+?)\s*)?(?:\n\s*\n([\s\S]*))?$", source)
@@ -121,7 +130,7 @@ def title_cell(cells: list, name: str) -> list:
     front = yaml.safe_dump({"title": f"{name.split('_')[0]} · {title}", "description": quote}, allow_unicode=True, sort_keys=False, width=1000)
     return [new_cell("raw", f"---\n{front}---"), *([new_cell("markdown", rest)] if rest.strip() else []), *cells[1:]]
 
-# %% ../../nbs/05c_site.ipynb #c020
+# %% ../../nbs/05c_site.ipynb #c023
 PHASE_NOTEBOOKS = ("01_dedup", "02_format", "03_dem", "04_evaluation", "05_report")
 
 def notebook_sources(
@@ -138,7 +147,7 @@ def notebook_sources(
         if path.stem not in PHASE_NOTEBOOKS: found[f"library/{path.name}"] = (path.stem, path.read_bytes())
     return found
 
-# %% ../../nbs/05c_site.ipynb #c021
+# %% ../../nbs/05c_site.ipynb #c024
 def stage_notebooks(
     store, folder: Path, nbs: Path, # workspace, staged tree, notebooks
     known: dict[str, str] # for `relink`
@@ -159,7 +168,7 @@ def stage_notebooks(
         (folder/place).write_text(nbformat.v4.writes(clean) + "\n", encoding="utf-8")
     return pages
 
-# %% ../../nbs/05c_site.ipynb #c023
+# %% ../../nbs/05c_site.ipynb #c026
 FRAME = {"홈": "Home", "보고서": "Report", "실행 보고서": "Report of the run", "실행 기록": "Runs", "이전 보고서": "Earlier reports", "구조": "Architecture", "요구 사항": "Tasks", "사용법": "Guide", "사용법 (README)": "Guide (README)",
          "실행된 단계 노트북": "Executed phase notebooks", "라이브러리 노트북": "Library notebooks", "API 참조": "API reference", "이 쪽의 차례": "On this page"}
 
@@ -169,7 +178,7 @@ def localized(config: str, language: str) -> str: # _quarto.yml
     words = re.sub(r'"([^"]*)"', lambda m: f'"{FRAME.get(m[1], m[1])}"', config)
     return re.sub(r"^lang: ko$", f"lang: {language}", words, flags=re.M)
 
-# %% ../../nbs/05c_site.ipynb #c025
+# %% ../../nbs/05c_site.ipynb #c028
 def stage(
     store, folder: Path, # the workspace; an empty folder
     language: str = "ko" # of the generated pages
@@ -199,7 +208,7 @@ def report_pages(store, known: dict[str, str], language: str) -> dict[str, str]:
         if store.exists(key): out[f"history/{run['run']}.md"] = front(breakable(kept_report(store.read_text(key), run["run"], language)), wide=True)
     return out
 
-# %% ../../nbs/05c_site.ipynb #c027
+# %% ../../nbs/05c_site.ipynb #c030
 def stage_fonts(folder: Path) -> None:
     "Write NanumGothic, regular and bold, cut to the characters of the staged pages, into fonts/."
     from fontTools import subset
@@ -214,7 +223,7 @@ def stage_fonts(folder: Path) -> None:
         cut.populate(text=wanted); cut.subset(font)
         font.save(folder/"fonts"/path.name)
 
-# %% ../../nbs/05c_site.ipynb #c029
+# %% ../../nbs/05c_site.ipynb #c032
 def choose_renderer(
     asked: str = "auto" # auto, quarto or smalldocs
 ) -> str: # quarto or smalldocs
@@ -234,7 +243,7 @@ def render(
         raise RuntimeError(f"{renderer} render failed ({done.returncode}): {(done.stdout + done.stderr).strip()[-1500:]}")
     return folder/"_site"
 
-# %% ../../nbs/05c_site.ipynb #c031
+# %% ../../nbs/05c_site.ipynb #c034
 class _Links(HTMLParser):
     "Collects href and src of a page, and the ids that anchors may point at."
     def __init__(self): super().__init__(); self.targets, self.ids = [], set()
@@ -261,7 +270,7 @@ def dead_links(
             if not file.is_file() or (url.fragment and file in pages and unquote(url.fragment) not in pages[file].ids): dead.append(f"{path.relative_to(site.resolve())} -> {target}")
     return dead
 
-# %% ../../nbs/05c_site.ipynb #c033
+# %% ../../nbs/05c_site.ipynb #c036
 def build_site(
     store, # the workspace
     language: str = "ko", # of the generated pages
@@ -277,7 +286,7 @@ def build_site(
         with store.output("reports/site") as out: shutil.copytree(site, out)
         return {"pages": len(list(site.rglob("*.html"))), "dead_links": dead, "renderer": used}
 
-# %% ../../nbs/05c_site.ipynb #c035
+# %% ../../nbs/05c_site.ipynb #c038
 def page_sources() -> str: # 16 hexadecimal digits
     "Digest of the project's files that become pages."
     root = project_root()
