@@ -29,7 +29,8 @@ for peer in "${order[@]}"; do
   rm -rf "$env" "$failed"
   read -ra packages <<< "${wants[$peer]}"
   shared= creator=$python
-  if [[ $shares == *" $peer "* && -f .venv/.complete ]]; then
+  if [[ $shares == *" $peer "* ]]; then
+    if [ ! -f .venv/.complete ]; then echo "reads torch from .venv: run scripts/setup_env.sh first" | tee "$failed"; continue; fi
     shared=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') creator=.venv/bin/python
   fi
   if log=$({ "$creator" -m venv "$env" && { [ -z "$shared" ] || printf '%s\n' "$shared" "$PWD" > "$("$env/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_shared.pth"; } &&

@@ -353,9 +353,22 @@ def test_same_names_are_told_apart_and_paths_stay_out_of_the_card(pair):
 
 def test_command_line(pair, capsys):
     from yunmin_efficientdata.cli import main
-    d, base, diffs = pair
-    with pytest.raises(SystemExit) as e: main(["merge", str(d/"base"), str(d/"out"), "--diff", f"{d}/diff_a.npy"])
-    assert e.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+    d, base, diffs = pair; difference(d/"base", d/"b", d/"diff_b.lowrank.npz", rank=13)
+    with pytest.raises(SystemExit) as e: main(["merge", str(d/"base"), str(d/"out"), "--diff", f"{d}/diff_a.npy=1", "--diff", f"{d}/diff_b.lowrank.npz=1", "--model", f"{d}/a=2", "--free"])
+    assert not e.value.code and "6 of 7 tensors changed" in capsys.readouterr().out; got = tensors_of(d/"out")
+    for k in diffs["a"]: np.testing.assert_allclose(got[k], base[k] + 3*diffs["a"][k] + diffs["b"][k], atol=2e-6)
+    for args, words in (([], "at least one"), (["--diff", f"{d}/diff_a.npy"], "expected FILE.npy=WEIGHT"), (["--model", "x=y"], "expected DIR=WEIGHT"), (["--model", f"{d}/none=1"], "no such folder"), (["--diff", f"{d}/diff_a.npy=1", "--diff", f"{d}/diff_a.npy=2"], "given twice"), (["--diff", f"{d}/diff_a.npy=1", "--method", "ties", "--density", "2"], "density is 2"),
+            (["--diff", f"{d}/diff_a.npy=1", "--method", "seqmean"], "needs calibration windows"), (["--diff", f"{d}/diff_a.npy=1", "--method", "seqmean", "--calibration", "a=none.parquet"], "expected NAME=FILE")):
+        with pytest.raises(SystemExit) as e: main(["merge", str(d/"base"), str(d/"bad"), *args])
+        err = capsys.readouterr().err; assert e.value.code == 2 and err.count("\n") == 1 and words in err and not (d/"bad").exists()
+
+
+def test_calibration_files(tmp_path):
+    from yunmin_efficientdata.cli import read_calibration
+    (tmp_path/"a.jsonl").write_text("[1, 2, 3, 4, 5]\n{\"input_ids\": [6, 7]}\n{\"tokens\": [8, 9, 10, 11]}\n"); (tmp_path/"b.jsonl").write_text("[1, 2]\n{}\n"); (tmp_path/"c.jsonl").write_text("[1]\n")
+    assert read_calibration([f"web={tmp_path}/a.jsonl"], 4, 9)["web"].tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]] and len(read_calibration([f"web={tmp_path}/a.jsonl"], 4, 1)["web"]) == 1
+    for name, words in (("b.jsonl", "b.jsonl, line 2"), ("c.jsonl", "fewer tokens than one window")):
+        with pytest.raises(UserError, match=words): read_calibration([f"web={tmp_path}/{name}"], 4, 9)
 
 
 # -- size --

@@ -16,8 +16,8 @@ from .core.settings import UserError
 # %% auto #0
 __all__ = ['app', 'console', 'Workspace', 'Raw', 'Config', 'Set', 'Kind', 'Workers', 'DEMO', 'bench', 'Repeats', 'Report', 'run',
            'dedup', 'format_', 'dem', 'evaluate', 'report', 'table', 'status', 'show_frame', 'profile', 'plan',
-           'show_plan', 'sample', 'parse_diff', 'merge', 'show_bench', 'bench_dedup', 'bench_loader', 'share',
-           'serve_site', 'main']
+           'show_plan', 'sample', 'parse_pair', 'parse_diff', 'read_calibration', 'merge', 'show_bench', 'bench_dedup',
+           'bench_loader', 'bench_merge', 'share', 'serve_site', 'main']
 
 # %% ../nbs/07_cli.ipynb #c005
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False,
@@ -158,26 +158,63 @@ def sample(ws: Workspace, docs: Annotated[int, typer.Option(min=20, help="Docume
     console.print(f"raw/: {', '.join(f'{k} {v:,}' for k, v in counts.items() if isinstance(v, int))}")
 
 # %% ../nbs/07_cli.ipynb #c017
-def parse_diff(
-    text: str # FILE=WEIGHT
+def parse_pair(
+    text: str, # FILE=WEIGHT
+    option: str # --diff or --model, for the message
 ) -> tuple[str, float]:
     "Read one `--diff a.npy=0.5`."
     path, eq, weight = text.rpartition("=")
     try: return path, float(weight)
-    except ValueError: raise UserError(f"--diff {text}: expected FILE.npy=WEIGHT, for example diff_web.npy=0.3") from None
+    except ValueError: raise UserError(f"{option} {text}: expected {'DIR' if option == '--model' else 'FILE.npy'}=WEIGHT, for example {'models/web' if option == '--model' else 'diff_web.npy'}=0.3") from None
+
+def parse_diff(text: str) -> tuple[str, float]: return parse_pair(text, "--diff")
+
+def read_calibration(
+    entries: list[str], # NAME=FILE, token Parquet or JSONL of ids
+    seq_len: int, # tokens in a window
+    most: int # windows of each domain
+) -> dict: # name -> int64 [windows, seq_len]
+    "Windows of each domain for regmean and seqmean. Raises `UserError` naming the file and line."
+    import json, numpy as np
+    from yunmin_efficientdata.dem.lora import heldout_windows
+    out = {}
+    for text in entries:
+        name, eq, file = text.partition("=")
+        if not eq or not name or not Path(file).is_file(): raise UserError(f"--calibration {text}: expected NAME=FILE.parquet (or .jsonl with lists of token ids), and a file that exists")
+        if file.endswith(".parquet"): windows = heldout_windows([file], seq_len, most)
+        else:
+            ids: list[int] = []
+            for n, line in enumerate(open(file, encoding="utf-8"), 1):
+                try: row = json.loads(line); ids += [int(i) for i in (row.get("input_ids") or row["tokens"] if isinstance(row, dict) else row)]
+                except (ValueError, TypeError, KeyError): raise UserError(f"{file}, line {n}: expected a list of token ids, or an object with input_ids or tokens") from None
+                if len(ids) >= seq_len*most: break
+            windows = np.array(ids[:len(ids)//seq_len*seq_len], np.int64).reshape(-1, seq_len)[:most]
+        if not len(windows): raise UserError(f"--calibration {name}: {file} has fewer tokens than one window of {seq_len}; lower --seq-len or give more text")
+        out[name] = windows
+    return out
 
 @app.command()
 def merge(base: Annotated[str, typer.Argument(help="HF folder of the base model.")], out: Annotated[str, typer.Argument(help="Folder to write.")],
-          diff: Annotated[list[str], typer.Option("--diff", help="Difference vector and weight: FILE.npy=0.5; may be repeated.")] = [],
+          diff: Annotated[list[str], typer.Option("--diff", help="Difference vector and weight: FILE.npy=0.5 or FILE.lowrank.npz=0.5; may be repeated.")] = [],
+          model: Annotated[list[str], typer.Option("--model", help="Full domain model or adapter folder and weight: DIR=0.5; the difference is taken on the fly; may be repeated.")] = [],
           method: Annotated[str, typer.Option(help="linear, ties, dare, regmean or seqmean.")] = "linear",
-          normalize: Annotated[bool, typer.Option("--normalize/--free", help="Divide the weights by their sum, or take them as they are.")] = True):
-    "Merge difference vectors into a base model, streaming."
-    if not diff: raise UserError("merge needs at least one --diff FILE.npy=WEIGHT")
-    pairs = [parse_diff(d) for d in diff]
-    if len({p for p, _ in pairs}) < len(pairs): raise UserError("merge: the same --diff file is given twice; add its weights into one")
+          normalize: Annotated[bool, typer.Option("--normalize/--free", help="Divide the weights by their sum, or take them as they are.")] = True,
+          density: Annotated[float, typer.Option(help="ties, dare: share of elements to keep.")] = 0.2, seed: Annotated[int, typer.Option(help="dare: of the coins.")] = 0,
+          calibration: Annotated[list[str], typer.Option("--calibration", help="regmean, seqmean: tokens of each domain, NAME=FILE.parquet (or .jsonl of ids); NAME is web for diff_web.npy.")] = [],
+          seq_len: Annotated[int, typer.Option("--seq-len", min=2, help="regmean, seqmean: tokens in a window.")] = 128,
+          windows: Annotated[int, typer.Option(min=1, help="regmean, seqmean: windows of each domain.")] = 64,
+          ridge: Annotated[float, typer.Option(min=0, help="seqmean: ridge in units of the mean diagonal.")] = 0.05, shrink: Annotated[float, typer.Option(min=0, max=1, help="regmean: factor of the off-diagonal.")] = 0.9,
+          threads: Annotated[int, typer.Option(min=0, help="0: as many as cores, at most 4. The bytes do not depend on it.")] = 0):
+    "Merge difference vectors into a base model, streaming. A killed merge goes on where it stopped when it is started again."
+    pairs = [parse_diff(d) for d in diff] + [parse_pair(m, "--model") for m in model]
+    if not pairs: raise UserError("merge needs at least one --diff FILE.npy=WEIGHT or --model DIR=WEIGHT")
+    if len({p for p, _ in pairs}) < len(pairs): raise UserError("merge: the same --diff or --model is given twice; add its weights into one")
+    for path, _ in pairs[len(diff):]:
+        if not Path(path).is_dir(): raise UserError(f"--model {path}: no such folder; --diff takes files")
     from yunmin_efficientdata.dem.merge import merge as merge_
-    merge_(base, out, dict(pairs), method=method, normalize=normalize)
-    console.print(f"merged {len(pairs)} vectors by {method} into {out}")
+    found = merge_(base, out, dict(pairs), method, normalize, density, seed, calibration=read_calibration(calibration, seq_len, windows) or None, ridge=ridge, shrink=shrink, threads=threads, log=lambda line: console.print(line, highlight=False))
+    for line in found["warnings"]: console.print(f"warning: {line}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"merged {len(pairs)} differences by {method} into {out}: {found['changed']} of {found['tensors']} tensors changed", markup=False, soft_wrap=True)
 
 # %% ../nbs/07_cli.ipynb #c020
 bench = typer.Typer(no_args_is_help=True, help="Compare with other tools on your own text: CPU seconds, memory, quality.")
@@ -224,6 +261,23 @@ def bench_loader(corpus: Annotated[Optional[str], typer.Option(help="Workspace w
     show_bench(tables, out, "loader")
 
 # %% ../nbs/07_cli.ipynb #c025
+@bench.command("merge")
+def bench_merge(gigabytes: Annotated[float, typer.Option(min=0.002, help="Of the models of the linear merge; TIES and DARE get a fifth.")] = 2.2,
+                peers: Annotated[Optional[str], typer.Option(help="Some of the contestants, by name, such as 'mergekit,peft'; default: all.")] = None,
+                out: Annotated[str, typer.Option(help="Folder for tables and figures.")] = "bench-merge",
+                repeats: Annotated[int, typer.Option(min=1, help="Repetitions of the linear merge; contestants take turns.")] = 3,
+                threads: Annotated[int, typer.Option(min=1, help="Threads of each contestant.")] = 2,
+                scratch: Annotated[Optional[str], typer.Option(help="Folder for the models, about nine times --gigabytes; default: the system's temporary folder.")] = None,
+                quick: Annotated[bool, typer.Option("--quick", help="At most 50 MB, once.")] = False):
+    "Merging: wall and CPU time, memory, and whether the merged models agree with a float64 reference."
+    import re
+    from yunmin_efficientdata.bench.merge import FIELD, bench_merge as run
+    chosen = tuple(FIELD) if peers is None else [p.strip() for p in re.split(r",(?! )", peers) if p.strip()]  # "ours, dense vectors" is one name
+    tables = run(min(gigabytes, 0.05) if quick else gigabytes, chosen, out, 1 if quick else repeats, threads, part=1 if quick else 0.2, scratch=scratch, say=console.print)
+    table("goals", tables["goals"].to_dict("records"))
+    console.print(f"{out}/merge.md: all tables and figures")
+
+# %% ../nbs/07_cli.ipynb #c027
 @app.command()
 def share(ws: Workspace,
           out: Annotated[Optional[str], typer.Argument(metavar="OUT", help="Folder to make; default: share/ in the workspace, ./NAME-share for one on S3.")] = None,
@@ -246,7 +300,7 @@ def share(ws: Workspace,
     for line in made["warnings"]: console.print(f"licence: {line}", style="bold red", markup=False, highlight=False, soft_wrap=True)
     console.print(f"configurations: {', '.join(made['configurations'])}\nRead README.md in that folder. Then, if it may be public:\n  {made['command']}", markup=False, highlight=False, soft_wrap=True)
 
-# %% ../nbs/07_cli.ipynb #c027
+# %% ../nbs/07_cli.ipynb #c029
 def serve_site(ws: str, port: int) -> None:
     "Serve reports/site of a workspace on localhost until Ctrl-C."
     import functools, http.server
@@ -260,7 +314,7 @@ def serve_site(ws: str, port: int) -> None:
     except KeyboardInterrupt: pass
     finally: server.server_close()
 
-# %% ../nbs/07_cli.ipynb #c029
+# %% ../nbs/07_cli.ipynb #c031
 def main(argv: list[str] | None = None) -> None:
     "Entry point: reads .env, runs a command, turns errors into exit codes."
     from dotenv import load_dotenv

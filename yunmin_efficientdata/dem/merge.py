@@ -13,7 +13,7 @@ from numba import njit
 from xxhash import xxh3_64_hexdigest, xxh3_128_hexdigest
 from ..core.settings import UserError
 from ..core.store import _commit
-from .vectors import CHUNK, FLOATS, ModelVector, Source, Tensor, Vector, Weights, disk_error, domain_of, fingerprint, manifest_file, open_vector, read_header, read_into, read_native, shards, thin_product, tied_keys
+from .vectors import BLOCK, FLOATS, ModelVector, Source, Tensor, Vector, Weights, disk_error, domain_of, fingerprint, manifest_file, open_vector, read_header, read_into, read_native, shards, thin_product, tied_keys
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'OURS', 'METHODS', 'CALIBRATED', 'merge_weights', 'threshold', 'Combine', 'merged_chunk', 'write_shard',
@@ -45,7 +45,7 @@ def threshold(
     v: Source, # a difference
     key: str, # tensor
     density: float, # share to keep
-    chunk: int = CHUNK # elements in memory at a time
+    chunk: int = BLOCK # elements in memory at a time
 ) -> float: # magnitude of the smallest element kept
     "The exact k-th largest magnitude of a tensor, k = floor(density * size) but at least 1, in two counting passes."
     keep, prefix = max(1, int(density*v.size(key))), 0
@@ -90,7 +90,7 @@ def _add(total, x, weight):
 class Combine:
     "Sum up differences chunk by chunk: `combine(key, start, stop)` -> float32, or None where nothing changes the tensor. Safe in threads."
     parallel = True
-    def __init__(self, vectors: list[tuple[Source, float]], method="linear", normalize=True, density=.2, seed=0, chunk=CHUNK):
+    def __init__(self, vectors: list[tuple[Source, float]], method="linear", normalize=True, density=.2, seed=0, chunk=BLOCK):
         self.vectors, self.method, self.normalize, self.density, self.seed, self.chunk = vectors, method, normalize, density, seed, chunk
         self.lock, self.cuts, self.thin = threading.Lock(), {}, {}
     def __call__(self, key, start, stop):
@@ -190,7 +190,7 @@ def write_shard(
     source: Path, # shard of the base
     target: Path, # new file
     combine, # (key, start, stop) -> float32 difference or None
-    chunk: int = CHUNK, # elements in memory at a time, for each thread and vector
+    chunk: int = BLOCK, # elements in memory at a time, for each thread and vector
     pool: ThreadPoolExecutor | None = None # None: one chunk after another
 ) -> str: # checksum, as `shard_sum` finds it
     "Write one merged shard: the base's header as it is, then every tensor at the place of its bytes."
@@ -337,7 +337,7 @@ def merge_with(
     out: Path, # folder of the merged model; replaced as a whole if it holds a model
     combine, # (key, start, stop) -> float32 difference to the base, or None; called from threads if it has `parallel`
     recipe: dict | None = None, # for card and merge_recipe.json
-    chunk: int = CHUNK, # elements in memory at a time, for each thread and vector
+    chunk: int = BLOCK, # elements in memory at a time, for each thread and vector
     threads: int = 0, # 0: as many as cores, at most 4
     resume_key: str | None = None, # digest of all that the bytes depend on; None: a killed merge starts anew
     log=None # called with a line for each shard
@@ -411,7 +411,7 @@ def merge(
     normalize: bool = True, # divide the weights by their sum
     density: float = .2, # share of elements that ties and dare keep
     seed: int = 0, # of dare
-    chunk: int = CHUNK, # elements in memory at a time, for each thread and vector
+    chunk: int = BLOCK, # elements in memory at a time, for each thread and vector
     threads: int = 0, # 0: as many as cores, at most 4; the bytes do not depend on it
     calibration: dict | None = None, # regmean, seqmean: domain -> int64 [windows, tokens]
     ridge: float = .05, shrink: float = .9, # of seqmean and regmean
