@@ -231,7 +231,7 @@ def _bars(ax, table, column: str, title: str, far: str | None = None, limit: flo
         more = np.maximum(part[far] - part[column], 0) if far else None
         bars = ax.bar(x, part[column], wide*.92, label=m, hatch=("", "//", "xx")[i % 3], edgecolor="white", yerr=None if far is None else [np.zeros(len(x)), more], capsize=3, ecolor="#555555")
         ax.bar_label(bars, [f"{v:.3g}" for v in part[column]], padding=2, fontsize=8)
-    if limit is not None and limit < 3*ax.get_ylim()[1]: ax.axhline(limit, color="#444444", ls="--", lw=1)
+    if limit is not None and limit < 1.5*ax.get_ylim()[1]: ax.axhline(limit, color="#444444", ls="--", lw=1)
     ax.set(title=title, xticks=range(len(batches)), xlabel="배치 크기"); ax.set_xticklabels([str(b) for b in batches]); ax.margins(y=.18); ax.grid(axis="x", visible=False)
 
 def plot_inference(

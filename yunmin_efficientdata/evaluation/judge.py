@@ -4,7 +4,7 @@
 
 # %% ../../nbs/04i_judge.ipynb #c004
 from __future__ import annotations
-import json, os, time
+import json, os, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, NamedTuple
 from urllib.parse import urlsplit
@@ -220,13 +220,16 @@ def collect(
     secret = secret_key(s)
     headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {secret}"} if secret else {})}
     with httpx.Client(headers=headers, timeout=s.timeout_seconds, follow_redirects=False, limits=httpx.Limits(max_connections=s.parallel)) as client:
+        stopped = threading.Event()
         def one(key):
-            answer = ask(client, todo[key], s, sleep)
+            if stopped.is_set(): return Answer(None, "stopped", 0, 0, 0)     # an earlier question ended the run: ask no further
+            try: answer = ask(client, todo[key], s, sleep)
+            except BaseException: stopped.set(); raise
             if answer.judgement: store.write(key, canonical({"judgement": answer.judgement.model_dump(), "read": answer.read, "written": answer.written}))
             return answer
         pool = ThreadPoolExecutor(s.parallel)
         try: found |= dict(zip(todo, pool.map(one, todo)))
-        finally: pool.shutdown(cancel_futures=True)
+        finally: stopped.set(); pool.shutdown(cancel_futures=True)
     return [(p, found[k]) for p, k in zip(pairs, keys)]
 
 # %% ../../nbs/04i_judge.ipynb #c018
