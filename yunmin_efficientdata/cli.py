@@ -17,7 +17,7 @@ from .core.settings import UserError
 __all__ = ['app', 'console', 'Workspace', 'Raw', 'Config', 'Set', 'Kind', 'Workers', 'DEMO', 'bench', 'Repeats', 'Report', 'run',
            'dedup', 'format_', 'dem', 'evaluate', 'report', 'table', 'status', 'show_frame', 'profile', 'plan',
            'show_plan', 'sample', 'parse_pair', 'parse_diff', 'read_calibration', 'merge', 'show_bench', 'bench_dedup',
-           'bench_loader', 'bench_merge', 'share', 'serve_site', 'main']
+           'bench_loader', 'bench_dem', 'bench_merge', 'share', 'serve_site', 'main']
 
 # %% ../nbs/07_cli.ipynb #c005
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False,
@@ -261,6 +261,17 @@ def bench_loader(corpus: Annotated[Optional[str], typer.Option(help="Workspace w
     show_bench(tables, out, "loader")
 
 # %% ../nbs/07_cli.ipynb #c025
+@bench.command("dem")
+def bench_dem(corpus: Annotated[str, typer.Option(help="Workspace with parquet_ready/, or folder of JSONL files, a domain each.")],
+              seeds: Annotated[int, typer.Option(min=1, help="How often everything is done, each time from another base.")] = 3,
+              out: Annotated[str, typer.Option("--out", help="Folder for results, tables and figures; a second start continues there.")] = "bench-dem",
+              quick: Annotated[bool, typer.Option("--quick", help="60 steps in place of 1,000, to see that it runs.")] = False):
+    "Merged against mixed: what share of one mixed run's gain each merge reaches, over seeds. About 25 CPU minutes a seed."
+    from yunmin_efficientdata.bench.dem import bench_dem as run
+    tables = run(corpus, out, seeds, quick, say=console.print)
+    table("merged against mixed", tables["study"].round(3).to_dict("records")); show_bench(tables, out, "dem")
+
+# %% ../nbs/07_cli.ipynb #c026
 @bench.command("merge")
 def bench_merge(gigabytes: Annotated[float, typer.Option(min=0.002, help="Of the models of the linear merge; TIES and DARE get a fifth.")] = 2.2,
                 peers: Annotated[Optional[str], typer.Option(help="Some of the contestants, by name, such as 'mergekit,peft'; default: all.")] = None,
@@ -277,7 +288,7 @@ def bench_merge(gigabytes: Annotated[float, typer.Option(min=0.002, help="Of the
     table("goals", tables["goals"].to_dict("records"))
     console.print(f"{out}/merge.md: all tables and figures")
 
-# %% ../nbs/07_cli.ipynb #c027
+# %% ../nbs/07_cli.ipynb #c028
 @app.command()
 def share(ws: Workspace,
           out: Annotated[Optional[str], typer.Argument(metavar="OUT", help="Folder to make; default: share/ in the workspace, ./NAME-share for one on S3.")] = None,
@@ -300,7 +311,7 @@ def share(ws: Workspace,
     for line in made["warnings"]: console.print(f"licence: {line}", style="bold red", markup=False, highlight=False, soft_wrap=True)
     console.print(f"configurations: {', '.join(made['configurations'])}\nRead README.md in that folder. Then, if it may be public:\n  {made['command']}", markup=False, highlight=False, soft_wrap=True)
 
-# %% ../nbs/07_cli.ipynb #c029
+# %% ../nbs/07_cli.ipynb #c030
 def serve_site(ws: str, port: int) -> None:
     "Serve reports/site of a workspace on localhost until Ctrl-C."
     import functools, http.server
@@ -314,7 +325,7 @@ def serve_site(ws: str, port: int) -> None:
     except KeyboardInterrupt: pass
     finally: server.server_close()
 
-# %% ../nbs/07_cli.ipynb #c031
+# %% ../nbs/07_cli.ipynb #c032
 def main(argv: list[str] | None = None) -> None:
     "Entry point: reads .env, runs a command, turns errors into exit codes."
     from dotenv import load_dotenv
