@@ -270,6 +270,14 @@ def test_s3_gives_the_same_batches_and_states(s3, files, tmp_path):
         assert all(torch.equal(x, y) for x, y in zip([*a, *take(local)], [*b, *take(resumed)], strict=True))
         assert cache.used_bytes() <= max(limit, 120_000)
 
+def test_a_cache_too_small_for_the_order_gets_a_warning(s3, files, tmp_path):
+    uris = upload(s3, files[0]); assert TokenLoader(files[0], 64, 16, shuffle="page").batch_sampler.order.group == 4
+    build = lambda shuffle, limit: TokenLoader(TokenPages(uris, cache=PageCache(tmp_path/"c", limit_bytes=limit), part_bytes=PART), 64, 16, shuffle=shuffle)
+    with pytest.warns(UserWarning, match="take shuffle='page', or raise YUNMIN_CACHE_BYTES"): build("window", 50_000)
+    with pytest.warns(UserWarning, match="lower group, or raise YUNMIN_CACHE_BYTES"): build("page", 20_000)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error"); build("page", 90_000), build("window", 1 << 30), build("none", 10)
+
 def test_text_rows_from_s3(s3, files):
     uris = upload(s3, files[0])
     rows = lambda paths, **k: [i for b in TextRows(paths, ["id"], **k).batches(2) for i in b["id"]]

@@ -1,7 +1,7 @@
 "Phase 2, writer and driver: schema, nulls, layout, readers, held-out split, any cut of the work, kills, bounded memory."
 import importlib.util, json, os, re, resource, shutil, signal, subprocess, sys, tempfile
 from pathlib import Path
-import duckdb, numpy as np, pandas as pd, pyarrow as pa, pyarrow.parquet as pq, pytest
+import duckdb, numpy as np, pandas as pd, pyarrow as pa, pyarrow.parquet as pq, pytest, xxhash
 from hypothesis import HealthCheck, example, given, settings as hypothesis_settings, strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from yunmin_efficientdata.core.context import open_phase
@@ -9,7 +9,7 @@ from yunmin_efficientdata.core.records import read_jsonl
 from yunmin_efficientdata.core.settings import FormatSettings, HeldoutSettings, UserError
 from yunmin_efficientdata.core.store import open_store
 from yunmin_efficientdata.format import parquet as P
-from yunmin_efficientdata.format.pages import TokenFile
+from yunmin_efficientdata.format.pages import TokenFile, metadata_hash
 from yunmin_efficientdata.format.tokenizer import Encoder, as_pretrained, load_tokenizer, train_bpe
 
 SENTENCES = ["대한민국의 수도는 서울이다.", "오늘 날씨가 맑고 기온은 20도이다.", "법원은 피고인의 항소를 기각하였다.", "영화가 정말 재미있었다 ㅋㅋ", "함수는 값을 돌려준다: return x"]
@@ -71,9 +71,26 @@ def test_layout_is_the_promised_one(file):
             if c.path_in_schema.startswith("tokens"): assert c.compression == "UNCOMPRESSED" and set(c.encodings) <= {"PLAIN", "RLE"} and c.dictionary_page_offset is None
             else: assert c.compression == "ZSTD"
     known = {k.decode(): v.decode() for k, v in meta.metadata.items()}
+    assert known.pop("yunmin.metadata_hash") == metadata_hash(known) and known.pop("yunmin.token_hash") == xxhash.xxh3_64_hexdigest(np.concatenate(rows).astype("<i4").tobytes())
     assert known == {"yunmin.tokenizer": "abc", "yunmin.vocab_size": "5000", "yunmin.eos_id": "0", "yunmin.rows": "300", "yunmin.tokens": str(sum(map(len, rows)))}
     pages = TokenFile(path)
     assert pages.way == "pages" and np.array_equal(pages.pages.rows.sum(), 300) and (np.asarray(pages.pages.crc) >= 0).all() and 4 * pages.pages.count.max() < 3 * 4096
+
+def test_changed_metadata_are_refused(file, tmp_path):
+    "Every byte of the yunmin.* entries, by both ways of reading; and tokens that are other ones with their checksums right."
+    path, _, rows = file; whole = path.read_bytes()
+    def said(f): return {k: f.metadata.get(k) for k in ("yunmin.eos_id", "yunmin.tokenizer", "yunmin.vocab_size", "yunmin.rows", "yunmin.tokens", "yunmin.token_hash")}
+    low, high = (f(whole.index(k, whole.index(b"yunmin.tokenizer") - 1) for k in (b"yunmin.tokenizer", b"yunmin.vocab_size", b"yunmin.eos_id", b"yunmin.rows", b"yunmin.tokens", b"yunmin.token_hash", b"yunmin.metadata_hash")) for f in (min, max))
+    for at in range(low, high + 40):
+        data = bytearray(whole); data[at] ^= 1 << at % 8; (tmp_path/"m.parquet").write_bytes(data)
+        try: changed = said(TokenFile(tmp_path/"m.parquet"))
+        except UserError: continue
+        assert changed == said(TokenFile(path)), at # only the name of the hash itself may change
+    swapped = P.FileWriter(tmp_path/"s.parquet", FormatSettings(), {})
+    swapped.hashes["tokens"].values.update(b"other")
+    with swapped as w: w.add({"id": "1", "text": "가"}, np.array([5, 0], np.int32))
+    assert len(TokenFile(tmp_path/"s.parquet")) == 2
+    with pytest.raises(UserError, match="token_hash"): TokenFile(tmp_path/"s.parquet", check=True)
 
 def test_page_size_is_honoured(tmp_path):
     rng = np.random.default_rng(0)

@@ -20,7 +20,7 @@ from ..core.records import BadLine, JsonlWriter, RAW_BYTES, dump_line, is_jsonl,
 from ..core.settings import InstructionSettings, UserError
 from ..core.store import Stat, Store, source_keys
 from .loader import TokenPages
-from .pages import TokenFile
+from .pages import HASH_KEY, TokenFile, metadata_hash
 from .share import Census, license_of
 from .tokenizer import load_tokenizer, tokenizer_hash
 
@@ -414,7 +414,8 @@ class InstructionWriter:
     def __exit__(self, kind, *rest):
         if kind is None:
             self.flush()
-            self.writer.add_key_value_metadata({**self.metadata, "yunmin.rows": str(self.rows), "yunmin.tokens": str(self.tokens)})
+            said = {**self.metadata, "yunmin.rows": str(self.rows), "yunmin.tokens": str(self.tokens)}
+            self.writer.add_key_value_metadata({**said, HASH_KEY: metadata_hash(said)})
         self.writer.close()
 
 # %% ../../nbs/02h_instructions.ipynb #c035

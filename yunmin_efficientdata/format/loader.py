@@ -18,10 +18,10 @@ from ..core.settings import UserError
 from .pages import PageSet, TokenFile
 
 # %% auto #0
-__all__ = ['TokenPages', 'UnderWay', 'domain_of', 'round_keys', 'permute', 'WindowGrid', 'WindowOrder', 'file_domains', 'mix_for',
-           'boundaries', 'cu_seqlens', 'Windows', 'WindowBatches', 'process_place', 'TokenLoader', 'mixture', 'skip',
-           'made_of', 'fingerprint', 'state_dict', 'load_state_dict', 's3_filesystem', 'open_parquet', 'Deal',
-           'TextRows', 'local_order', 'ngram_model', 'order_perplexity']
+__all__ = ['TokenPages', 'UnderWay', 'domain_of', 'round_keys', 'permute', 'WindowGrid', 'WindowOrder', 'usual_group',
+           'file_domains', 'mix_for', 'boundaries', 'cu_seqlens', 'Windows', 'WindowBatches', 'process_place',
+           'TokenLoader', 'mixture', 'skip', 'made_of', 'fingerprint', 'state_dict', 'load_state_dict', 's3_filesystem',
+           'open_parquet', 'Deal', 'TextRows', 'local_order', 'ngram_model', 'order_perplexity']
 
 # %% ../../nbs/02d_loader.ipynb #c006
 try:
@@ -300,10 +300,11 @@ class WindowOrder:
         seq_len: int, # tokens in a window
         seed: int = 0,
         shuffle: str = "window",
-        group: int = 16, # pages that are mixed together in 'page' order
+        group: int | None = None, # parts (large pages, or several small ones) that are mixed together in 'page' order; None: `usual_group`
         mix: dict[str, float] | None = None # domain or file name -> how often its windows come in an epoch
     ):
         if shuffle not in ("window", "page", "none"): raise UserError(f"shuffle={shuffle!r}: expected 'window', 'page' or 'none'")
+        if group is None: group = usual_group(pages)
         if seq_len < 1 or group < 1: raise UserError(f"seq_len={seq_len}, group={group}: expected at least 1")
         self.seed, self.shuffle, self.group, self._epoch = int(seed), shuffle, group, None
         self.mix = {k: float(v) for k, v in sorted(mix.items())} if mix else None
@@ -315,6 +316,10 @@ class WindowOrder:
         if shuffle == "page": self._unit = self.grid.units(pages, self.run)
 
     def __len__(self): return self.n
+
+def usual_group(pages: TokenPages) -> int: # parts
+    "Parts that `page` order mixes: a fortieth of the data, from 4 to 16."
+    return max(4, min(16, sum(len(f.parts) for f in pages.files) // 40))
 
 # %% ../../nbs/02d_loader.ipynb #c040
 def file_domains(
@@ -592,7 +597,7 @@ class TokenLoader:
         num_workers: int = 0, # of torch's DataLoader
         shuffle: str = "window", # 'window', 'page' or 'none'
         eos_id: int | None = None, # marks document borders; None: from the files
-        group: int = 16, # pages mixed together in 'page' order
+        group: int | None = None, # parts mixed together in 'page' order; None: by the size of the data
         mix: dict[str, float] | None = None, # domain or file name -> times its windows come in an epoch (1 if not named)
         last: str = "drop", # windows that fill no batch: 'drop' or 'fill'
         ahead: int = 32 # batches whose blocks are fetched ahead from S3
@@ -605,12 +610,24 @@ class TokenLoader:
         if empty: raise UserError(f"mix: {empty[0]!r} has not one window of {seq_len} tokens; choose a shorter seq_len or weight 0")
         self.batch_sampler = WindowBatches(order, batch_size, *process_place(rank, world_size), last)
         self.seed, self.num_workers, self.ahead, self.epoch, self.step = int(seed), num_workers, ahead, 0, 0
+        _warn_of_a_small_cache(self.pages, order)
 
     @property
     def skipped(self) -> set: return self.batch_sampler.skipped # of (epoch, step)
     def __len__(self): return self.batch_sampler.steps - sum(e == self.epoch for e, _ in self.skipped)
 
 # %% ../../nbs/02d_loader.ipynb #c069
+def _warn_of_a_small_cache(pages: TokenPages, order: WindowOrder) -> None:
+    "An order that reads from more places at a time than the cache holds fetches parts again and again: say so."
+    if pages.local or order.shuffle == "none": return
+    sizes = np.concatenate([f.parts[:, 1] for f in pages.files if f.remote])
+    together = len(sizes) if order.shuffle == "window" else order.group // order.run * (order.run + 1)
+    wanted = int(sizes.sum() if together >= len(sizes) else np.sort(sizes)[-together:].sum())
+    if pages.cache.limit >= wanted: return
+    help = "take shuffle='page', or raise" if order.shuffle == "window" else "lower group, or raise"
+    warnings.warn(f"shuffle={order.shuffle!r} reads from {wanted / 1e6:,.1f} MB at a time, the cache holds {pages.cache.limit / 1e6:,.1f} MB: parts will be fetched again and again; {help} YUNMIN_CACHE_BYTES")
+
+# %% ../../nbs/02d_loader.ipynb #c070
 def _order(self, epoch: int) -> np.ndarray: # int64 [windows drawn in an epoch]
     "The global order of all windows in an epoch, the same for every rank and world size."
     return self.batch_sampler.order.at(np.arange(len(self.batch_sampler.order)), epoch)
@@ -622,7 +639,7 @@ def mixture(self) -> list[dict]: # a row for each domain: domain, windows, weigh
 
 TokenLoader.order, TokenLoader.mixture = _order, mixture
 
-# %% ../../nbs/02d_loader.ipynb #c071
+# %% ../../nbs/02d_loader.ipynb #c072
 def _make(self, plan: list[int]):
     "The batches of these steps of this epoch, made here or by workers."
     batches = self._announced(plan)
@@ -648,7 +665,7 @@ def _announced(self, plan: list[int]):
 
 TokenLoader._make, TokenLoader._announced = _make, _announced
 
-# %% ../../nbs/02d_loader.ipynb #c072
+# %% ../../nbs/02d_loader.ipynb #c073
 def _iterate(self):
     epoch, plan = self.epoch, self.batch_sampler.plan(self.epoch, self.step)
     for step, batch in zip(plan, self._make(plan)):
@@ -671,7 +688,7 @@ def skip(self,
 
 TokenLoader.__iter__, TokenLoader.skip = _iterate, skip
 
-# %% ../../nbs/02d_loader.ipynb #c074
+# %% ../../nbs/02d_loader.ipynb #c075
 def _file_digest(file: TokenFile) -> str: # 16 hexadecimal digits
     "Digest of one file's tokens: its footer, which holds a hash of them (`yunmin.token_hash`) where `format.parquet` wrote it; else some page checksums too; the tokens themselves where pyarrow decoded them."
     if file.way != "pages": return f"{zlib.crc32(file.data[:4 * len(file)]):016x}"
@@ -695,7 +712,7 @@ def fingerprint(self) -> str: # 16 hexadecimal digits
 
 TokenLoader.made_of, TokenLoader.fingerprint = made_of, fingerprint
 
-# %% ../../nbs/02d_loader.ipynb #c075
+# %% ../../nbs/02d_loader.ipynb #c076
 def state_dict(self) -> dict: # JSON-able
     "Where the loader is: the next step of this epoch, what was skipped, and what the order is made of."
     return {"epoch": self.epoch, "step": self.step, "seed": self.seed, "fingerprint": self.fingerprint(), "skipped": sorted(map(list, self.skipped)), "made_of": self.made_of()}
@@ -714,7 +731,7 @@ def load_state_dict(self, state: dict) -> None:
 
 TokenLoader.state_dict, TokenLoader.load_state_dict = state_dict, load_state_dict
 
-# %% ../../nbs/02d_loader.ipynb #c086
+# %% ../../nbs/02d_loader.ipynb #c087
 def s3_filesystem() -> pyarrow.fs.S3FileSystem:
     "pyarrow's S3 client on the server that AWS_ENDPOINT_URL names, with the usual AWS variables."
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
@@ -725,7 +742,7 @@ def s3_filesystem() -> pyarrow.fs.S3FileSystem:
     if region := os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION"): options["region"] = region
     return pyarrow.fs.S3FileSystem(**options)
 
-# %% ../../nbs/02d_loader.ipynb #c087
+# %% ../../nbs/02d_loader.ipynb #c088
 def open_parquet(
     path # a local path or an s3://bucket/key address
 ) -> pq.ParquetFile:
@@ -736,7 +753,7 @@ def open_parquet(
     except FileNotFoundError: raise UserError(f"{path}: no such file; `yunmin format` makes the Parquet files") from None
     except (pa.ArrowException, OSError) as e: raise UserError(f"{path}: not readable as Parquet: {str(e).splitlines()[0]}") from None
 
-# %% ../../nbs/02d_loader.ipynb #c089
+# %% ../../nbs/02d_loader.ipynb #c090
 class Deal:
     "What is left of each row group, dealt to `parts` (ranks x workers) in turn."
     def __init__(self,
@@ -782,7 +799,7 @@ class Deal:
     def even(self) -> int: # batches that every rank has
         return min(sum(self.batches[i] for w in range(self.workers) for i in self.mine(r * self.workers + w)) for r in range(self.world_size))
 
-# %% ../../nbs/02d_loader.ipynb #c092
+# %% ../../nbs/02d_loader.ipynb #c093
 class TextRows(IterableDataset):
     "Batches of rows with only the columns asked for: {column: list}. Row groups are shared over ranks and workers."
     def __init__(self,
@@ -809,7 +826,7 @@ class TextRows(IterableDataset):
                 self._groups += [(f, g, meta.row_group(g).num_rows) for g in range(meta.num_row_groups)]
         return self._groups
 
-# %% ../../nbs/02d_loader.ipynb #c093
+# %% ../../nbs/02d_loader.ipynb #c094
 def _deal(self, workers: int) -> tuple[Deal, int]: # (what is dealt, batches of it that this rank was given)
     "The deal that is under way with this many workers; a new one when ranks or workers are others than before."
     left = [(i, 0, rows) for i, (_, _, rows) in enumerate(self.groups()) if rows]
@@ -842,7 +859,7 @@ def _settle(self, workers: int, n: int) -> None:
 TextRows._deal, TextRows._iterate, TextRows._settle = _deal, _iterate_rows, _settle
 TextRows._mine_only, TextRows._counted, TextRows._own = False, False, None
 
-# %% ../../nbs/02d_loader.ipynb #c094
+# %% ../../nbs/02d_loader.ipynb #c095
 def _rows(self, deal: Deal, part: int, skip: int):
     "Batches of one part of the deal, from its `skip`-th on."
     opened: dict = {}
@@ -869,7 +886,7 @@ def _text_batches(file, group, columns, batch_size, first):
 
 TextRows._rows = _rows
 
-# %% ../../nbs/02d_loader.ipynb #c095
+# %% ../../nbs/02d_loader.ipynb #c096
 def _batches_of_rows(self,
     num_workers: int = 0 # of torch's DataLoader
 ):
@@ -896,7 +913,7 @@ def _load_state_of_rows(self, state: dict) -> None:
 
 TextRows.batches, TextRows.state_dict, TextRows.load_state_dict = _batches_of_rows, _state_of_rows, _load_state_of_rows
 
-# %% ../../nbs/02d_loader.ipynb #c100
+# %% ../../nbs/02d_loader.ipynb #c101
 def local_order(
     n: int, # windows
     size: int, # windows in a row group
@@ -917,7 +934,7 @@ def ngram_model(
         torch.manual_seed(seed)
         return torch.nn.Sequential(torch.nn.Embedding(vocab_size, width), torch.nn.Flatten(1), torch.nn.Linear(context * width, 2 * width), torch.nn.GELU(), torch.nn.Linear(2 * width, vocab_size))
 
-# %% ../../nbs/02d_loader.ipynb #c101
+# %% ../../nbs/02d_loader.ipynb #c102
 def order_perplexity(
     windows: np.ndarray, # int [n, length] in the order of training
     heldout: np.ndarray, # int [m, length]

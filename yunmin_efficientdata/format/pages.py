@@ -4,12 +4,13 @@
 
 # %% ../../nbs/02c_pages.ipynb #c004
 from __future__ import annotations
-import os, tempfile, threading, time, weakref, zlib
+import json, os, tempfile, threading, time, weakref, zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 import pyarrow as pa, pyarrow.parquet as pq
+import xxhash
 from ..core.settings import UserError
 from .cache import PageCache
 
@@ -17,11 +18,11 @@ from .cache import PageCache
 __all__ = ['DEPTH', 'FIELD', 'KIND', 'VALUE', 'LENGTH', 'NEXT', 'TRUE', 'FALSE', 'BYTE', 'I16', 'I32', 'I64', 'DOUBLE', 'BINARY',
            'LIST', 'SET', 'MAP', 'STRUCT', 'FACTS', 'ROWS', 'COLUMNS', 'TYPE', 'CODEC', 'VALUES', 'RAW', 'SIZE',
            'FIRST', 'DICTIONARY', 'OFFSETS', 'OFFSETS_SIZE', 'LEVELS', 'LEVELS_SIZE', 'ENCODINGS', 'EMPTY', 'FULL',
-           'PATH', 'CHECKS', 'MAPS', 'OtherLayout', 'DamagedFile', 'as_python', 'read_struct', 'MappedFile',
+           'PATH', 'HASH_KEY', 'CHECKS', 'MAPS', 'OtherLayout', 'DamagedFile', 'as_python', 'read_struct', 'MappedFile',
            'read_footer', 'leaf_index', 'column_facts', 'PageTable', 'read_header', 'check_header', 'check_page',
-           'check_pages', 'index_bytes', 'header_counts', 'chunk_pages', 'page_table', 'unpack_tokens', 'TokenFile',
-           'page_parts', 'Resident', 'PageSet', 'pages_of', 'hold', 'need', 'publish_use', 'ready', 'at_hand',
-           'prefetch']
+           'check_pages', 'index_bytes', 'header_counts', 'chunk_pages', 'metadata_hash', 'checked_metadata',
+           'page_table', 'unpack_tokens', 'TokenFile', 'page_parts', 'Resident', 'PageSet', 'pages_of', 'hold', 'need',
+           'publish_use', 'ready', 'at_hand', 'prefetch']
 
 # %% ../../nbs/02c_pages.ipynb #c006
 class OtherLayout(Exception):
@@ -404,7 +405,22 @@ def chunk_pages(
     if (rows < 0).any() or (count < 0).any() or (at <= offset).any() or (sums[1] > facts[:, VALUES]).any() or (said & ((full != sums[1]) | (empty + full != facts[:, VALUES]))).any(): raise ValueError("values of the pages and of the column differ")
     return np.stack([at, count, np.cumsum(rows) - rows, rows, offset, end])
 
-# %% ../../nbs/02c_pages.ipynb #c040
+# %% ../../nbs/02c_pages.ipynb #c041
+HASH_KEY = "yunmin.metadata_hash"
+
+def metadata_hash(
+    metadata: dict[str, str] # of a file
+) -> str: # 16 hexadecimal digits
+    "Hash of the `yunmin.*` entries, the hash itself left out."
+    said = {k: v for k, v in metadata.items() if k.startswith("yunmin.") and k != HASH_KEY}
+    return xxhash.xxh3_64_hexdigest(json.dumps(said, sort_keys=True).encode())
+
+def checked_metadata(metadata: dict[str, str]) -> dict[str, str]: # the same
+    "Compare the entries with their hash. Raises `ValueError`."
+    if metadata.get(HASH_KEY, said := metadata_hash(metadata)) != said: raise ValueError(f"the metadata differ from {HASH_KEY}; the file is damaged: make or copy it again")
+    return metadata
+
+# %% ../../nbs/02c_pages.ipynb #c043
 def page_table(
     source, # `MappedFile` or `CachedObject`; or the whole file as bytes
     name: str, # for messages
@@ -415,7 +431,7 @@ def page_table(
     rows, data = read_footer(source, name)
     try:
         schema, total, pairs = (as_python(rows, data, _child(rows, 0, i)) if _child(rows, 0, i) >= 0 else [] for i in (2, 3, 5))
-        metadata = {m[1].decode(): m.get(2, b"").decode("utf-8", "replace") for m in pairs}
+        metadata = checked_metadata({m[1].decode(): m.get(2, b"").decode("utf-8", "replace") for m in pairs})
         try: facts = column_facts(rows, data, schema, column)
         except KeyError as e:
             if e.args != (column,): raise
@@ -426,7 +442,7 @@ def page_table(
     except (ValueError, IndexError, KeyError, TypeError, AttributeError) as e: raise DamagedFile(f"{name}: footer or page index: {_reason(e)}") from None
     return PageTable(*pages, checksums=_first_checksum(source, pages, name), source=source), metadata
 
-# %% ../../nbs/02c_pages.ipynb #c041
+# %% ../../nbs/02c_pages.ipynb #c044
 def _first_checksum(source, columns, name: str) -> bool:
     "Is the first page of version 2, and does it carry a checksum?"
     if not columns.shape[1]: return False
@@ -434,19 +450,19 @@ def _first_checksum(source, columns, name: str) -> bool:
     try: return check_header(source.read(offset, min(end - offset, 4096)), end - offset, False)[4] >= 0
     except (ValueError, IndexError, KeyError, TypeError) as e: raise DamagedFile(f"{name}: page 0 at byte {offset}: {_reason(e)}") from None
 
-# %% ../../nbs/02c_pages.ipynb #c049
+# %% ../../nbs/02c_pages.ipynb #c052
 def unpack_tokens(
     path, # a Parquet file of any layout
     column: str = "tokens"
 ) -> tuple[np.ndarray, PageTable, dict]: # (bytes of all tokens as int32, one page, metadata)
     "Decode a list column with pyarrow into an unnamed temporary file. Raises `UserError` for other types or null tokens."
-    file = pq.ParquetFile(path, page_checksum_verification=True)
+    file = pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False)
     kind = file.schema_arrow.field(column).type
     if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_integer(kind.value_type):
         raise UserError(f"{path}: column {column!r} is {kind}, not a list of integers")
     rows = empty = 0
     with tempfile.TemporaryFile() as out:
-        for batch in file.iter_batches(batch_size=1024, columns=[column]):
+        for batch in file.iter_batches(batch_size=1024, columns=[column], use_threads=False):
             flat = batch.column(0).flatten()
             lengths = batch.column(0).value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
             rows, empty = rows + len(lengths), empty + int((lengths == 0).sum())
@@ -457,15 +473,15 @@ def unpack_tokens(
         if (rows, n + empty) != _stated(file, column): raise DamagedFile(f"{path}: pyarrow read {rows} rows and {n + empty} values of {column!r}, the footer says {_stated(file, column)}")
         data = np.memmap(out, mode="r", dtype=np.uint8) if n else np.zeros(0, np.uint8)
     one = [np.array([v], np.int64) for v in (0, n, 0, rows, 0, 0, 4 * n, -1)]
-    meta = {k.decode(): v.decode("utf-8", "replace") for k, v in (file.metadata.metadata or {}).items()}
-    return data, PageTable(*one), meta
+    try: return data, PageTable(*one), checked_metadata({k.decode(): v.decode("utf-8", "replace") for k, v in (file.metadata.metadata or {}).items()})
+    except ValueError as e: raise DamagedFile(f"{path}: {e}") from None
 
 def _stated(file: pq.ParquetFile, column: str) -> tuple[int, int]: # rows, values with one for each empty list
     groups = [file.metadata.row_group(g) for g in range(file.num_row_groups)]
     leaf = next((i for i in range(file.metadata.num_columns) if file.schema.column(i).path.split(".")[0] == column), 0)
     return file.metadata.num_rows, sum(g.column(leaf).num_values for g in groups)
 
-# %% ../../nbs/02c_pages.ipynb #c050
+# %% ../../nbs/02c_pages.ipynb #c053
 CHECKS = ("first read", "always", "never")
 
 class TokenFile:
@@ -484,13 +500,13 @@ class TokenFile:
         except OtherLayout as e: self._decode(str(e))
         self.parts, self.part_of = page_parts(self.pages, part_bytes)
         self.data = None if self.remote else self.source.data
-        if check: self.load(range(len(self.pages)))
+        if check: self.load(range(len(self.pages))); self.compare_hash()
 
     def __len__(self): return int(self.pages.count.sum())
     def __reduce__(self): return (TokenFile, (self.path, self.column, False, self.cache, self.part_bytes))
     def __repr__(self): return f"TokenFile({Path(self.path).name!r}: {len(self)} tokens, {len(self.pages)} pages, by {self.way}{': ' + self.reason if self.reason else ''})"
 
-# %% ../../nbs/02c_pages.ipynb #c051
+# %% ../../nbs/02c_pages.ipynb #c054
 def _open_source(self):
     "The file's bytes. Raises `UserError` when there is none."
     if self.remote:
@@ -514,7 +530,7 @@ class _Decoded:
 
 TokenFile._open, TokenFile._decode = _open_source, _decode_file
 
-# %% ../../nbs/02c_pages.ipynb #c053
+# %% ../../nbs/02c_pages.ipynb #c056
 def page_parts(
     table: PageTable,
     part_bytes: int
@@ -527,7 +543,7 @@ def page_parts(
     last = np.append(start[1:], len(table)) - 1
     return np.stack([table.offset[start], table.end[last] - table.offset[start]], axis=1), np.cumsum(begins) - 1
 
-# %% ../../nbs/02c_pages.ipynb #c055
+# %% ../../nbs/02c_pages.ipynb #c058
 def _load(self,
     pages, # page numbers
     crc: bool = True # compare checksums of local pages
@@ -550,9 +566,16 @@ def _arrived(self, offset: int, part: np.ndarray) -> None:
     for k in np.flatnonzero((t.offset >= offset) & (t.offset < offset + len(part))).tolist():
         check_page(part[t.offset[k] - offset:t.end[k] - offset], k, t, self.path)
 
-TokenFile.load, TokenFile._arrived = _load, _arrived
+def _compare_hash(self) -> None:
+    "Compare the tokens of a local file, read in place, with the hash that its writer left, if it did. Raises `DamagedFile`."
+    stated, digest = self.metadata.get("yunmin.token_hash"), xxhash.xxh3_64()
+    if self.way != "pages" or self.remote or stated is None: return
+    for at, n in zip(self.pages.at.tolist(), self.pages.count.tolist()): digest.update(self.data[at:at + 4 * n])
+    if digest.hexdigest() != stated: raise DamagedFile(f"{self.path}: its tokens are not those that were written (yunmin.token_hash); make or copy it again")
 
-# %% ../../nbs/02c_pages.ipynb #c057
+TokenFile.load, TokenFile._arrived, TokenFile.compare_hash = _load, _arrived, _compare_hash
+
+# %% ../../nbs/02c_pages.ipynb #c060
 MAPS = 30_000 # parts mapped at a time; Linux allows 65,530 mappings a process
 
 class Resident:
@@ -576,13 +599,15 @@ class PageSet:
         self.cache = cache or (PageCache() if any(p.startswith("s3://") for p in self.paths) else None)
         self.files = self._open_all()
         self._join()
-        if check is True: self.need(np.arange(len(self.counts)))
+        if check is True:
+            self.need(np.arange(len(self.counts)))
+            for f in self.files: f.compare_hash()
 
     def __len__(self): return int(self.first[-1])
     def __reduce__(self): return (type(self), (self.paths, self.column, self.check, self.cache, self.part_bytes))
     def __repr__(self): return f"{type(self).__name__}({len(self)} tokens, {len(self.counts)} pages, {len(self.files)} files)"
 
-# %% ../../nbs/02c_pages.ipynb #c058
+# %% ../../nbs/02c_pages.ipynb #c061
 def _open_all(self) -> list[TokenFile]:
     "Open the files; those on S3 side by side."
     def one(path): return TokenFile(path, self.column, cache=self.cache, part_bytes=self.part_bytes)
@@ -610,7 +635,7 @@ def _after_fork():
 os.register_at_fork(after_in_child=_after_fork)
 PageSet._open_all, PageSet._join, PageSet._fresh = _open_all, _join, _fresh
 
-# %% ../../nbs/02c_pages.ipynb #c059
+# %% ../../nbs/02c_pages.ipynb #c062
 def pages_of(self,
     starts, # int [n]: positions in the flat stream
     length: int # tokens in a window
@@ -627,7 +652,7 @@ def pages_of(self,
 
 PageSet.pages_of = pages_of
 
-# %% ../../nbs/02c_pages.ipynb #c060
+# %% ../../nbs/02c_pages.ipynb #c063
 def hold(self) -> Resident:
     "The present table. Keep the reference while reading from its addresses."
     if self.cache is not None and time.monotonic() > self._next_look: self._look()
@@ -652,7 +677,7 @@ def need(self,
 
 PageSet.hold, PageSet.need = hold, need
 
-# %% ../../nbs/02c_pages.ipynb #c061
+# %% ../../nbs/02c_pages.ipynb #c064
 def _take_in(self, now: Resident, f: int, pages: np.ndarray) -> None:
     "Load pages of file f into a table; a part brings all its pages."
     file, base = self.files[f], int(self.page0[f])
@@ -684,7 +709,7 @@ def _look(self) -> None:
 
 PageSet._take_in, PageSet._drop, PageSet._look = _take_in, _drop, _look
 
-# %% ../../nbs/02c_pages.ipynb #c062
+# %% ../../nbs/02c_pages.ipynb #c065
 def publish_use(self) -> None:
     "Renew the files of parts used since the last call, in the order of use: eviction goes by their modification time."
     news = []
@@ -699,7 +724,7 @@ def publish_use(self) -> None:
 
 PageSet.publish_use = publish_use
 
-# %% ../../nbs/02c_pages.ipynb #c063
+# %% ../../nbs/02c_pages.ipynb #c066
 @_fast("boolean(int64[::1], int64, int64[::1], uint64[::1], int64[::1], int64)")
 def _touch(starts, length, first, address, used, clock):
     "Note the use of all pages of these windows. False when one of them is not at hand; windows outside the stream are passed over."
@@ -717,7 +742,7 @@ def _touch(starts, length, first, address, used, clock):
             page += 1
     return good
 
-# %% ../../nbs/02c_pages.ipynb #c064
+# %% ../../nbs/02c_pages.ipynb #c067
 def ready(self,
     starts: np.ndarray, # int64 [n], contiguous: positions in the flat stream
     length: int # tokens in a window
@@ -733,7 +758,7 @@ def at_hand(self, starts: np.ndarray, length: int, table: Resident | None = None
 
 PageSet.ready, PageSet.at_hand = ready, at_hand
 
-# %% ../../nbs/02c_pages.ipynb #c066
+# %% ../../nbs/02c_pages.ipynb #c069
 def prefetch(self,
     starts, # int [n]: windows that will be taken soon
     length: int # tokens in a window

@@ -17,7 +17,7 @@ import xxhash
 from ..core.records import JsonlWriter, Span, is_jsonl, parse_line, read_jsonl
 from ..core.settings import FormatSettings, HeldoutSettings, UserError
 from ..core.store import Store, open_store
-from .pages import TokenFile, check_pages
+from .pages import HASH_KEY, TokenFile, check_pages, metadata_hash
 
 # %% auto #0
 __all__ = ['COLUMNS', 'TEXT_COLUMNS', 'TOKENS', 'SCHEMA', 'WRITE_BATCH', 'LONG', 'PIECE', 'AROUND', 'SPLITS', 'PIECE_BYTES',
@@ -140,9 +140,11 @@ def _flush(self) -> None:
     self.size = self.waiting = 0
 
 def _close(self) -> None:
-    "Finish the file: last row group, metadata with the counts."
+    "Finish the file: last row group; metadata with the counts, a hash of the tokens, and a hash of all this."
     self.flush()
-    self.writer.add_key_value_metadata({**self.metadata, "yunmin.rows": str(self.n_rows), "yunmin.tokens": str(self.n_tokens)})
+    said = {**self.metadata, "yunmin.rows": str(self.n_rows), "yunmin.tokens": str(self.n_tokens)}
+    if "tokens" in self.hashes: said["yunmin.token_hash"] = self.hashes["tokens"].values.hexdigest()
+    self.writer.add_key_value_metadata({**said, HASH_KEY: metadata_hash(said)})
     self.writer.close()
 
 # %% ../../nbs/02b_parquet.ipynb #c019

@@ -21,7 +21,7 @@ from .parquet import (CLUSTERS, MANIFEST, RULE, SPILLS, SPLITS, FileTask, Splitt
 from .tokenizer import Encoder, as_pretrained, fertility, load_tokenizer, sample_plan, sampled, save_tokenizer, shortened, tokenizer_hash, train_bpe
 
 # %% auto #0
-__all__ = ['SMALL', 'SAMPLE', 'INSTRUCTIONS', 'spread', 'all_pieces', 'split_work', 'sample_piece', 'sample_texts',
+__all__ = ['SMALL', 'SAMPLE', 'INSTRUCTIONS', 'READING', 'spread', 'all_pieces', 'split_work', 'sample_piece', 'sample_texts',
            'bytes_per_token', 'tokenizer_work', 'file_tasks', 'run_parts', 'write_domains', 'parquet_work',
            'benchmark_job', 'benchmark_work', 'fertility_table', 'plot_columns', 'layout_work', 'profile_work',
            'instruction_stage', 'write_stages', 'run']
@@ -164,6 +164,8 @@ def parquet_work(ctx, stage, keys: dict[str, list[str]], sizes: dict, tokenizer:
     return {**{k: total("training", k) for k in ("rows", "tokens", "bytes")}, "validation": total("validation", "rows"), "test": total("test", "rows"), "files": len(wanted)}
 
 # %% ../../nbs/02_format.ipynb #c018
+READING = "reports/figures/format_reading.png"
+
 def benchmark_job(ctx, keys, tokenizer: dict, folder: Path) -> dict:
     "JSONL files of the training documents that stand first in each domain, and the Parquet files that hold the same."
     splitter, entries, settings = Splitter(ctx.store), read_manifest(ctx.store)["domains"], ctx.settings.format
@@ -185,8 +187,8 @@ def _rows_of(path) -> int:
 
 # %% ../../nbs/02_format.ipynb #c019
 def benchmark_work(ctx, keys, tokenizer: dict) -> dict:
-    "Write benchmark/io_speed_comparison.csv."
-    from yunmin_efficientdata.format.benchmark import benchmark, read_jsonl_text
+    "Write benchmark/io_speed_comparison.csv and its figure."
+    from yunmin_efficientdata.format.benchmark import benchmark, plot_readings
     with tempfile.TemporaryDirectory() as d:
         job = benchmark_job(ctx, keys, tokenizer, Path(d))
         if not job["rows"]: raise UserError("no training documents to measure; every document is held out")
@@ -196,6 +198,7 @@ def benchmark_work(ctx, keys, tokenizer: dict) -> dict:
         job["seq_len"] = max(1, min(1024, job["tokens"] // (4 * job["batch"])))
         table = benchmark(job, ctx.settings.format.benchmark_repeats)
     ctx.store.write("benchmark/io_speed_comparison.csv", table.round(6).to_csv(index=False))
+    save_figure(ctx.store, plot_readings(table), READING)
     seconds = table.groupby("format").seconds.median()
     return {"rows": int(sum(job["rows"])), "text_speedup": float(seconds["jsonl"] / seconds["parquet"]), "window_speedup": float(seconds["jsonl, tokenized"] / seconds["parquet, windows"])}
 
@@ -252,7 +255,8 @@ def instruction_stage(ctx) -> dict: # counts; empty when off
         if ctx.store.exists(INSTRUCTIONS): ctx.log("instructions.path is not set any more: parquet_ready/instructions/ is removed"); ctx.store.delete_prefix(INSTRUCTIONS)
         return {}
     from yunmin_efficientdata.format.instructions import instruction_inputs, write_instructions
-    template = [Path(s.chat_template).read_text(encoding="utf-8")] if s.chat_template and Path(s.chat_template).is_file() else []
+    file = Path(s.chat_template or "").expanduser()
+    template = [file.read_text(encoding="utf-8", errors="replace")] if file.is_file() else []
     layout = [s, template, ctx.settings.format.page_bytes, ctx.settings.format.file_bytes, ctx.settings.format.row_group_rows, ctx.settings.format.row_group_bytes]
     return ctx.stage("format.instructions", lambda stage: write_instructions(ctx, stage), settings=layout, inputs=instruction_inputs(s.path)[1], after=["format.tokenizer"],
                      outputs=[INSTRUCTIONS], code=["format.instructions", "format.tokenizer", "format.pages", "format.parquet"])
@@ -286,7 +290,7 @@ def run(
         done = write_stages(ctx, keys)
         instructions = instruction_stage(ctx)
         speed = ctx.stage("format.benchmark", lambda stage: benchmark_work(ctx, keys, done["tokenizer"]), settings=[f.benchmark_batch, f.benchmark_repeats, f.benchmark_rows],
-                          after=["format.parquet"], outputs=["benchmark/io_speed_comparison.csv"], code=["format"])
+                          after=["format.parquet"], outputs=["benchmark/io_speed_comparison.csv", READING], code=["format"])
         profile = ctx.stage("format.profile", lambda stage: profile_work(ctx, keys), settings=[f.compare_tokenizers, ctx.settings.report.quotes], after=["format.parquet", "format.benchmark"],
                             outputs=["results/profile/overview.csv", "reports/figures/format_lengths.png"], code=["format"])
         return {**done, **({"instructions": instructions} if instructions else {}), "benchmark": speed, "profile": profile}
