@@ -182,6 +182,6 @@ def plot_choices(
         r = rows[rows.file == file].iloc[::-1]
         ax.errorbar(r.accuracy, r.model, xerr=[r.accuracy - r.low, r.high - r.accuracy], fmt="o", capsize=3)
         ax.axvline(r.chance.iloc[0], ls="--", color="#888888", label="찍었을 때")
-        ax.set(title=f"선다형 정답률: {file}", xlabel=f"정답률 (문항 {r.n.iloc[0]}개)", xlim=(0, 1)); ax.legend(loc="lower right", fontsize=9)
+        ax.set(title=f"선다형 정답률: {file}", xlabel=f"정답률 (문항 {r.n.iloc[0]}개)", xlim=(0, 1), ylim=(-.6, len(r) - .4)); ax.legend(loc="lower right", fontsize=9)
     fig.tight_layout()
     return fig

@@ -260,5 +260,5 @@ def plot_harness(
     for t, task in enumerate(tasks): ax.plot([rows[rows.task == task].chance.iloc[0]]*2, [t - .45, t + .45], ls="--", color="#888888", label="찍었을 때" if t == 0 else None)
     ax.set_yticks(range(len(tasks)), tasks); ax.invert_yaxis()
     ax.set(xlim=(0, 1), xlabel=f"정답률 ({metric}), 막대는 95 % 구간", title="lm-evaluation-harness 과제별 정답률")
-    ax.legend(ncols=5, loc="upper center", bbox_to_anchor=(.5, -.25), frameon=False); fig.tight_layout()
+    ax.legend(ncols=5, loc="upper center", bbox_to_anchor=(.5, -.55/(fig.get_figheight() - 1.1)), frameon=False); fig.tight_layout()
     return fig
