@@ -250,3 +250,12 @@ def test_judgements_of_other_texts_do_not_count(server, tmp_path):
     items[1]["answers"]["merged"] = "새 답"
     kept, gone = judge.current_judge(table, items)
     assert list(kept.id) == ["p0"] and gone == 1 and judge.current_judge(table, [])[1] == 2
+
+def test_ids_and_digests_that_look_like_numbers_stay_text(server, tmp_path):
+    items = rows((0, 1), (1, 0)); items[0]["id"], items[1]["id"] = "007", "NA"
+    store, table = open_store(str(tmp_path)), judge.judge_table(collect(server, tmp_path, items)[0], RUBRIC)
+    table["answers"] = ["0123", "1e5"]
+    store.write("results/judge.csv", table.to_csv(index=False, lineterminator="\n"))
+    back = judge.read_judge(store)
+    assert back.id.tolist() == ["007", "NA"] and back.answers.tolist() == ["0123", "1e5"] and back.failed.tolist() == ["", ""]
+    assert judge.read_judge(open_store(str(tmp_path/"none"))).empty and judge.current_judge(judge.read_judge(open_store(str(tmp_path/"none"))), items)[1] == 0

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/04i_judge.ipynb #c004
 from __future__ import annotations
-import json, os, threading, time
+import io, json, os, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, NamedTuple
 from urllib.parse import urlsplit
@@ -21,7 +21,7 @@ from .prompts import CRITERIA, overall
 # %% auto #0
 __all__ = ['SYSTEM', 'KEPT', 'JUDGE_COLUMNS', 'Points', 'Judgement', 'Malformed', 'parse_judgement', 'rubric_text', 'question',
            'check_judge', 'secret_key', 'Again', 'post', 'Answer', 'ask', 'Pair', 'pairs_of', 'collect', 'judge_row',
-           'judge_table', 'current_judge', 'judge_record', 'judge_ratings']
+           'judge_table', 'read_judge', 'current_judge', 'judge_record', 'judge_ratings']
 
 # %% ../../nbs/04i_judge.ipynb #c006
 class Points(BaseModel):
@@ -265,14 +265,22 @@ def judge_table(
     return pd.DataFrame([judge_row(answers[i:i + 2], rubric) for i in range(0, len(answers), 2)], columns=JUDGE_COLUMNS)
 
 # %% ../../nbs/04i_judge.ipynb #c020
+def read_judge(
+    store: Store, key: str = "results/judge.csv"
+) -> pd.DataFrame: # JUDGE_COLUMNS; empty when there is no file
+    "The judge's table as it was written: ids and digests are text, whatever they look like."
+    if not store.exists(key): return pd.DataFrame(columns=JUDGE_COLUMNS)
+    table = pd.read_csv(io.BytesIO(store.read(key)), dtype={c: str for c in ("id", "domain", "rival", "verdict", "answers", "failed")}, keep_default_na=False, na_values={c: [""] for c in JUDGE_COLUMNS if c not in ("id", "domain", "rival", "answers", "failed")})
+    return table
+
 def current_judge(
-    table: pd.DataFrame, rows: list[dict] # judge.csv; rows of eval_prompts.jsonl
+    table: pd.DataFrame, rows: list[dict] # as from `read_judge`; rows of eval_prompts.jsonl
 ) -> tuple[pd.DataFrame, int]: # (rows about today's answers, number of others)
     "Leave out judgements of texts that are no longer there."
     by = {r["id"]: r for r in rows}
     fits = np.array([i in by and _texts(by[i], rival) == seen for i, rival, seen in zip(table["id"], table["rival"], table["answers"])], bool)
     kept = table[fits].reset_index(drop=True)
-    return kept.assign(failed=kept["failed"].fillna("")), int((~fits).sum())
+    return kept, int((~fits).sum())
 
 def judge_record(
     answers: list[tuple[Pair, Answer]], table: pd.DataFrame, s: JudgeSettings # as from `collect` and `judge_table`
@@ -294,7 +302,7 @@ def judge_ratings(
     table: pd.DataFrame, model: str = "judge" # judge.csv; the name that stands for the judge
 ) -> pd.DataFrame: # rater, id, model, criteria, overall: as `current_ratings`, to be summarised like people's
     "The judge's points as those of one more rater; base has the mean over its rivals."
-    good, out = table[table["failed"].fillna("") == ""], []
+    good, out = table[table["failed"] == ""], []
     for who in ("base", "rival"):
         part = good.rename(columns={f"{who}_{c}": c for c in (*CRITERIA, "overall")})
         out.append(part.assign(model=BASE if who == "base" else part["rival"], rater=model)[["rater", "id", "model", *CRITERIA, "overall"]])

@@ -203,7 +203,7 @@ def data_curve_stage(run: Evaluation, stage) -> dict:
     files = [k for k in run.store.list("parquet_ready/") if k.endswith(".parquet") and not k.startswith("parquet_ready/heldout/")]
     for part in run.ctx.progress(dc.parts(s), stage.name):
         if not stage.done_part(part): stage.mark_part(part, dc.curve_run(run.store, files, run.models.tokenizer, s, part, texts, run.settings.seq_len, run.settings.stride))
-    table = write_table(run.store, "results/data_curve.csv", dc.curve_rows({p: stage.parts[p] for p in dc.parts(s)}, run.settings.seed), dc.CURVE_COLUMNS)
+    table = write_table(run.store, "results/data_curve.csv", dc.curve_rows({p: stage.parts[p] for p in dc.parts(s)}, s.extrapolate), dc.CURVE_COLUMNS)
     korean_style(); save_figure(run.store, dc.plot_curve(table), "reports/figures/evaluation_data_curve.png")
     return {"runs": len(dc.parts(s)), "rows": len(table)}
 
@@ -291,8 +291,7 @@ def scored(
     rt.join_ratings(run.store)
     ratings, old = rt.current_ratings(rt.read_ratings(run.store), rows, rubric)
     if len(ratings): found["people"] = ratings
-    judged = read_table(run.store, "results/judge.csv")
-    judged, gone = jd.current_judge(judged, rows) if len(judged) else (judged, 0)
+    judged, gone = jd.current_judge(jd.read_judge(run.store), rows)
     if len(judged): found["judge"] = jd.judge_ratings(judged)
     if old or gone: notes.append(f"- 답이 바뀌어 쓰지 않은 점수: 사람 {old}건, 심사 모델 {gone}건")
     return found, notes
@@ -323,8 +322,9 @@ def score_lines(
     if len(t := tables["rating_agreement"]):
         r = t.iloc[0]
         lines.append(f"- 채점자 {r.raters}명의 일치도(Krippendorff 알파, 종합): **{r.alpha:.2f}** [{r.low:.2f}, {r.high:.2f}], 답 {r.units}개. {rt.reliability(r.alpha)}")
+    number = lambda v, form: "계산할 수 없음" if pd.isna(v) else format(v, form)
     for _, r in tables["scorer_agreement"].iterrows():
-        lines.append(f"- base와의 차이로 본 {named[r['first']]}와(과) {named[r['second']]}: 순위 상관 {r.spearman:.2f}, 방향이 같은 비율 {r.same_sign:.0%} ({r.signs:.0f}개)" if pd.notna(r.same_sign) else f"- {named[r['first']]}와(과) {named[r['second']]}: 견줄 만한 차이가 없음")
+        lines.append(f"- {named[r['first']]} 대 {named[r['second']]} (base와의 차이 {r.n}개): 순위 상관 {number(r.spearman, '.2f')}, 방향이 같은 비율 {number(r.same_sign, '.0%')} (동점을 뺀 {r.signs}개)")
     return lines + notes
 
 # %% ../../nbs/04_evaluation.ipynb #c031
@@ -445,7 +445,7 @@ class Step(NamedTuple):
     outputs: tuple # keys in the workspace
     settings: tuple # fields of EvaluationConfig
     code: tuple # our modules, besides this one and `inputs`
-    files: tuple = () # fields of EvaluationConfig that name files
+    files: tuple = () # fields of EvaluationConfig that name files (`harness.tasks`: those of its names that are files)
     tables: tuple | None = None # keys that it reads where they exist, in place of models and texts
     after: tuple = ("dem.merge",)
     wanted: Callable = lambda settings: True # does this config ask for it?
@@ -459,7 +459,7 @@ STEPS = {
     "overlap": Step(overlap_stage, ("results/overlap.csv",), ("seq_len", "continuation_documents", *WRITING, *DOCUMENTS), ("overlap", "perplexity")),
     "pairs": Step(pairs_stage, ("results/pairs.csv", "results/pairs_items.csv"), ("max_pairs", "seed", *WRITING), ("overlap", "perplexity"), ("reference_pairs",), wanted=lambda s: bool(s.reference_pairs)),
     "choices": Step(choices_stage, ("results/choices.csv", "results/choices_by_subject.csv", "results/choices_items.csv"), ("max_questions", "batch_tokens", "seed"), ("choices", "perplexity"), ("multiple_choice",)),
-    "harness": Step(harness_stage, ("results/harness.csv",), ("harness", "seed"), ("harness", "choices"), wanted=lambda s: bool(s.harness.tasks)),
+    "harness": Step(harness_stage, ("results/harness.csv",), ("harness", "seed"), ("harness", "choices"), ("harness.tasks",), wanted=lambda s: bool(s.harness.tasks)),
     "prompts": Step(prompts_stage, ("results/eval_prompts.jsonl", "results/gains.json"), ("max_prompts", "max_new_tokens", "batch_tokens", *DOCUMENTS), ("prompts", "choices", "overlap", "perplexity"), ("prompts", "scoring_rules")),
     "judge": Step(judge_stage, ("results/judge.csv", "results/judge.json"), ("judge",), ("judge", "prompts"), ("scoring_rules",), ("results/eval_prompts.jsonl",), ("evaluation.prompts",), lambda s: bool(s.judge.endpoint)),
     "inference": Step(inference_stage, ("results/inference.csv",), ("inference", "seq_len"), ("inference",)),
@@ -475,7 +475,7 @@ def named_files(
     "The files that the config names. Raises `UserError` with the key of the setting when one does not exist."
     found = {}
     for field in fields:
-        value = getattr(run.settings, field)
+        value = [t for t in run.settings.harness.tasks if t.endswith(".jsonl")] if field == "harness.tasks" else getattr(run.settings, field)
         for name in [value] if isinstance(value, str) else value or []: found[f"{field} {name}"] = run.file(name, f"evaluation.{field}")
     return found
 
