@@ -252,3 +252,14 @@ def test_s3_gives_the_same_files(tmp_path, monkeypatch):
         for i, part in enumerate((lines[:70], lines[70:])): client.put_object(Bucket="corpus-1", Key=f"crawl/web-{i}.jsonl", Body="\n".join(part).encode())
         run("s3://corpus-1/ws", raw="s3://corpus-1/crawl", workers=1, overrides=SMALL)
         assert files("s3://corpus-1/ws") == files(tmp_path/"local")
+
+def test_a_collision_removes_nothing(tmp_path, monkeypatch):
+    "Hashes that meet by chance (here: nearly all do) are told apart by the words themselves."
+    from yunmin_efficientdata.dedup import prepare
+    write_raw(tmp_path/"a", corpus_lines(), [100])
+    run(str(tmp_path/"1"), raw=str(tmp_path/"a"), workers=1)
+    real = prepare.measure
+    monkeypatch.setattr(prepare, "measure", lambda texts: (*(m := real(texts))[:2], m[2] & np.uint64(3)))
+    run(str(tmp_path/"2"), raw=str(tmp_path/"a"), workers=1)
+    a, b = ({k: v for k, v in files(tmp_path/n).items() if "/index/" not in k} for n in "12")
+    assert a == b and any(r["reason"] == "exact" for r in clusters_of(tmp_path/"2").values())

@@ -1,7 +1,7 @@
 "Shingles and signatures: equal to datasketch for every text, kind, width and seed; hash quality; exact Jaccard."
 from __future__ import annotations
 import itertools, json, random, subprocess, sys, time, unicodedata
-import numpy as np, pytest
+import numpy as np, orjson, pytest
 from datasketch import MinHash, MinHashLSH
 from hypothesis import given, settings as hyp, strategies as st
 from yunmin_efficientdata.core.settings import UserError
@@ -276,3 +276,49 @@ def test_sorting(values):
     values = np.array(values, np.uint64)
     got, sizes = minhash._sets(values, np.array([0]), np.array([len(values)]))
     assert got.tolist() == sorted(set(values.tolist())) and sizes.tolist() == [len(got)]
+
+# ---- straight from lines of JSON
+
+def as_lines(lines: list[bytes], between: bytes = b"") -> minhash.Lines:
+    data, size = between.join([b"", *lines]), np.array([len(x) for x in lines], np.int64)
+    ends = np.cumsum(size + len(between))
+    return minhash.Lines(np.frombuffer(data, np.uint8), ends - size, ends)
+
+def as_texts(lines, kind, **options):
+    "Both ways agree with the texts themselves."
+    texts = [json.loads(x)["text"] for x in lines]
+    for given_, between in ((as_lines(lines), b""), (as_lines(lines, b'{"id":"0","text":"'), b"gap")):
+        assert np.array_equal(signatures(given_, shingle=kind), signatures(texts, shingle=kind))
+        assert all(np.array_equal(a, b) for a, b in zip(shingle_sets(given_, kind), shingle_sets(texts, kind)))
+
+ANY = st.text(st.one_of(st.sampled_from(' \n\t\r\b\f\x0b\x1c\x1f\x85\xa0\u1680\u2028\u3000\u3001"\\/{}:,가ㅋé😀\x7f\uffff\U0010ffff'), st.characters(codec="utf-8")), max_size=60)
+
+@given(st.lists(st.tuples(ANY, ANY, st.booleans()), max_size=6), st.sampled_from(["word5", "char5"]))
+@hyp(max_examples=200, deadline=None)
+def test_lines_are_their_texts(rows, kind):
+    records = [{"id": i, "text": t} | ({"source": i, "x": {"text": t}} if more else {}) for i, t, more in rows]
+    as_texts([orjson.dumps(r, option=orjson.OPT_APPEND_NEWLINE) for r in records], kind)
+    as_texts([json.dumps(r, ensure_ascii=False, separators=(",", ":")).encode() + b"\n" for r in records], kind)
+
+def test_lines_of_another_layout():
+    "Other order, spaces, escapes of every letter, no newline, capital digits: the parser reads what the kernel does not."
+    text = "가나다 라마 바사아 자차 카타파하 abc \"따옴표\" \\ 😀 끝"
+    good = orjson.dumps({"id": "1", "text": text, "n": 1}) + b"\n"
+    odd = [json.dumps({"text": text, "id": "1"}).encode(), json.dumps({"id": "1", "text": text}).encode(), json.dumps({"id": 1, "text": text}, separators=(",", ":")).encode(), b'{"id":"1","text":"' + json.dumps(text).encode()[1:-1].upper().replace(b"\\U", b"\\u").replace(b"\\N", b"\\n") + b'"}',
+           orjson.dumps({"id": "1", "text": ""}), b'{"id":"a\\\\","text":"x y z"}', b'{"id":"a\\"","text":"\\u0020x\\u3000y\\/"}\n', b'{"id":"","text":"a"}']
+    for line in odd:
+        for kind in ("word5", "char5"): as_texts([line], kind); as_texts([good, line, good], kind)
+
+def test_damaged_lines_are_not_read_beyond(monkeypatch):
+    "Cut anywhere, a line is refused by the kernel or by the parser; the kernel never looks behind its end."
+    line = orjson.dumps({"id": "1", "text": "가나다 라마바 \\ \n 😀 글"}) + b"\n"
+    for n in range(len(line) - 2):
+        lines = as_lines([line[:n]])
+        assert minhash._hash_lines(lines, np.empty(2, np.int64)) is None
+        with pytest.raises(ValueError): signatures(lines)
+
+def test_lines_without_numba(monkeypatch):
+    lines = [orjson.dumps({"id": str(i), "text": random_text(random.Random(i), 20, "word5").encode("utf-8", "replace").decode()}) + b"\n" for i in range(30)]
+    want = signatures(as_lines(lines))
+    monkeypatch.setattr(minhash, "njit", None)
+    assert np.array_equal(signatures(as_lines(lines)), want)
