@@ -143,11 +143,14 @@ class Arm:
     "How the adapters of a study are trained; shares of the total steps."
     name: str
     mixed: float = 0. # share of each adapter's batch that is drawn from all domains
+    replay: float = 0. # share of each adapter's batch that is drawn from what the base was pretrained on
+    seed_replay: float = 0. # the same for the common mixed training
     seed: float = 0. # share of the steps in a common mixed training
     polish: float = 0. # share of the steps after the merge
     methods: tuple = ("uniform", "regmean", "seqmean", "seqmean+") # seqmean+: with the residual stream made good
 
-ARMS = (Arm("own text"), Arm("half mixed", mixed=.5), Arm("seeded", mixed=.5, seed=.3), Arm("seeded, polished", mixed=.5, seed=.3, polish=.1))
+ARMS = (Arm("own text"), Arm("half mixed", mixed=.5), Arm("seeded", mixed=.5, seed=.3), Arm("seeded, some replay", mixed=.25, replay=.25, seed=.3), Arm("seeded, replay", mixed=.25, replay=.25, seed=.3, seed_replay=.25),
+        Arm("seeded, polished", mixed=.5, seed=.3, polish=.1))
 CONTROLS = (.1, .2, .3)
 QUICK = (Arm("half mixed", mixed=.5, methods=("uniform", "seqmean+")), Arm("seeded", mixed=.5, seed=.3, methods=("seqmean+",)))
 
@@ -195,8 +198,9 @@ def _mixed(s: Study, name: str, steps: int) -> None:
 def _adapters(s: Study, arm: Arm) -> tuple[dict, int, float]: # domain -> matrices, steps, CPU seconds
     "The arm's seed and its adapters."
     began = time.process_time(); seed, each, _ = arm_steps(arm, s.total, len(s.mix)); start = None
-    if seed: _, start = learn(s.model, s.base, Lesson([(s.mix, s.batch)], seed, schedule="constant"), s.text, s.seed*100 + 5)
-    n = round(arm.mixed*s.batch); parts = lambda d: [(p, k) for p, k in (({d: 1.}, s.batch - n), (s.mix, n)) if k]
+    m, n, r = (round(x*s.batch) for x in (arm.seed_replay, arm.mixed, arm.replay)); some = lambda parts: [(p, k) for p, k in parts if k]
+    if seed: _, start = learn(s.model, s.base, Lesson(some([(s.mix, s.batch - m), (s.general, m)]), seed, schedule="constant"), s.text, s.seed*100 + 5)
+    parts = lambda d: some([({d: 1.}, s.batch - n - r), (s.mix, n), (s.general, r)])
     found = {d: learn(s.model, s.base, Lesson(parts(d), each, start=start), s.text, s.seed*1000 + 10*i)[0] for i, d in enumerate(s.mix)}
     return found, seed + each*len(found), time.process_time() - began
 

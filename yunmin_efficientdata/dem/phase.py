@@ -130,11 +130,15 @@ def _loader(ctx, corpus: Corpus, shares: dict[str, float]) -> TokenLoader:
 def domain_shares(
     domain: str, # whose adapter
     domains: list[str], # all
-    mix_share: float # of the windows that come from all domains alike
+    mix_share: float, # of the windows, from all domains alike
+    replay_share: float = 0., replay: list[str] = [] # of the windows, and the domains they are drawn from
 ) -> dict[str, float]: # domain -> share of the batch, the adapter's own first
-    "An adapter's own text, and a share of everything."
-    part = mix_share/len(domains)
-    return {domain: 1 - mix_share + part} | {d: part for d in domains if d != domain and part > 0}
+    "An adapter's own text, a share of everything, and a share of what the base was pretrained on."
+    replay = [d for d in replay if d in domains]; replay_share *= bool(replay)
+    if mix_share + replay_share > 1: raise UserError(f"dem.mix_share {mix_share:g} and dem.replay_share {replay_share:g} are more than the whole batch; lower one of them")
+    shares = {domain: 1 - mix_share - replay_share} | {d: 0. for d in domains if d != domain}
+    for d in domains: shares[d] += mix_share/len(domains) + (replay_share/len(replay) if d in replay else 0.)
+    return {d: x for d, x in shares.items() if x > 0}
 
 @dataclass
 class Steps:
@@ -189,12 +193,17 @@ def _adapter_stage(ctx, corpus: Corpus, stage: str, t: Training, after: list[str
     return ctx.stage(stage, lambda _: _train(ctx, corpus, t), settings=[s.lora, vars(t), s.threads], inputs=corpus.keys(t.shares), after=after,
         outputs=[f"{folder}/", f"logs/train_{t.name}.log", f"summary/train_{t.name}.csv"], code=["dem.base", "dem.lora"])
 
+def _with_replay(shares: dict[str, float], part: float, domains: list[str]) -> dict[str, float]:
+    "A mixture of which `part` is taken by some domains alike."
+    found = [d for d in domains if d in shares]; part *= bool(found)
+    return {d: (1 - part)*x + (part/len(found) if d in found else 0.) for d, x in shares.items()}
+
 def adapter_stages(ctx, corpus: Corpus, steps: Steps, only: str | None) -> dict:
     "Stages dem.seed, dem.lora.<domain>, dem.mixed, dem.control.<percent>."
     s, domains, seeded = ctx.settings.dem, list(corpus.files), {}
-    costs = {"seed": _adapter_stage(ctx, corpus, "dem.seed", Training("seed", steps.shares(), steps.seed), ["dem.base"], only)} if steps.seed else {}
+    costs = {"seed": _adapter_stage(ctx, corpus, "dem.seed", Training("seed", _with_replay(steps.shares(), s.replay_share, s.base.domains), steps.seed), ["dem.base"], only)} if steps.seed else {}
     start, after = ("checkpoints/lora_seed/", ["dem.base", "dem.seed"]) if steps.seed else (None, ["dem.base"])
-    costs["domains"] = {d: _adapter_stage(ctx, corpus, f"dem.lora.{d}", Training(d, domain_shares(d, domains, s.mix_share), n, start), after, only) for d, n in steps.domains.items()}
+    costs["domains"] = {d: _adapter_stage(ctx, corpus, f"dem.lora.{d}", Training(d, domain_shares(d, domains, s.mix_share, s.replay_share, s.base.domains), n, start), after, only) for d, n in steps.domains.items()}
     if s.mixed_baseline: costs["mixed"] = _adapter_stage(ctx, corpus, "dem.mixed", Training("mixed", steps.shares(), steps.total), ["dem.base"], only)
     percent = sorted({round(100*c) for c in s.controls})
     costs["controls"] = {p: _adapter_stage(ctx, corpus, f"dem.control.{p}", Training(f"mixed_{p}", steps.shares(), max(1, steps.total*p//100)), ["dem.base"], only) for p in percent}
