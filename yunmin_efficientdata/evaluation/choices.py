@@ -139,8 +139,7 @@ def accuracy(
 # %% ../../nbs/04c_choices.ipynb #c022
 def accuracy_rows(
     model: str, file: str, # name of the model and of the questions' file
-    answers: pd.DataFrame, # as from `answer_questions`
-    seed: int = 0 # not used: the interval has a closed form
+    answers: pd.DataFrame # as from `answer_questions`
 ) -> list[dict]: # rows of choices.csv: the whole file (subject `all`); then, for choices_by_subject.csv, each subject
     "Accuracy of one model on one file, and by subject."
     groups = [("all", answers), *answers.groupby("subject", sort=True)]

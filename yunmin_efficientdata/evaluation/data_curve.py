@@ -172,7 +172,7 @@ def domain_rows(
     rows = [curve_row("measured", domain, x, size[x], (mean[x], loss[share == x].min(), loss[share == x].max()), whole) for x in shares]
     rows.append(curve_row("predicted", domain, extrapolate*last, at, predict(tokens, loss, at), whole))
     slope = math.log(whole/mean[before])/math.log(size[last]/size[before])
-    rows.append(curve_row("cautious", domain, extrapolate*last, at, (whole*extrapolate**slope, math.nan, math.nan), whole))
+    rows.append(curve_row("local", domain, extrapolate*last, at, (whole*extrapolate**slope, math.nan, math.nan), whole))
     small = share < last
     if len(shares) > 2: rows.append(curve_row("check", domain, last, size[last], predict(tokens[small], loss[small], size[last]), whole))
     return rows
@@ -194,7 +194,7 @@ def plot_curve(
     "Loss against tokens, both on logarithmic scales: runs, the line through them, and where it would go with more data."
     import matplotlib.pyplot as plt, seaborn as sns
     mean, colour = table[table.domain == "mean"], sns.color_palette("colorblind")
-    runs, ahead, careful = (mean[mean.kind == k] for k in ("run", "predicted", "cautious"))
+    runs, ahead, careful = (mean[mean.kind == k] for k in ("run", "predicted", "local"))
     x = np.geomspace(runs.tokens.min(), ahead.tokens.iloc[0], 60)
     line = np.array([predict(runs.tokens.to_numpy(float), runs.nats.to_numpy(), v) for v in x])
     fig, ax = plt.subplots(figsize=(7.6, 4))
@@ -209,9 +209,9 @@ def plot_curve(
     return fig
 
 def axis_of_sizes(ax, sizes):
-    "A logarithmic axis that is marked at the sizes that were trained, in thousands or millions of tokens."
+    "A logarithmic axis that is marked at the sizes that were trained, in units of ten thousand tokens."
     from matplotlib.ticker import NullLocator
     ax.set_xscale("log"); ax.set_yscale("log"); ax.xaxis.set_minor_locator(NullLocator())
-    ax.set_xticks(sizes, [f"{v/1e6:.3g}백만" if v >= 1e6 else f"{v/1e3:.3g}천" for v in sizes])
+    ax.set_xticks(sizes, [f"{v/1e4:,.0f}만" if v >= 1e5 else f"{v/1e4:.1f}만" if v >= 1e4 else f"{v:,.0f}" for v in sizes])
     low, high = ax.get_ylim(); ticks = np.linspace(low, high, 6)[1:-1]
     ax.yaxis.set_minor_locator(NullLocator()); ax.set_yticks(ticks, [f"{v:.2f}" for v in ticks])
