@@ -21,7 +21,7 @@ from .pages import api_pages, architecture_page, breakable, front, guide_page, h
 __all__ = ['PATHS', 'TEXTS', 'PHASE_NOTEBOOKS', 'FRAME', 'scrub', 'machine_roots', 'clean_source', 'clean_parameters',
            'clean_output', 'new_cell', 'new_notebook', 'joined', 'clean_notebook', 'heading', 'title_cell',
            'notebook_sources', 'stage_notebooks', 'localized', 'stage', 'report_pages', 'stage_fonts',
-           'choose_renderer', 'render', 'dead_links', 'build_site', 'page_sources']
+           'choose_renderer', 'render', 'dead_links', 'keep_to_itself', 'build_site', 'page_sources']
 
 # %% ../../nbs/05c_site.ipynb #c006
 PATHS = re.compile(r"(?<![\w.:/<>…-])(?:file://)?/(?:home|Users|root|tmp|var|work|mnt|opt|data|srv|usr|private|content|workspace)(?:/[^\s\"'`<>|:,;()\[\]{}\\&]*)+")
@@ -270,7 +270,17 @@ def dead_links(
             if not file.is_file() or (url.fragment and file in pages and unquote(url.fragment) not in pages[file].ids): dead.append(f"{path.relative_to(site.resolve())} -> {target}")
     return dead
 
-# %% ../../nbs/05c_site.ipynb #c036
+# %% ../../nbs/05c_site.ipynb #c037
+def keep_to_itself(site: Path) -> int: # style sheets changed
+    "Take imports of remote fonts out of the style sheets of a built site."
+    changed = 0
+    for path in sorted(site.rglob("*.css")):
+        text = path.read_text(encoding="utf-8")
+        new = re.sub(r"@import\s+(?:url\(\s*)?[\"']?https?://(?:[^\"')\\]|\\.)*[\"']?\s*\)?[^;{}]*;", "", text)
+        if new != text: path.write_text(new, encoding="utf-8"); changed += 1
+    return changed
+
+# %% ../../nbs/05c_site.ipynb #c039
 def build_site(
     store, # the workspace
     language: str = "ko", # of the generated pages
@@ -282,11 +292,12 @@ def build_site(
         folder = Path(scratch)/"stage"; folder.mkdir()
         stage(store, folder, language)
         site = render(folder, used)
+        keep_to_itself(site)
         dead = dead_links(site)
         with store.output("reports/site") as out: shutil.copytree(site, out)
         return {"pages": len(list(site.rglob("*.html"))), "dead_links": dead, "renderer": used}
 
-# %% ../../nbs/05c_site.ipynb #c038
+# %% ../../nbs/05c_site.ipynb #c041
 def page_sources() -> str: # 16 hexadecimal digits
     "Digest of the project's files that become pages."
     root = project_root()
