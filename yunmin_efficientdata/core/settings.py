@@ -244,7 +244,7 @@ class DemConfig(Section):
     vectors: VectorSettings = VectorSettings()
     merge: MergeSettings = MergeSettings()
     mix_share: float = Field(0.0, ge=0, le=1, description="share of the windows of a domain's adapter that are drawn from all domains mixed: a common part makes the adapters fit together")
-    replay_share: float = Field(0.0, ge=0, le=1, description="share of the windows of seed and adapters that are drawn from base.domains, so that what the base knew is forgotten less")
+    replay_share: float = Field(0.0, ge=0, le=1, description="share of the windows of a domain's adapter that are drawn from base.domains, so that what the base knew is forgotten less")
     seed_steps: int = Field(0, ge=0, description="steps of a short training on all domains mixed from which every adapter begins; 0: they begin at the base")
     polish_steps: int = Field(0, ge=0, description="steps of a short training on all domains mixed after the merge; 0: none")
     polish_rate: float | None = Field(None, gt=0, description="learning rate of that training; empty: lora.learning_rate")

@@ -193,15 +193,10 @@ def _adapter_stage(ctx, corpus: Corpus, stage: str, t: Training, after: list[str
     return ctx.stage(stage, lambda _: _train(ctx, corpus, t), settings=[s.lora, vars(t), s.threads], inputs=corpus.keys(t.shares), after=after,
         outputs=[f"{folder}/", f"logs/train_{t.name}.log", f"summary/train_{t.name}.csv"], code=["dem.base", "dem.lora"])
 
-def _with_replay(shares: dict[str, float], part: float, domains: list[str]) -> dict[str, float]:
-    "A mixture of which `part` is taken by some domains alike."
-    found = [d for d in domains if d in shares]; part *= bool(found)
-    return {d: (1 - part)*x + (part/len(found) if d in found else 0.) for d, x in shares.items()}
-
 def adapter_stages(ctx, corpus: Corpus, steps: Steps, only: str | None) -> dict:
     "Stages dem.seed, dem.lora.<domain>, dem.mixed, dem.control.<percent>."
     s, domains, seeded = ctx.settings.dem, list(corpus.files), {}
-    costs = {"seed": _adapter_stage(ctx, corpus, "dem.seed", Training("seed", _with_replay(steps.shares(), s.replay_share, s.base.domains), steps.seed), ["dem.base"], only)} if steps.seed else {}
+    costs = {"seed": _adapter_stage(ctx, corpus, "dem.seed", Training("seed", steps.shares(), steps.seed), ["dem.base"], only)} if steps.seed else {}
     start, after = ("checkpoints/lora_seed/", ["dem.base", "dem.seed"]) if steps.seed else (None, ["dem.base"])
     costs["domains"] = {d: _adapter_stage(ctx, corpus, f"dem.lora.{d}", Training(d, domain_shares(d, domains, s.mix_share, s.replay_share, s.base.domains), n, start), after, only) for d, n in steps.domains.items()}
     if s.mixed_baseline: costs["mixed"] = _adapter_stage(ctx, corpus, "dem.mixed", Training("mixed", steps.shares(), steps.total), ["dem.base"], only)
