@@ -204,6 +204,7 @@ def _kept(store: Store, key: str) -> Answer | None:
     try: found = json.loads(store.read(key)); return Answer(Judgement.model_validate(found["judgement"]), "", 0, int(found["read"]), int(found["written"]))
     except (ValueError, KeyError, TypeError): return None
 
+# %% ../../nbs/04i_judge.ipynb #c017
 def collect(
     store: Store, rows: list[dict], rubric: dict, s: JudgeSettings, # workspace, rows of eval_prompts.jsonl, rubric
     log=print, sleep=time.sleep
@@ -232,7 +233,7 @@ def collect(
         finally: stopped.set(); pool.shutdown(cancel_futures=True)
     return [(p, found[k]) for p, k in zip(pairs, keys)]
 
-# %% ../../nbs/04i_judge.ipynb #c018
+# %% ../../nbs/04i_judge.ipynb #c019
 JUDGE_COLUMNS = ["id", "domain", "rival", "verdict", "consistent", *(f"{who}_{c}" for who in ("base", "rival") for c in (*CRITERIA, "overall")), "difference", "answers", "failed"]
 
 def _winner(pair: Pair, judgement: Judgement) -> str: # base, rival or tie
@@ -264,7 +265,7 @@ def judge_table(
     "One row for each prompt and rival."
     return pd.DataFrame([judge_row(answers[i:i + 2], rubric) for i in range(0, len(answers), 2)], columns=JUDGE_COLUMNS)
 
-# %% ../../nbs/04i_judge.ipynb #c020
+# %% ../../nbs/04i_judge.ipynb #c021
 def read_judge(
     store: Store, key: str = "results/judge.csv"
 ) -> pd.DataFrame: # JUDGE_COLUMNS; empty when there is no file
