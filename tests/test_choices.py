@@ -59,7 +59,7 @@ def test_a_choice_is_not_punished_for_its_length(toys):
     order, ll = np.array([0, 1]), np.array([-9., -30.])
     row = choices.judge_question(q[0], order, ll)
     assert row["correct"] and not row["raw"] and row["predicted"] == 1 and math.isclose(row["margin"], -30/len(q[0]["choices"][1]) + 9, rel_tol=1e-5)
-    assert list(choices.answer_questions(model, tokenizer, q).columns) == ["index", "id", "subject", "choices", "answer", "predicted", "correct", "raw", "margin"]
+    assert list(choices.answer_questions(model, tokenizer, q).columns) == ["index", "id", "subject", "choices", "answer", "right", "predicted", "correct", "raw", "margin"]
 
 # ---- shuffling
 
@@ -124,6 +124,15 @@ def test_accuracy_of_a_guesser_is_near_chance():
     found = choices.accuracy(table(400, .25))
     assert found["low"] < found["chance"] < found["high"] and found["n"] == 400 and not found["above_chance"]
     assert choices.accuracy(table(400, .5))["above_chance"]
+
+def test_one_answer_for_all_is_no_knowledge():
+    "A model that always says the same scores well above chance where that is often right, and is not called better than chance."
+    answers = table(400, .55).assign(right=["u"]*220 + [f"{i}" for i in range(180)])
+    found = choices.accuracy(answers)
+    assert found["constant"] == .55 and found["low"] > found["chance"] and not found["above_chance"]
+    assert choices.accuracy(answers.assign(right=[f"{i}" for i in range(400)]))["above_chance"] and choices.accuracy(table(400, .5))["constant"] is None
+    same = [{"index": i, "id": str(i), "subject": "-", "question": "?", "choices": c, "answer": c.index("모름")} for i, c in enumerate((["가", "모름"], ["모름", "나"], ["다", "모름", "라"]))]
+    assert len({choices.judge_question(q, np.arange(len(q["choices"])), -np.ones(len(q["choices"])))["right"] for q in same}) == 1
 
 @pytest.mark.parametrize("k,n", [(0, 1), (0, 10), (1, 10), (5, 20), (20, 20), (333, 1000)])
 def test_the_interval_is_wilson_s(k, n):

@@ -4,6 +4,7 @@
 
 # %% ../../nbs/04c_choices.ipynb #c004
 from __future__ import annotations
+import zlib
 from statistics import NormalDist
 import numpy as np, pandas as pd
 from ..core.settings import UserError
@@ -92,12 +93,12 @@ def question_pairs(
 def judge_question(
     q: dict, order: np.ndarray, # a question and the order in which its choices were shown
     ll: np.ndarray # float64 [choices], log-likelihood of each as shown
-) -> dict: # index, id, subject, choices (their number), answer, predicted, correct, raw, margin
+) -> dict: # index, id, subject, choices (their number), answer, right (checksum of the right choice's text), predicted, correct, raw, margin
     "Which choice is the answer; `predicted` counts in the file's order."
     nats = np.empty(len(order)); nats[order] = ll
     each = nats/np.array([len(c) for c in q["choices"]])
     best, right = int(order[np.argmax(each[order])]), q["answer"]
-    return {"index": q.get("index", 0), "id": q["id"], "subject": q["subject"], "choices": len(order), "answer": right, "predicted": best, "correct": best == right,
+    return {"index": q.get("index", 0), "id": q["id"], "subject": q["subject"], "choices": len(order), "answer": right, "right": f"{zlib.crc32(q['choices'][right].encode('utf-8', 'replace')):08x}", "predicted": best, "correct": best == right,
             "raw": bool(order[np.argmax(ll)] == right), "margin": six(each[right] - np.delete(each, right).max())}
 
 # %% ../../nbs/04c_choices.ipynb #c016
@@ -125,15 +126,17 @@ def wilson(
     return max(0., float(centre - half)), min(1., float(centre + half))
 
 # %% ../../nbs/04c_choices.ipynb #c021
-CHOICE_COLUMNS = ["model", "file", "subject", "accuracy", "low", "high", "chance", "above_chance", "raw", "margin", "n"]
+CHOICE_COLUMNS = ["model", "file", "subject", "accuracy", "low", "high", "chance", "constant", "above_chance", "raw", "margin", "n"]
 
 def accuracy(
     answers: pd.DataFrame # as from `answer_questions`
-) -> dict: # accuracy, low, high, chance, above_chance, raw (lm-eval's acc), margin, n
-    "Share of right answers with its 95 % interval, and what guessing would give."
+) -> dict: # accuracy, low, high, chance, constant (None without the column `right`), above_chance, raw (lm-eval's acc), margin, n
+    "Share of right answers with its 95 % interval, and what guessing or one answer for all would give."
     n, chance = len(answers), float((1/answers["choices"]).mean())
+    constant = float(answers["right"].value_counts().iloc[0])/n if "right" in answers and answers["right"].notna().all() else None
     low, high = wilson(float(answers["correct"].sum()), n)
-    return {"accuracy": six(answers["correct"].mean()), "low": six(low), "high": six(high), "chance": six(chance), "above_chance": bool(low > chance),
+    return {"accuracy": six(answers["correct"].mean()), "low": six(low), "high": six(high), "chance": six(chance),
+            "constant": None if constant is None else six(constant), "above_chance": bool(low > max(chance, constant or 0)),
             "raw": six(answers["raw"].mean()), "margin": six(answers["margin"].mean()), "n": n}
 
 # %% ../../nbs/04c_choices.ipynb #c022
