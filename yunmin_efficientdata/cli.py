@@ -66,7 +66,7 @@ def dem(ws: Workspace, config: Config = DEMO, set: Set = [], executor: Kind = "l
 
 @app.command()
 def evaluate(ws: Workspace, config: Config = DEMO, set: Set = [], executor: Kind = "local", workers: Workers = 0):
-    "Phase 4: perplexity, BLEU/chrF/ROUGE, multiple choice, side-by-side answers, inference speed."
+    "Phase 4: perplexity, BLEU/chrF/ROUGE, multiple choice, side-by-side answers, inference speed; a judge model with --set evaluation.judge.endpoint=…; points that people gave in the rating panel (nbs/04h_rating.ipynb) are joined in."
     from yunmin_efficientdata.evaluation.phase import run
     run(ws, config=config, overrides=set, executor=executor, workers=workers)
 
