@@ -273,13 +273,13 @@ def test_start_from_an_adapter(data, whole, tmp_path):
 
 
 def test_trouble_is_one_line(data, tmp_path):
-    with pytest.raises(UserError, match="not finite after step"): train(data, tmp_path/"a", learning_rate=1e38, warmup_ratio=0)
+    with pytest.raises(UserError, match="not finite after step"): train(data, tmp_path/"a", learning_rate=1e20, warmup_ratio=0)
     with pytest.raises(UserError, match="fp16 needs a GPU"): train(data, tmp_path/"a", precision="fp16")
     assert not (tmp_path/"a").exists() and precision(LoraSettings(), True) == "fp16" and peak_flops()[0] is None
 
 
-def test_bf16_learns(data, tmp_path):
-    rows = train(data, tmp_path/"a", precision="bf16", learning_rate=1e-1, max_steps=30); assert rows[-1]["loss"] < rows[0]["loss"] - .05
+def test_bf16_follows_fp32(data, tmp_path):
+    a, b = train(data, tmp_path/"a", precision="bf16"), train(data, tmp_path/"b"); assert [r["loss"] for r in a] == pytest.approx([r["loss"] for r in b], abs=.05) and a[-1]["loss"] != b[-1]["loss"]
 
 
 def test_several_gpus_without_launcher_are_one(tmp_path, monkeypatch):
@@ -298,6 +298,7 @@ def test_two_processes_follow_the_curve_of_one(data, tmp_path):
     assert len(store.read_text("summary/train_web.csv").splitlines()) == 13 and sorted(content(tmp_path/"two")) == ["adapter_config.json", "adapter_model.safetensors"] and open_checkpoints(tmp_path/"state").steps() == [9, 6]
 
 
+@pytest.mark.slow
 def test_an_error_in_a_process_is_one_line(data, tmp_path):
     with pytest.raises(UserError, match="target_modules: 'in_prj' matches no module") as e: train(data, tmp_path/"a", processes=2, target_modules=["in_prj"])
     assert "\n" not in str(e.value) and not (tmp_path/"a").exists()

@@ -482,7 +482,7 @@ def belonging(
 ) -> str: # digest of all that decides what a training becomes
     "Name of a training: its checkpoints can only be continued by the same one."
     data = loader.fingerprint() if hasattr(loader, "fingerprint") else [len(loader), loader.dataset.seq_len]
-    begun = {k: v.double().sum().item() for k, v in (start if isinstance(start, dict) else _read_factors(Path(start))).items()} if start is not None else None
+    begun = {k: hashlib.sha256(v.float().contiguous().numpy().tobytes()).hexdigest() for k, v in (start if isinstance(start, dict) else _read_factors(Path(start))).items()} if start is not None else None
     free = {"processes", "checkpoint_steps", "max_hours", "peak_flops", "accumulation"}
     return _digest(fingerprint(Weights(base)), data, hashlib.sha256(np.ascontiguousarray(windows)).hexdigest(), s.model_dump(exclude=free), steps, begun)
 

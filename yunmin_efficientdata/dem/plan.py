@@ -18,7 +18,7 @@ from .lora import adapt, adapter_size, token_loss, training_flops
 
 # %% auto #0
 __all__ = ['GPUS', 'SHARE', 'DISK', 'RESERVE', 'LIMITS', 'LiveBytes', 'step_bytes', 'training_bytes', 'measured_share',
-           'memory_rows', 'time_rows', 'disk_rows', 'plan']
+           'memory_rows', 'time_rows', 'extra_tokens', 'disk_rows', 'plan']
 
 # %% ../../nbs/03g_plan.ipynb #c005
 class LiveBytes(TorchDispatchMode):
@@ -106,14 +106,18 @@ def step_bytes(
     return live.peak
 
 # %% ../../nbs/03g_plan.ipynb #c010
-def _activations(config, s: LoraSettings, windows: int, dtype, kernels: bool) -> float:
-    "Peak of a step of the whole model, from two depths; a plain Mamba, whose scan is a loop over tokens, from a shorter window (its memory is proportional)."
-    loops = config.model_type in ("mamba", "falcon_mamba") and not (kernels and config.model_type == "mamba")
-    short = s.model_copy(update={"seq_len": min(s.seq_len, 64)}) if loops else s
-    few, depth = (2, 4), config.num_hidden_layers
-    low, high = (step_bytes(config, short, windows, n, dtype, kernels) for n in few)
-    return s.seq_len/short.seq_len*(low + (depth - few[0])*(high - low)/(few[1] - few[0]))
+def _deeper(config, s: LoraSettings, windows: int, dtype, kernels: bool) -> float:
+    "Peak of a step of the whole model, from depths 2 and 3."
+    low, high = (step_bytes(config, s, windows, n, dtype, kernels) for n in (2, 3))
+    return low + (config.num_hidden_layers - 2)*(high - low)
 
+def _activations(config, s: LoraSettings, windows: int, dtype, kernels: bool) -> float:
+    "The same for any window; a plain Mamba, whose scan is a loop over tokens, from windows of 16 and 32 (memory grows in a straight line)."
+    if config.model_type not in ("mamba", "falcon_mamba") or (kernels and config.model_type == "mamba") or s.seq_len <= 32: return _deeper(config, s, windows, dtype, kernels)
+    low, high = (_deeper(config, s.model_copy(update={"seq_len": n}), windows, dtype, kernels) for n in (16, 32))
+    return low + (s.seq_len - 16)*(high - low)/16
+
+# %% ../../nbs/03g_plan.ipynb #c011
 def training_bytes(
     config, # of the model
     s: LoraSettings, # batch, window, precision, checkpointing
@@ -125,7 +129,7 @@ def training_bytes(
            "activations": _activations(config, s, max(1, s.batch_size//(s.processes*s.accumulation)), dtype, kernels)}
     return out | {"total": sum(out.values())}
 
-# %% ../../nbs/03g_plan.ipynb #c014
+# %% ../../nbs/03g_plan.ipynb #c015
 GPUS = {"A10G, 24 GB (g5.2xlarge)": (24e9, PEAK_FLOPS["A10G"]), "A100, 80 GB": (80e9, PEAK_FLOPS["A100"])}  # memory in bytes, dense half-precision FLOP/s
 SHARE, DISK, RESERVE = .3, 125e6, .92  # assumed share of peak FLOP/s; bytes a second of a gp3 volume; share of memory that a process can use
 LIMITS = {"domain": 2., "all": 10., "difference": 300., "merge": 1200.}  # hours, hours, seconds, seconds
@@ -144,7 +148,7 @@ def _tokens(settings: Settings, store) -> tuple[dict[str, float], bool]: # train
     found = {d: n for d, n in found.items() if not settings.dem.domains or d in settings.dem.domains}
     return {d: s.epochs*n if s.max_steps < 1 else s.max_steps*s.batch_size*s.seq_len for d, n in found.items()}, known
 
-# %% ../../nbs/03g_plan.ipynb #c015
+# %% ../../nbs/03g_plan.ipynb #c016
 def measured_share(
     store # a workspace, or None
 ) -> float | None: # mean MFU of the last training
@@ -167,8 +171,8 @@ def memory_rows(config, s: LoraSettings, row):
     if s.accumulation > 1: row("  without accumulation", f"{training_bytes(config, s.model_copy(update={'accumulation': 1}))['total']/1e9:.2f} GB")
     if "mamba" in config.model_type: row("  without Mamba's fused kernels", f"{training_bytes(config, s, kernels=False)['total']/1e9:.2f} GB, and many times slower: install mamba-ssm and causal-conv1d, or kernels")
 
-# %% ../../nbs/03g_plan.ipynb #c016
-def time_rows(config, s: LoraSettings, tokens: dict[str, float], share: float | None, row):
+# %% ../../nbs/03g_plan.ipynb #c017
+def time_rows(config, s: LoraSettings, tokens: dict[str, float], extra: dict[str, float], share: float | None, row):
     "Hours for each GPU, and what fits into a domain's limit."
     needed, done = training_flops(config, s); each = s.processes
     row("operations a token", f"{needed/1e9:.2f} GFLOP of the model, {done/1e9:.2f} of the machine")
@@ -177,7 +181,16 @@ def time_rows(config, s: LoraSettings, tokens: dict[str, float], share: float | 
         longest = max(hours, key=hours.get); lost = [d for d, h in hours.items() if h > cut]
         row(f"longest domain ({longest}), {name}", f"{min(hours[longest], cut):.2f} h at {rate:,.0f} tokens/s" + (f", cut from {hours[longest]:.2f} h by lora.max_hours" if longest in lost else ""), f"{LIMITS['domain']:g} h", min(hours[longest], cut) <= LIMITS["domain"])
         row(f"{len(hours)} domains, {name}", f"{sum(min(h, cut) for h in hours.values()):.2f} h", f"{LIMITS['all']:g} h", sum(min(h, cut) for h in hours.values()) <= LIMITS["all"])
+        for what, n in extra.items(): row(f"  {what}, {name}", f"{n/rate/3600:.2f} h")
         row(f"  tokens that {LIMITS['domain']:g} h allow, {name}", f"{rate*3600*LIMITS['domain']/1e6:,.1f} million a domain")
+
+def extra_tokens(
+    dem, # the section `dem` of the settings
+    tokens: dict[str, float] # trained, a domain
+) -> dict[str, float]: # what else is trained -> tokens
+    "Seed and polish belong to the delivered model; the mixed baseline and its controls are there to compare with."
+    step = dem.lora.batch_size*dem.lora.seq_len; more = step*(getattr(dem, "seed_steps", 0) + getattr(dem, "polish_steps", 0)); whole = sum(tokens.values()) + more
+    return {k: n for k, n in {"seed and polish": more, "mixed baseline and controls, for comparison": whole*((1 if dem.mixed_baseline else 0) + sum(getattr(dem, "controls", ())))}.items() if n}
 
 def disk_rows(config, settings: Settings, domains: int, row):
     "Bytes on disk, and the time to read and write them."
@@ -188,7 +201,7 @@ def disk_rows(config, settings: Settings, domains: int, row):
     for what, size, limit in (("a difference vector", width*n + vector, "difference"), (f"merging {domains} domains", 2*width*n + domains*vector, "merge")):
         row(f"{what}, {size/1e9:.1f} GB read and written", f"{size/DISK/60:.2f} min", f"{LIMITS[limit]/60:g} min", size/DISK <= LIMITS[limit])
 
-# %% ../../nbs/03g_plan.ipynb #c017
+# %% ../../nbs/03g_plan.ipynb #c018
 def plan(
     settings: Settings, # as loaded
     store=None # a workspace, for the domains' tokens and measured speed; without one, 10 million tokens a domain
@@ -198,7 +211,7 @@ def plan(
     if s.precision == "auto": s = s.model_copy(update={"precision": "fp16"})  # what it means on a GPU
     row("base", origin); row("parameters", f"{parameter_count(config):,}"); row("adapter parameters a domain", f"{adapter_size(meta_model(config), s)[0]:,} in {' + '.join(s.target_modules)}")
     row("tokens a domain" + ("" if known else " (assumed)"), f"{min(tokens.values()):,.0f} - {max(tokens.values()):,.0f}")
-    memory_rows(config, s, row); time_rows(config, s, tokens, share, row); disk_rows(config, settings, len(tokens), row)
+    memory_rows(config, s, row); time_rows(config, s, tokens, extra_tokens(settings.dem, tokens), share, row); disk_rows(config, settings, len(tokens), row)
     row("assumed: speed", f"MFU {share:.1%}, measured in this workspace" if share else f"{SHARE:.0%} of the data sheet's dense 16-bit rate ({', '.join(f'{p/1e12:g}' for _, p in GPUS.values())} TFLOP/s)")
     row("assumed: disk", f"{DISK/1e6:.0f} MB/s, a gp3 volume's baseline"); row("assumed: memory", f"{RESERVE:.0%} of a GPU is usable; every layer alike; Mamba's fused kernels installed")
     return rows
