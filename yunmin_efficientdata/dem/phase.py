@@ -255,15 +255,15 @@ def _search_windows(ctx, domains: list[str]) -> dict[str, np.ndarray]: # domain 
     known = [windows[g] for g in ctx.settings.evaluation.general_domains if g in windows]
     return windows | ({"general": np.concatenate(known)} if s.retention and known else {})
 
-def _search(ctx, mix: Mixture, windows: dict, goal: Goal) -> tuple[list[dict], dict]: # path, the entry that was chosen
+def _search(ctx, mix: Mixture, windows: dict, goal: Goal, uniform: dict) -> tuple[list[dict], dict]: # path, the entry that was chosen
     "Gradients, then Nelder-Mead when asked for; says so when the floor cannot be kept."
     s = ctx.settings.dem.merge; high = 1.5 if not ctx.settings.dem.vectors.normalize else 50.
-    path = search_weights(mix, windows, s.search_steps, high=high, goal=goal)
-    if s.nelder_mead: path += nelder_mead(mix, windows, best(path, goal)["weights"], s.nelder_mead, high=high, goal=goal)
-    found = best(path, goal)
+    near = goal.relaxed(uniform); path = search_weights(mix, windows, s.search_steps, high=high, goal=near)
+    if s.nelder_mead: path += nelder_mead(mix, windows, best(path, near)["weights"], s.nelder_mead, high=high, goal=near)
+    found = best(path, near); over = goal.over(found["losses"]); found["floor_met"] = max(over.values()) == 0
     if not found["floor_met"]:
-        over = goal.over(found["losses"]); d = max(over, key=over.get)
-        ctx.warn(f"weight search: {d} stays {math.expm1(found['losses'][d] - goal.base[d]):.1%} worse than the base in perplexity, more than the floor of {s.floor:.0%}: no weights that are as good as uniform keep it")
+        d = max(over, key=over.get)
+        ctx.warn(f"weight search: {d} stays {math.expm1(found['losses'][d] - goal.base[d]):.1%} worse than the base in perplexity, more than the floor of {s.floor:.0%}: equal weights break it too, and what they lose there is not exceeded")
     return path, found
 
 # %% ../../nbs/03_dem.ipynb #c027
@@ -292,9 +292,9 @@ def _measure_weights(ctx, mix: Mixture, windows: dict, known: dict) -> dict: # p
     def at(w): losses, _ = mixture_loss(mix, [w.get(d, 0.) for d in mix.names], windows, gradient=False); return losses
     losses = {name: at(w) for name, w in {"base": {}, **known}.items()}; goal = Goal(losses["base"], s.floor, s.retention)
     if s.search:
-        out["path"], found = _search(ctx, mix, windows, goal)
+        out["path"], found = _search(ctx, mix, windows, goal, losses["uniform"]); out["floor_met"] = found["floor_met"]
         entries = [{"weights": known[n], "loss": mean(goal.domains(losses[n])), "losses": losses[n]} for n in ("uniform", "configured")]
-        found = best([entries[0], found, entries[1]], goal); known["searched"], losses["searched"] = found["weights"], found["losses"]; out["floor_met"] = found["floor_met"]
+        found = best([entries[0], found, entries[1]], goal.relaxed(losses["uniform"])); known["searched"], losses["searched"] = found["weights"], found["losses"]
         if s.curve_points: out["curves"] = weight_curves(mix, {d: w[:s.curve_windows] for d, w in windows.items() if d != "general"}, known["searched"], s.curve_points, max(1.5, *known["searched"].values()))
     out["validation"] = {n: {"loss": mean(goal.domains(x)), "losses": x} for n, x in losses.items()}
     for name, m in out["validation"].items(): ctx.log(f"validation perplexity, mean of domains: {name} {math.exp(m['loss']):.1f}")

@@ -5,7 +5,7 @@
 # %% ../../nbs/03e_weights.ipynb #c004
 from __future__ import annotations
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 import numpy as np, torch
 from ..core.settings import UserError
@@ -69,9 +69,12 @@ class Goal:
     floor: float = .02 # share by which a domain's perplexity may be worse than the base's
     retention: float = 0. # weight of general text's loss above the base's
     general: str = "general" # the set of windows that no domain's mean counts
+    extra: dict[str, float] = field(default_factory=dict) # nats that a domain may lose beyond the floor
     def domains(self, losses: dict) -> dict: return {d: x for d, x in losses.items() if d != self.general}
     def over(self, losses: dict, floor: float | None = None) -> dict: # nats beyond the floor, by domain
-        return {d: max(0., x - self.base[d] - math.log1p(self.floor if floor is None else floor)) for d, x in self.domains(losses).items()}
+        return {d: max(0., x - self.base[d] - math.log1p(self.floor if floor is None else floor) - self.extra.get(d, 0.)) for d, x in self.domains(losses).items()}
+    def relaxed(self, losses: dict) -> "Goal": # where these weights (uniform) break the floor already, domains may stay as they are there
+        return replace(self, extra={d: e for d, e in self.over(losses).items() if e > 0})
     def score(self, losses: dict) -> float: # without the floor
         return mean(self.domains(losses)) + self.retention*max(0., losses.get(self.general, 0.) - self.base.get(self.general, 0.))
     def value(self, losses: dict, slopes: np.ndarray) -> tuple[float, np.ndarray]: # with a quadratic penalty from half the floor on, and its slopes
