@@ -2,7 +2,7 @@
 
     python scripts/publish_report.py WS
 
-report.md, its figures and the executed phase notebooks, without paths of this machine. Where the corpus must not be quoted,
+report.md, its figures, the executive table as CSV and the executed phase notebooks, without paths of this machine. Where the corpus must not be quoted,
 run the pipeline with `--set report.quotes=false` first.
 """
 import re
@@ -25,6 +25,7 @@ def publish(workspace, target=ROOT/"reports"):
     shutil.rmtree(target, ignore_errors=True)
     (target/"figures").mkdir(parents=True); (target/"runs").mkdir()
     (target/"report.md").write_text(report, encoding="utf-8")
+    (target/"executive.csv").write_text(store.read_text("results/executive.csv"), encoding="utf-8")
     for name in sorted(set(re.findall(r"\]\(figures/([\w.-]+)\)", report))): (target/"figures"/name).write_bytes(store.read(f"reports/figures/{name}"))
     for name in PHASE_NOTEBOOKS:
         notebook = nbformat.reads(store.read_text(f"reports/runs/{name}.ipynb"), 4)

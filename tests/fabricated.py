@@ -68,8 +68,8 @@ def extras(store, domains=DOMAINS):
       ("calibration", 2, 4, 4000, None, None, "measured"), ("merge", 1, 1, None, None, None, "measured"), ("control.mixed_20", 12, 20, 30000, 60, 1e11, "measured"), ("mixed", 66, 120, 150000, 300, 5e11, "measured"), ("mixture_search_estimate", 1320, 2400, 3000000, 6000, 1e13, "arithmetic")])
     w("results/perplexity_pairs.csv", "model,against,domain,change,low,high,bits_change,bits_low,bits_high,better,documents",
       [("merged", "base", d, -7, -9, -5, -.1, -.12, -.08, .99, 20) for d in (*domains, "mean")] + [("merged", "base", "general", 1, -1, 3, .01, -.01, .03, .4, 20)])
-    subjects = [(m, "quiz", s, a, .1, .6, .25, .1, a, .05, 10) for m, a in (("base", .3), ("merged", .4), ("web", .9)) for s in ("all", "과학", "역사")]
-    header = "model,file,subject,accuracy,low,high,chance,above_chance,raw,margin,n"
+    subjects = [(m, "quiz", s, a, .1, .6, .25, .3, False, a, .05, 10) for m, a in (("base", .3), ("merged", .4), ("web", .9)) for s in ("all", "과학", "역사")]
+    header = "model,file,subject,accuracy,low,high,chance,constant,above_chance,raw,margin,n"
     w("results/choices.csv", header, [r for r in subjects if r[2] == "all"]); w("results/choices_by_subject.csv", header, [r for r in subjects if r[2] != "all"])
     w("results/contamination.csv", "set,model,metric,items,contaminated,score_all,score_clean,checked", [("quiz", m, "accuracy", 20, 3, .35, .3, True) for m in ("base", "merged")] + [("prompts", "base", "gain", 10, None, .1, None, False)])
     w("results/harness.csv", "model,task,subject,metric,value,low,high,chance,n,version", [(m, "kobest_copa", s, "acc", .5, .4, .6, .5, 100, "1.0") for m in ("base", "merged") for s in ("all", "-")])

@@ -131,7 +131,8 @@ def vectors_table(page: Page) -> None:
 # %% ../../nbs/05g_models.ipynb #c014
 def part_name(page: Page, part: str) -> str: # for a reader
     "A part of phase 3 in words; a domain's training keeps its domain."
-    if part.startswith("lora."): return f"{page.t(*PARTS['lora'])}: {part[5:]}"
+    for start, ko, en in (("lora.", *PARTS["lora"]), ("control.", "대조군", "control"), ("measure.", "측정 작업", "measuring")):
+        if part.startswith(start): return f"{page.t(ko, en)}: {part[len(start):]}"
     return page.t(*PARTS["estimate" if part == "mixture_search_estimate" else part]) if part in PARTS or part == "mixture_search_estimate" else part
 
 def cost_table(page: Page) -> None:
@@ -139,10 +140,10 @@ def cost_table(page: Page) -> None:
     every, ledger = costs(page.facts), page.facts.csv(COST_LEDGER)
     page.heading("비용", "Costs", 3)
     if ledger is not None:
-        names = {"name": ("부분", "Part"), "kind": ("종류", "Kind"), "seconds": ("시간 (초)", "Seconds"), "cpu_seconds": ("CPU 시간 (초)", "CPU seconds"), "tokens": ("토큰", "Tokens"), "steps": ("스텝", "Steps"), "flops": ("FLOP", "FLOP")}
+        names = {"name": ("부분", "Part"), "kind": ("종류", "Kind"), "seconds": ("시간 (초)", "Seconds"), "cpu_seconds": ("CPU 시간 (초)", "CPU seconds"), "tokens": ("토큰", "Tokens"), "steps": ("스텝", "Steps"), "gflop": ("GFLOP", "GFLOP")}
         kinds = {"measured": page.t("측정", "measured"), "arithmetic": page.t("계산값", "arithmetic")}
         whole = {c: ledger[c].astype("Int64") for c in ("tokens", "steps") if c in ledger and (ledger[c].dropna() % 1 == 0).all()}
-        rows = ledger.assign(name=[part_name(page, str(p)) for p in ledger.part], kind=[kinds.get(k, k) for k in ledger.get("kind", [None]*len(ledger))], **whole)
+        rows = ledger.assign(name=[part_name(page, str(p)) for p in ledger.part], kind=[kinds.get(k, k) for k in ledger.get("kind", [None]*len(ledger))], gflop=ledger.get("flops", pd.Series([math.nan]*len(ledger)))/1e9, **whole)
         page.csv_table(COST_LEDGER, names, left=2, rows=rows)
         page.figure("reports/figures/report_costs.png", f"병합 모델에 든 시간, 혼합 학습 1회, 혼합 비율 탐색(계산값) (`{COST_LEDGER}`)", f"Time of the merged model, one mixed run, and a mixture search by arithmetic (`{COST_LEDGER}`)")
         return
