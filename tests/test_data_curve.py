@@ -34,7 +34,7 @@ def test_a_planted_law_is_found_and_continued(a, b):
     rows = pd.DataFrame(dc.curve_rows(runs(lambda n: a*n**-b)), columns=dc.CURVE_COLUMNS)
     for d in ("mean", "web", "social"):
         part = rows[rows.domain == d].set_index("kind")
-        for kind in ("predicted", "local"): assert math.isclose(part.loc[kind, "nats"], a*8e6**-b, rel_tol=1e-4) and part.loc[kind, "tokens"] == 8e6 and part.loc[kind, "share"] == 2
+        for kind in ("predicted", "cautious"): assert math.isclose(part.loc[kind, "nats"], a*8e6**-b, rel_tol=1e-4) and part.loc[kind, "tokens"] == 8e6 and part.loc[kind, "share"] == 2
         assert math.isclose(part.loc["check", "nats"], a*4e6**-b, rel_tol=1e-4)
         assert math.isclose(part.loc["predicted", "change"], 100*math.expm1(a*8e6**-b - a*4e6**-b), rel_tol=1e-3, abs_tol=1e-3)
 
@@ -57,12 +57,12 @@ def test_the_interval_equals_the_textbook_formula():
     half = t.ppf(.975, 3)*math.sqrt(rest[0]/3*at @ np.linalg.inv(X.T @ X) @ at)
     np.testing.assert_allclose(dc.predict(x, y, 8e6), np.exp([at @ beta, at @ beta - half, at @ beta + half]), rtol=1e-8)
 
-def test_a_floor_is_seen_by_check_and_local():
+def test_a_floor_is_seen_by_check_and_the_last_slope():
     "A loss that cannot fall below 3: the power law promises too much, the two other rows say so."
     rows = pd.DataFrame(dc.curve_rows(runs(lambda n: 3 + 400*n**-.5)), columns=dc.CURVE_COLUMNS)
     mean = rows[rows.domain == "mean"].set_index("kind")
     truth = 3 + 400*8e6**-.5
-    assert mean.loc["predicted", "nats"] < mean.loc["local", "nats"] < truth and mean.loc["check", "nats"] < mean.loc["measured", "nats"].iloc[-1]
+    assert mean.loc["predicted", "nats"] < mean.loc["cautious", "nats"] < truth and mean.loc["check", "nats"] < mean.loc["measured", "nats"].iloc[-1]
 
 def test_one_seed_and_two_shares_have_no_interval():
     rows = pd.DataFrame(dc.curve_rows(runs(lambda n: 9*n**-.07, shares=(.5, 1), seeds=1)), columns=dc.CURVE_COLUMNS)
@@ -105,7 +105,7 @@ def test_runs_are_repeatable_and_more_data_helps(workspace):
     assert again["domains"] == found["0.25/seed 0"]["domains"] and json.loads(json.dumps(again)) == again
     other = dc.curve_run(store, files, tokenizer, TINY, "0.25/seed 1", texts, 16, 8)
     assert other["domains"] != again["domains"]
-    assert {r["kind"] for r in dc.curve_rows(found)} == {"run", "measured", "predicted", "local", "check"}
+    assert {r["kind"] for r in dc.curve_rows(found)} == {"run", "measured", "predicted", "cautious", "check"}
 
 def test_the_shape_is_the_base_s_unless_the_base_is_large(workspace, tmp_path):
     from transformers import AutoConfig, LlamaConfig

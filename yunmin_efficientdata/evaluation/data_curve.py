@@ -172,7 +172,7 @@ def domain_rows(
     rows = [curve_row("measured", domain, x, size[x], (mean[x], loss[share == x].min(), loss[share == x].max()), whole) for x in shares]
     rows.append(curve_row("predicted", domain, extrapolate*last, at, predict(tokens, loss, at), whole))
     slope = math.log(whole/mean[before])/math.log(size[last]/size[before])
-    rows.append(curve_row("local", domain, extrapolate*last, at, (whole*extrapolate**slope, math.nan, math.nan), whole))
+    rows.append(curve_row("cautious", domain, extrapolate*last, at, (whole*extrapolate**slope, math.nan, math.nan), whole))
     small = share < last
     if len(shares) > 2: rows.append(curve_row("check", domain, last, size[last], predict(tokens[small], loss[small], size[last]), whole))
     return rows
@@ -194,7 +194,7 @@ def plot_curve(
     "Loss against tokens, both on logarithmic scales: runs, the line through them, and where it would go with more data."
     import matplotlib.pyplot as plt, seaborn as sns
     mean, colour = table[table.domain == "mean"], sns.color_palette("colorblind")
-    runs, ahead, careful = (mean[mean.kind == k] for k in ("run", "predicted", "local"))
+    runs, ahead, careful = (mean[mean.kind == k] for k in ("run", "predicted", "cautious"))
     x = np.geomspace(runs.tokens.min(), ahead.tokens.iloc[0], 60)
     line = np.array([predict(runs.tokens.to_numpy(float), runs.nats.to_numpy(), v) for v in x])
     fig, ax = plt.subplots(figsize=(7.6, 4))
