@@ -75,7 +75,7 @@ def test_every_adapter_learns_and_merges(kind):
 
 def test_saved_adapter_is_the_adapter_in_place(data, tmp_path):
     for kind in KINDS:
-        names = [n for n in KINDS[kind][1] if n != "lm_head"]; s = LoraSettings(r=3, alpha=7, target_modules=names); tuned = adapt(load_model(data/kind), s)
+        names = [n for n in KINDS[kind][1] if n not in ("lm_head", "conv1d")]; s = LoraSettings(r=3, alpha=7, target_modules=names); tuned = adapt(load_model(data/kind), s)
         with torch.no_grad():
             for _, B in adapter_parameters(tuned).values(): B.normal_(0, .1)
         save_adapter(tuned, tmp_path/kind, s); merged = domain_model(data/kind, tmp_path/kind)
@@ -85,6 +85,14 @@ def test_saved_adapter_is_the_adapter_in_place(data, tmp_path):
         assert all(torch.equal(x, y) for x, y in zip(adapter_state(again).values(), adapter_state(tuned).values()))
         difference(data/kind, tmp_path/kind, tmp_path/f"diff_{kind}.npy"); v = Vector(tmp_path/f"diff_{kind}.npy"); base, full = load_model(data/kind).state_dict(), merged.state_dict()
         for key in v.keys(): np.testing.assert_allclose(v.read(key, 0, base[key].numel()).reshape(base[key].shape), (full[key] - base[key]).numpy(), atol=1e-6)
+
+
+def test_what_cannot_become_a_vector_is_refused_before_training(data, tmp_path, monkeypatch):
+    from yunmin_efficientdata.dem import vectors
+    def refuse(self, key): raise UserError("no matrix")
+    monkeypatch.setattr(vectors.Adapter, "factors", refuse)
+    with pytest.raises(UserError, match="mixer.in_proj could be trained but not made into a difference vector; remove 'in_proj'"): train(data, tmp_path/"a", target_modules=["in_proj"])
+    assert not (tmp_path/"a").exists()
 
 
 def test_peft_reads_what_it_can_reach(data, tmp_path):

@@ -21,9 +21,9 @@ from ..format.loader import TokenLoader, TokenPages
 __all__ = ['COLUMNS', 'targets', 'reads_weight', 'LowRank', 'adapt', 'adapter_parameters', 'gradient_norms', 'check_gradients',
            'adapter_report', 'heldout_windows', 'token_loss', 'window_loss', 'place', 'Batches', 'WindowTrainer',
            'precision', 'arguments', 'logging_steps', 'adapter_size', 'training_flops', 'Record', 'adapter_state',
-           'load_adapter', 'save_adapter', 'domain_model', 'Checkpoints', 'open_checkpoints', 'belonging', 'Resume',
-           'training_table', 'training_log', 'TrainingFiles', 'total_steps', 'train_adapter', 'describe', 'Drawn',
-           'undescribe', 'run_job', 'launch', 'plot_training']
+           'load_adapter', 'save_adapter', 'check_saved', 'domain_model', 'Checkpoints', 'open_checkpoints',
+           'belonging', 'Resume', 'training_table', 'training_log', 'TrainingFiles', 'total_steps', 'train_adapter',
+           'describe', 'Drawn', 'undescribe', 'run_job', 'launch', 'plot_training']
 
 # %% ../../nbs/03b_lora.ipynb #c006
 def _adaptable(model) -> dict: # module name -> module, in the model's order
@@ -423,6 +423,17 @@ def save_adapter(
     (Path(out)/"adapter_config.json").write_text(json.dumps(plain, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
 
 # %% ../../nbs/03b_lora.ipynb #c046
+def check_saved(
+    model, base: Path, s: LoraSettings # an adapted model, the folder of its base, as adapted
+):
+    "Save the adapter and read it as a difference, so that what could not be used afterwards is refused before it is trained."
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapter(model, Path(folder), s); found = Adapter(Path(folder), Weights(base))
+        for key in found.low:
+            try: found.read(key, 0, 1)
+            except UserError: raise UserError(f"lora.target_modules: the adapter of {key.removesuffix('.weight')} could be trained but not made into a difference vector; remove {key.split('.')[-2]!r}") from None
+
+# %% ../../nbs/03b_lora.ipynb #c047
 def domain_model(
     base: Path, # HF folder
     adapter: Path, # adapter folder in peft's layout
@@ -437,7 +448,7 @@ def domain_model(
         with torch.no_grad(): state[key].copy_((state[key].float() + delta).to(dtype))
     return model
 
-# %% ../../nbs/03b_lora.ipynb #c048
+# %% ../../nbs/03b_lora.ipynb #c049
 class Checkpoints:
     "The last states of one training, in a folder of a store."
     def __init__(self, store, prefix: str, keep: int = 2): self.store, self.prefix, self.keep = store, prefix.rstrip("/"), keep
@@ -452,7 +463,7 @@ class Checkpoints:
             out.mkdir(); save_file(tensors, out/"state.safetensors"); (out/"state.json").write_text(json.dumps(state), encoding="utf-8")
         for old in self.steps()[self.keep:]: self.store.delete_prefix(self.key(old) + "/")
 
-# %% ../../nbs/03b_lora.ipynb #c049
+# %% ../../nbs/03b_lora.ipynb #c050
 def _load_checkpoint(self: Checkpoints, belongs: str) -> tuple[dict, dict] | None: # tensors, state
     "The newest state of this very training; states of another one are deleted."
     from safetensors.torch import load_file
@@ -473,7 +484,7 @@ def open_checkpoints(
     store, key = resume
     return Checkpoints(open_store(store) if isinstance(store, str) else store, key)
 
-# %% ../../nbs/03b_lora.ipynb #c050
+# %% ../../nbs/03b_lora.ipynb #c051
 def _digest(*things) -> str: # 16 hexadecimal digits
     return hashlib.sha256(json.dumps(things, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -486,7 +497,7 @@ def belonging(
     free = {"processes", "checkpoint_steps", "max_hours", "peak_flops", "accumulation"}
     return _digest(fingerprint(Weights(base)), data, hashlib.sha256(np.ascontiguousarray(windows)).hexdigest(), s.model_dump(exclude=free), steps, begun)
 
-# %% ../../nbs/03b_lora.ipynb #c052
+# %% ../../nbs/03b_lora.ipynb #c053
 def _snapshot(trainer: WindowTrainer, record: Record) -> tuple[dict, dict]: # tensors, state
     "All that the next step depends on."
     inner = trainer.optimizer.state_dict()
@@ -505,7 +516,7 @@ def _random_state(trainer) -> dict[str, torch.Tensor]: # of every rank
     if trainer.args.world_size > 1: ranks = [None]*trainer.args.world_size; torch.distributed.all_gather_object(ranks, mine)
     return {f"random.{r}.{i}": t for r, found in enumerate(ranks) for i, t in enumerate(found)}
 
-# %% ../../nbs/03b_lora.ipynb #c053
+# %% ../../nbs/03b_lora.ipynb #c054
 class Resume(TrainerCallback):
     "Puts a saved state back, once Trainer has made optimizer and schedule."
     def __init__(self, tensors: dict, state: dict, record: Record): self.tensors, self.saved, self.record, self.trainer = tensors, state, record, None
@@ -521,7 +532,7 @@ class Resume(TrainerCallback):
         trainer.batches.load_state_dict(saved["batches"]); state.global_step = trainer._globalstep_last_logged = saved["step"]
         self._random(args)
 
-# %% ../../nbs/03b_lora.ipynb #c054
+# %% ../../nbs/03b_lora.ipynb #c055
 def _restore_random(self: Resume, args):
     "This rank's generators; those of rank 0 when the number of processes changed."
     rank = args.process_index if f"random.{args.process_index}.0" in self.tensors else 0
@@ -535,7 +546,7 @@ def _restore_record(record: Record, tensors: dict, state: dict):
 
 Resume._random = _restore_random
 
-# %% ../../nbs/03b_lora.ipynb #c056
+# %% ../../nbs/03b_lora.ipynb #c057
 COLUMNS = ("step", "epoch", "loss", "eval_loss", "learning_rate", "tokens", "seconds", "tokens_per_s", "mfu")
 
 def training_table(
@@ -557,7 +568,7 @@ def training_log(
     lines = ["  ".join(f"{k} {v:.5g}" if isinstance(v, float) else f"{k} {v}" for k, v in r.items() if k not in ("notes",)) for r in rows]
     return "\n".join([head, *dict.fromkeys(notes), *lines]) + "\n"
 
-# %% ../../nbs/03b_lora.ipynb #c057
+# %% ../../nbs/03b_lora.ipynb #c058
 class TrainingFiles:
     "Writes summary/train_<name>.csv and logs/train_<name>.log as rows come, at most every two seconds."
     def __init__(self, store, name: str, s: LoraSettings): self.store, self.name, self.s, self.last = store, name, s, 0.
@@ -566,7 +577,7 @@ class TrainingFiles:
         self.last = time.monotonic()
         self.store.write(f"summary/train_{self.name}.csv", training_table(rows)); self.store.write(f"logs/train_{self.name}.log", training_log(self.name, rows, self.s, notes))
 
-# %% ../../nbs/03b_lora.ipynb #c059
+# %% ../../nbs/03b_lora.ipynb #c060
 def total_steps(
     s: LoraSettings, # `max_steps`, `epochs`
     batches: int # in an epoch
@@ -594,12 +605,12 @@ def train_adapter(
     quiet(); make_deterministic(s.seed, threads)
     return _train(base, loader, windows, s, out, steps, log, start, open_checkpoints(resume if s.checkpoint_steps else None), files)
 
-# %% ../../nbs/03b_lora.ipynb #c060
+# %% ../../nbs/03b_lora.ipynb #c061
 def _train(base, loader, windows, s, out, steps, log, start, checkpoints, files) -> list[dict]:
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision(s, torch.cuda.is_available())]
     model = adapt(load_model(base, dtype), s); config = model.config
     if start is not None: load_adapter(model, start)
-    peak, source = peak_flops(s.peak_flops); name = belonging(base, loader, windows, s, steps, start)
+    check_saved(model, base, s); peak, source = peak_flops(s.peak_flops); name = belonging(base, loader, windows, s, steps, start)
     record = Record(s, steps, len(loader), training_flops(config, s)[0], peak, log, files)
     record.notes.append(f"{record.flops/1e6:,.3g} MFLOP a token; " + (f"peak {peak/1e12:g} TFLOP/s a device ({source})" if peak else f"no MFU: {source}"))
     callbacks, found = [record], checkpoints.load(name) if checkpoints else None
@@ -615,7 +626,7 @@ def _train(base, loader, windows, s, out, steps, log, start, checkpoints, files)
         trainer.remove_callback(_printer()); trainer.train()
     return _finish(model, record, s, out, main)
 
-# %% ../../nbs/03b_lora.ipynb #c061
+# %% ../../nbs/03b_lora.ipynb #c062
 def _finish(model, record: Record, s, out, main: bool) -> list[dict]:
     "Save the adapter, the best one where early stopping asks for it, and close the log."
     if not record.checked and record.rows and record.rows[-1]["step"] > 3 and record.stopped is None: raise UserError("lora: an adapter's B never moved from zero; raise lora.learning_rate")
@@ -631,7 +642,7 @@ def _printer():
     from transformers import PrinterCallback
     return PrinterCallback
 
-# %% ../../nbs/03b_lora.ipynb #c069
+# %% ../../nbs/03b_lora.ipynb #c070
 def describe(
     loader, steps: int, # what to train on, and for how long
     folder: Path # for batches that are drawn beforehand
@@ -658,7 +669,7 @@ class Drawn:
     def load_state_dict(self, state): self.step = state["step"]
     def fingerprint(self): return hashlib.sha256(np.ascontiguousarray(self.rows[:2])).hexdigest()[:16]
 
-# %% ../../nbs/03b_lora.ipynb #c070
+# %% ../../nbs/03b_lora.ipynb #c071
 def undescribe(found: dict): # a loader
     "The loader of a description."
     if "drawn" in found: return Drawn(found["drawn"], found["epoch"])
@@ -681,7 +692,7 @@ def run_job(
         if first: tell("error", str(e))
         raise SystemExit(2)
 
-# %% ../../nbs/03b_lora.ipynb #c071
+# %% ../../nbs/03b_lora.ipynb #c072
 def _launcher(processes: int) -> list[str]: # command before the module's arguments
     "`--multi_gpu` is what makes accelerate start several processes, through torchrun, on a CPU too."
     with socket.socket() as free: free.bind(("127.0.0.1", 0)); port = free.getsockname()[1]
@@ -699,7 +710,7 @@ def launch(base, loader, windows, s, out, steps, threads, log, start, resume, fi
         (folder/"job.json").write_text(json.dumps(job), encoding="utf-8")
         return _follow([*_launcher(s.processes), str(folder/"job.json")], log)
 
-# %% ../../nbs/03b_lora.ipynb #c072
+# %% ../../nbs/03b_lora.ipynb #c073
 def _follow(command: list[str], log) -> list[dict]:
     "Run the processes; pass their rows on, and turn their failure into one line."
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "TOKENIZERS_PARALLELISM": "false"})
@@ -718,11 +729,11 @@ def _follow(command: list[str], log) -> list[dict]:
     if child.returncode or rows is None: raise UserError(f"lora.processes: the training processes ended with code {child.returncode}: {next((t for t in reversed(tail) if 'Error' in t), tail[-1] if tail else 'no output')[:300]}")
     return rows
 
-# %% ../../nbs/03b_lora.ipynb #c073
+# %% ../../nbs/03b_lora.ipynb #c074
 #| eval: false
 if __name__ == "__main__": run_job(sys.argv[1])
 
-# %% ../../nbs/03b_lora.ipynb #c075
+# %% ../../nbs/03b_lora.ipynb #c076
 def plot_training(
     tables: dict[str, list[dict]] # domain -> rows with step, loss, eval_loss
 ): # matplotlib figure

@@ -112,10 +112,10 @@ def _deeper(config, s: LoraSettings, windows: int, dtype, kernels: bool) -> floa
     return low + (config.num_hidden_layers - 2)*(high - low)
 
 def _activations(config, s: LoraSettings, windows: int, dtype, kernels: bool) -> float:
-    "The same for any window; a plain Mamba, whose scan is a loop over tokens, from windows of 16 and 32 (memory grows in a straight line)."
-    if config.model_type not in ("mamba", "falcon_mamba") or (kernels and config.model_type == "mamba") or s.seq_len <= 32: return _deeper(config, s, windows, dtype, kernels)
-    low, high = (_deeper(config, s.model_copy(update={"seq_len": n}), windows, dtype, kernels) for n in (16, 32))
-    return low + (s.seq_len - 16)*(high - low)/16
+    "The same for any window; a plain Mamba, whose scan is a loop over tokens, from windows of 64 and 128: from there on memory grows in a straight line."
+    if config.model_type not in ("mamba", "falcon_mamba") or (kernels and config.model_type == "mamba") or s.seq_len <= 128: return _deeper(config, s, windows, dtype, kernels)
+    low, high = (_deeper(config, s.model_copy(update={"seq_len": n}), windows, dtype, kernels) for n in (64, 128))
+    return low + (s.seq_len - 64)*(high - low)/64
 
 # %% ../../nbs/03g_plan.ipynb #c011
 def training_bytes(
