@@ -161,7 +161,7 @@ def pairs_stage(run: Evaluation, stage) -> dict:
     return {"pairs": int((items.model == inputs.BASE).sum()), "rows": len(rows)}
 
 # %% ../../nbs/04_evaluation.ipynb #c019
-ITEM_COLUMNS = ["model", "file", "size", "index", "id", "subject", "choices", "answer", "predicted", "correct", "raw", "margin"]
+ITEM_COLUMNS = ["model", "file", "size", "index", "id", "subject", "choices", "answer", "right", "predicted", "correct", "raw", "margin"]
 
 def choice_rows(
     run: Evaluation, name: str, model # a model and its name
