@@ -218,7 +218,7 @@ def _factors(self: Adapter, key: str) -> tuple[np.ndarray, np.ndarray] | None: #
     left, right = B*np.float32(_scale(self.config, key, len(A))), A
     shape = self.base.shape(key)
     if self.config.get("fan_in_fan_out"): left, right = right.T, left.T
-    if len(shape) != 2 or (len(left), right.shape[1]) != tuple(shape):
+    if len(shape) < 2 or (len(left), right.shape[1]) != matrix_shape(shape):
         raise UserError(f"{self.folder}: the adapter of {key} is {len(left)} x {right.shape[1]}, the base's tensor is {' x '.join(map(str, shape))}")
     return np.ascontiguousarray(left), np.ascontiguousarray(right)
 
