@@ -122,9 +122,8 @@ class _Unpacked(io.RawIOBase):
         return data
 
 # %% ../../nbs/00c_records.ipynb #c018
-def _next_line(stream, limit: int, first: bool) -> tuple[bytes, bool, int]: # (line, was it cut, bytes read; 0 at the end)
-    "The next line; of one over the limit only the beginning is kept. The first may carry a byte order mark."
-    line = stream.readline(limit + 5)  # room for the end of the line and the mark
+def _unusual_line(stream, line: bytes, limit: int, first: bool) -> tuple[bytes, bool, int]: # (line, was it cut, bytes read)
+    "The first line, which may carry a byte order mark, or one over the limit, of which only the beginning is kept."
     size = len(line)
     if first and line.startswith(b"\xef\xbb\xbf"): line = line[3:]
     if len(line) <= limit or len(line.rstrip(b"\r\n")) <= limit: return line, False, size
@@ -163,7 +162,9 @@ def read_jsonl(
         at, end = (_seek_line(stream, span), span.end) if span else (0, float("inf"))
         number, rest, whole = 0, b"", not (span and span.start)
         while at < end:
-            line, cut, size = _next_line(stream, max_line_bytes, whole and not number)
+            line, cut = stream.readline(max_line_bytes + 5), False  # room for the end of the line and the mark
+            size = len(line)
+            if size > max_line_bytes or not number: line, cut, size = _unusual_line(stream, line, max_line_bytes, whole and not number)
             if not size: break
             at += size; number += 1
             if cut: yield BadLine(number, "line_too_long", line); continue

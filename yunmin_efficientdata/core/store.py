@@ -270,7 +270,7 @@ def writer(
     "A binary file that appears under `key` at a clean exit and vanishes on an exception."
     path = self._path(key)
     with _temporary(self, key, path.parent, False) as temp:
-        with _disk_errors(self, key), io.open(temp, "wb", buffering=1 << 18) as f: yield f
+        with _disk_errors(self, key), io.open(temp, "wb", buffering=1 << 16) as f: yield f
         with _os_errors(self, key): _replace(temp, path)
 
 # %% ../../nbs/00b_store.ipynb #c028
