@@ -201,9 +201,9 @@ def test_no_sentence_of_the_corpus_stands_on_the_page_when_quotes_are_off(own):
     assert stages(own, "report.quotes=false") == {"summary"}
     assert not any(t[:12] in (own/"results/eval_prompt_comparison.md").read_text(encoding="utf-8") for t in ALL)
 
-def test_two_prompts_of_one_id_stop_the_phase(made, tmp_path):
+def test_two_prompts_of_one_id_stop_the_phase(own, tmp_path):
     (tmp_path/"p.jsonl").write_text('{"id": "a", "domain": "web", "prompt": "p", "reference": "r"}\n'*2, encoding="utf-8")
-    with pytest.raises(UserError, match="p.jsonl line 2"): phase.run(str(made), overrides=SETTINGS + [f"evaluation.prompts={tmp_path}/p.jsonl"], workers=1)
+    with pytest.raises(UserError, match="p.jsonl line 2"): phase.run(str(own), overrides=SETTINGS + [f"evaluation.prompts={tmp_path}/p.jsonl"], workers=1)
 
 def test_a_file_of_questions_goes_through_lm_eval_and_its_edit_is_noticed(own, tmp_path):
     pytest.importorskip("lm_eval")
