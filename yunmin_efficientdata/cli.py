@@ -157,7 +157,7 @@ def sample(ws: Workspace, docs: Annotated[int, typer.Option(min=20, help="Docume
     with workspace_lock(store): counts = write_sample(store, documents=docs, seed=seed, duplicate_rate=duplicate_rate)
     console.print(f"raw/: {', '.join(f'{k} {v:,}' for k, v in counts.items() if isinstance(v, int))}")
 
-# %% ../nbs/07_cli.ipynb #c017
+# %% ../nbs/07_cli.ipynb #27bff026
 def parse_pair(
     text: str, # FILE=WEIGHT
     option: str # --diff or --model, for the message
@@ -169,6 +169,7 @@ def parse_pair(
 
 def parse_diff(text: str) -> tuple[str, float]: return parse_pair(text, "--diff")
 
+# %% ../nbs/07_cli.ipynb #6736e0df
 def read_calibration(
     entries: list[str], # NAME=FILE, token Parquet or JSONL of ids
     seq_len: int, # tokens in a window
@@ -193,6 +194,7 @@ def read_calibration(
         out[name] = windows
     return out
 
+# %% ../nbs/07_cli.ipynb #43f0c414
 @app.command()
 def merge(base: Annotated[str, typer.Argument(help="HF folder of the base model.")], out: Annotated[str, typer.Argument(help="Folder to write.")],
           diff: Annotated[list[str], typer.Option("--diff", help="Difference vector and weight: FILE.npy=0.5 or FILE.lowrank.npz=0.5; may be repeated.")] = [],

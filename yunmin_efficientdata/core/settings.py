@@ -206,7 +206,7 @@ class LoraSettings(Section):
     peak_flops: float | None = Field(None, gt=0, description="FLOP/s of one device at best, for MFU; empty: known GPUs by name, nothing on a CPU")
     seed: int = Field(0)
 
-# %% ../../nbs/00a_settings.ipynb #c020
+# %% ../../nbs/00a_settings.ipynb #ec651607
 class VectorSettings(Section):
     "Difference vectors and their sanity checks."
     form: Literal["dense", "lowrank"] = Field("dense", description="diff_<domain>.npy with every element, or diff_<domain>.lowrank.npz with the adapter's factors: for large bases (3B: 11 GB against about 0.1)")
@@ -236,6 +236,7 @@ class MergeSettings(Section):
     curve_points: int = Field(5, ge=0, description="points on the curve of perplexity along each weight; 0: not drawn")
     curve_windows: int = Field(8, ge=1, description="validation windows a domain that a point of the curve reads")
 
+# %% ../../nbs/00a_settings.ipynb #452cb991
 class DemConfig(Section):
     "dem_config.yaml"
     domains: list[str] = Field(default_factory=list, description="domains to adapt to; empty: all that Parquet has")

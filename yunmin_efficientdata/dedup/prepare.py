@@ -727,7 +727,7 @@ def lines(self: Corpus, part: int, rows: np.ndarray | None = None) -> Iterator[t
         data = memoryview(data)
         for row, i, j in zip(some.tolist(), start.tolist(), end.tolist()): yield row, data[i:j]
 
-# %% ../../nbs/01f_prepare.ipynb #c069
+# %% ../../nbs/01f_prepare.ipynb #1dffed30
 @contextmanager
 def _reader(store: Store, key: str, reads: int): # read(start, length) -> bytes
     "Reads of one file: of a few, on S3, each is a request; for many the file is fetched."
@@ -740,6 +740,7 @@ def _reader(store: Store, key: str, reads: int): # read(start, length) -> bytes
     try: yield read
     finally: os.close(fd)
 
+# %% ../../nbs/01f_prepare.ipynb #d794a868
 @patch
 def part_texts(
     self: Corpus, part: int,
@@ -753,6 +754,7 @@ def part_lines(self: Corpus, part: int, rows: np.ndarray | None = None) -> Itera
     "Lines of a part in order, for `signatures`."
     for _, data, start, end in self.runs(part, rows): yield Lines(np.frombuffer(data, np.uint8), start, end)
 
+# %% ../../nbs/01f_prepare.ipynb #3625886c
 @patch
 def gather_lines(
     self: Corpus,
