@@ -26,7 +26,8 @@ def publish(workspace, target=ROOT/"reports"):
     (target/"figures").mkdir(parents=True); (target/"runs").mkdir()
     (target/"report.md").write_text(report, encoding="utf-8")
     (target/"executive.csv").write_text(store.read_text("results/executive.csv"), encoding="utf-8")
-    for name in sorted(set(re.findall(r"\]\(figures/([\w.-]+)\)", report))): (target/"figures"/name).write_bytes(store.read(f"reports/figures/{name}"))
+    for name in sorted(set(re.findall(r"\]\(figures/((?:en/)?[\w.-]+)\)", report))):
+        (target/"figures"/name).parent.mkdir(exist_ok=True); (target/"figures"/name).write_bytes(store.read(f"reports/figures/{name}"))
     for name in PHASE_NOTEBOOKS:
         notebook = nbformat.reads(store.read_text(f"reports/runs/{name}.ipynb"), 4)
         nbformat.write(clean_notebook(notebook, name, machine_roots(store)), target/"runs"/f"{name}.ipynb")

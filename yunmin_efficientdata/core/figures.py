@@ -4,17 +4,19 @@
 
 # %% ../../nbs/00h_figures.ipynb #c004
 from __future__ import annotations
-import importlib.util, io, sys
+import importlib.util, io, re, sys
 from functools import lru_cache
 from pathlib import Path
 import matplotlib
 import matplotlib.pyplot as plt
 from matplotlib import font_manager
+from matplotlib.text import Text
 from matplotlib.ticker import Formatter, LogFormatterMathtext
 from .settings import UserError
 
 # %% auto #0
-__all__ = ['STYLE', 'font_files', 'korean_style', 'plain_log_labels', 'figure_png', 'save_figure', 'read_figure']
+__all__ = ['STYLE', 'ENGLISH', 'HANGUL', 'font_files', 'korean_style', 'plain_log_labels', 'figure_png', 'in_english',
+           'put_in_english', 'english_key', 'save_figure', 'read_figure']
 
 # %% ../../nbs/00h_figures.ipynb #c006
 def font_files() -> list[Path]: # TTF files of NanumGothic, sorted
@@ -66,30 +68,136 @@ def plain_log_labels(
         if isinstance(axis.get_minor_formatter(), LogFormatterMathtext): axis.set_minor_formatter(_PlainLog(axis.get_minor_formatter()))
 
 # %% ../../nbs/00h_figures.ipynb #c017
+def _png(fig, dpi: int) -> bytes:
+    out = io.BytesIO()
+    plain_log_labels(fig)
+    fig.savefig(out, format="png", dpi=dpi, bbox_inches="tight", pad_inches=0.12, facecolor="white", metadata={"Software": None})
+    return out.getvalue()
+
 def figure_png(
     fig, # matplotlib figure
     dpi: int = 130 # dots an inch
 ) -> bytes: # a PNG file
     "The figure as PNG without software name or date; the figure is closed afterwards."
-    out = io.BytesIO()
-    plain_log_labels(fig)
-    fig.savefig(out, format="png", dpi=dpi, bbox_inches="tight", pad_inches=0.12, facecolor="white", metadata={"Software": None})
-    plt.close(fig)
-    return out.getvalue()
+    try: return _png(fig, dpi)
+    finally: plt.close(fig)
 
-# %% ../../nbs/00h_figures.ipynb #c019
+# %% ../../nbs/00h_figures.ipynb #c020
+ENGLISH: dict[str, str] = {   # phase 1
+    "전체": "all", "완전 중복": "exact copies", "유사 중복": "near copies", "평가 세트 겹침": "evaluation leaks", "의미 중복": "semantic copies", "구간 제거로 빔": "emptied by span removal",
+    "정제된 문서 가운데 제거된 비율 (%)": "removed, of the cleaned documents (%)", "도메인별 중복률": "Duplicate rate by domain", "제거된 문서 없음": "no document was removed",
+    "제거된 본문 ({}; 뒤의 %는 그 출처 본문 가운데)": "text removed ({}; the % is of that source's text)", "출처별로 줄어든 본문": "Text saved by source", "대신 남은 문서의 도메인": "domain of the document kept",
+    "제거된 문서의 도메인": "domain of the removed document", "무엇 대신 무엇이 남았나 (문서 수)": "What was removed in favour of what (documents)", "군집": "clusters", "그 안의 문서": "documents in them",
+    "중복 군집 없음": "no cluster of duplicates", "군집의 문서 수": "documents in a cluster", "개수 (로그 눈금)": "number (log scale)", "중복 군집의 크기": "Sizes of duplicate clusters",
+    "심은 사본: 후보가 된 비율 (95 % 구간)": "planted copies: became candidates (95 % interval)", "심은 사본: 찾은 비율": "planted copies: found", "예상: {}": "predicted: {}", "기준 미만인 후보": "candidates below the threshold",
+    "유사 쌍": "near pairs", "확률": "probability", "후보 재현율: 예상과 측정 (밴드 {} × 행 {})": "Recall of candidates, predicted and measured ({} bands × {} rows)", "자카드 유사도 J": "Jaccard similarity J",
+    "쌍의 수": "pairs", "기준 J = {}": "threshold J = {}", "예상 재현율 (J ≥ {} 평균): {}": "predicted recall (mean above J ≥ {}): {}", "이 말뭉치의 쌍으로 가중: {}": "weighted by this corpus' pairs: {}",
+    "심은 사본에서 측정: {}": "measured on planted copies: {}", "검증 없는 정밀도: {}, 검증 뒤: 1": "precision without the check: {}, with it: 1", "기준 아래:": "below it:", "쌍을 기록하지 않음": "pairs are not recorded",
+    "제거되는 문서 (%)": "documents removed (%)", "기준을 바꾸면 얼마나 제거되나": "What another threshold would remove", "자카드 기준": "Jaccard threshold", "기준 미만인 후보 (제거 안 함)": "candidates below it (kept)",
+    "정제": "clean and order", "평가 세트 대조": "evaluation leaks", "서명": "sign", "밴드와 후보": "bands, candidates", "후보 검증": "verify", "남길 문서 결정": "decide", "반복 구간": "spans", "쓰기": "write", "유사 중복 전체": "near, all steps",
+    "{}초  초당 {}건 · {} MB": "{} s  {} docs/s · {} MB/s", "{}초": "{} s", "이어서 한 실행: 시간 기록 없음": "a resumed run: no times", "벽시계 시간 (초)": "wall time (s)", "단계별 시간과 속도": "Time and rate of each step",
+    "반복 문단": "repeated paragraphs", "반복 문장": "repeated sentences", "글자 비율 (%)": "characters (%)", "여러 곳에 있는 문단과 문장": "Paragraphs and sentences in several places",
+    "무관한 두 문서가 우연히 닮는 정도": "How alike two unrelated documents are by chance", "한 쌍도 없음: 95 % 상한": "not one pair: 95 % upper bound", "10만 쌍 가운데 J 이상인 쌍": "pairs at J or above, of 100,000", "{} ({}), {}쌍, 최댓값 {}": "{} ({}), {} pairs, largest {}",
+    "단어 5개": "5 words", "글자 5개": "5 characters", "형태소 5개": "5 morphemes"}
+
+# %% ../../nbs/00h_figures.ipynb #c021
+ENGLISH |= {   # phase 2
+    "글자당 토큰 수": "tokens per character", "글자당 토큰 (낮을수록 짧은 시퀀스)": "Tokens per character (lower: shorter sequences)", "글자 수": "characters", "토큰 {}개에 들어가는 글자": "Characters in {} tokens",
+    "어휘": "vocabulary", "본문": "text", "비율 (%)": "share (%)", "토큰의 종류": "Kinds of tokens", "자주 쓰이는 토큰의 수 (로그 눈금)": "most frequent tokens (log scale)", "본문에서 차지하는 비율 (%)": "share of the text (%)",
+    "토큰의 누적 비율": "Text covered by frequent tokens", "한글": "Hangul", "글자 조각": "part of a character", "로마자": "Latin", "기호": "signs", "숫자": "digits", "혼합": "mixed", "공백": "white space", "특수 토큰": "special tokens", "한자": "Hanja",
+    "기타 문자": "other scripts", "기타": "other", "토큰 (백만)": "tokens (million)", "출처별 토큰": "Tokens by source", "연도별 토큰": "Tokens by year", "연도별 토큰 (최근)": "Tokens by year (recent)", "(미상)": "(unknown)", "미상": "unknown",
+    "공백을 뺀 글자 가운데 비율 (%)": "share of the characters but white space (%)", "도메인별 문자 구성": "Scripts by domain", "크기 (MB)": "size (MB)", "형식별 크기": "Size by format", "읽는 시간 (초, 로그 눈금)": "reading time (s, log scale)",
+    "형식별 읽기 시간": "Reading time by format", "문서 길이 (토큰, 로그 눈금)": "length of a document (tokens, log scale)", "문서 비율 (%)": "documents (%)", "도메인별 문서 길이 분포": "Lengths of documents by domain",
+    "열별 크기: 압축 전과 Parquet 파일에서": "Size by column: plain, and in the Parquet file", "압축 전": "plain", "파일에서": "in the file", "{}배": "{}x", "읽는 동안 늘어난 메모리 (MB)": "memory added while reading (MB)",
+    "한 번 읽는 시간 (초, 로그 눈금)": "time of one reading (s, log scale)", "익명 메모리": "anonymous memory", "상주 메모리(RSS)": "resident memory (RSS)"}
+
+# %% ../../nbs/00h_figures.ipynb #c022
+ENGLISH |= {   # phase 3
+    "병합 방법: 혼합 학습이 얻은 것의 몫과 일반 글에서 잃은 것": "Ways to merge: share of mixed training's gain, loss on general text", "혼합 학습 이득의 몫 (1 = 혼합 학습)": "share of mixed training's gain (1 = mixed training)",
+    "일반 글 퍼플렉서티 변화 (%)": "change of general perplexity (%)", "도메인별 LoRA 학습 곡선 (선: 학습, 점: 검증)": "LoRA training by domain (line: training, dots: validation)", "스텝": "step", "손실 (nats/토큰)": "loss (nats/token)",
+    "계층별 차이 벡터의 노름": "Norm of the difference vectors by layer", "L2 노름": "L2 norm", "정규분포 (0.27%)": "normal distribution (0.27%)", "차이 벡터의 원소 분포": "Elements of the difference vectors", "표준편차": "standard deviations",
+    "밀도": "density", "{} (3σ 밖 {})": "{} (beyond 3σ {})", "도메인 차이 벡터 사이의 코사인": "Cosines between the difference vectors", "병합 가중치": "Merge weights", "가중치": "weight", "평가한 점": "evaluated",
+    "지금까지 가장 좋은 값": "best so far", "평가 횟수": "evaluations", "검증 손실 (nats/토큰)": "validation loss (nats/token)", "가중치 하나씩 움직였을 때의 퍼플렉서티 (원: 찾은 값)": "Perplexity along each weight (circle: as found)",
+    "검증 퍼플렉서티, 도메인 평균": "validation perplexity, mean of domains", "도메인별 검증 퍼플렉서티": "Validation perplexity by domain", "로그 PPL 변화": "change of log PPL"}
+
+# %% ../../nbs/00h_figures.ipynb #c023
+ENGLISH |= {   # phase 4
+    "찍었을 때": "chance", "선다형 정답률: {}": "Multiple-choice accuracy: {}", "정답률 (문항 {}개)": "accuracy ({} questions)", "정답률 ({}), 막대는 95 % 구간": "accuracy ({}), bars are 95 % intervals",
+    "lm-evaluation-harness 과제별 정답률": "lm-evaluation-harness, accuracy by task", "멱법칙": "power law", "학습한 모델": "trained models", "데이터 {}배일 때 예측: 퍼플렉시티 {} %": "predicted with {}x the data: perplexity {} %",
+    "마지막 두 점의 기울기로: {} %": "by the slope of the last two points: {} %", "학습 토큰 수": "training tokens", "시험 손실 (nat/토큰, 영역 평균)": "test loss (nats/token, mean of domains)", "데이터가 늘면 손실이 얼마나 줄어드는가": "How the loss falls with more data",
+    "95 % 구간": "95 % interval", "{}만": "{}0k", "막대는 중앙값, 수염은 95번째 백분위. 한도: TTFT {} ms, TPOT {} ms (그림 범위 안이면 점선). 장치: {}": "bars: median, whiskers: 95th percentile. Limits: TTFT {} ms, TPOT {} ms (dashed where in view). Device: {}",
+    "배치 크기": "batch size", "첫 토큰까지 (TTFT, ms)": "to the first token (TTFT, ms)", "토큰당 시간 (TPOT, ms)": "per token (TPOT, ms)", "처리량 (토큰/초)": "throughput (tokens/s)", "한도를 지킨 요청 (개/초)": "requests within limits (1/s)",
+    "연산 이용률 MFU (%)": "MFU (%)", "대역폭 이용률 MBU (%)": "MBU (%)", "시험 영역": "test text", "이어쓰기와 원문의 겹침 ({}, 높을수록 좋음, 막대는 95 % 구간)": "Continuations against the original ({}, higher is better, 95 % intervals)",
+    "절반 이하": "half or less", "같음": "equal", "두 배 이상": "twice or more", "모델": "model", "모델과 영역별 퍼플렉시티 (낮을수록 좋음)": "Perplexity by model and test text (lower is better)", "기준 모델 대비 (로그 눈금)": "against the base (log scale)",
+    "{} 대비 퍼플렉시티 변화 (%), 막대는 95 % 구간": "change of perplexity against {} (%), bars are 95 % intervals", "같은 문서에서 본 모델의 차이 (왼쪽이 좋음)": "Models on the same documents (left is better)", "영역 평균": "mean of domains", "일반 글": "general text",
+    "글자당 로그우도의 변화 (nats, 오른쪽이 개선)": "change of log-likelihood per character (nats, right is better)", "base에서 merged로: 프롬프트 {}개 중 {}개 개선": "base to merged: of {} prompts, {} improved",
+    "사람이 매긴 점수": "Points given by people", "심사 모델이 매긴 점수": "Points given by the judge model", "종합": "overall", "점": "points", "{} (세로선: 95 % 구간)": "{} (bars: 95 % intervals)",
+    "정보성": "information", "논리성": "logic", "간결성": "brevity", "어조": "tone"}
+
+# %% ../../nbs/00h_figures.ipynb #c025
+HANGUL = re.compile("[가-힣]")
+
+@lru_cache(maxsize=1)
+def _patterns() -> list[tuple[re.Pattern, str]]:
+    "Labels that carry values, those with most of their own text first."
+    some = sorted((k for k in ENGLISH if "{}" in k), key=lambda k: -len(k.replace("{}", "")))
+    return [(re.compile(r"(.+?)".join(map(re.escape, k.split("{}")))), ENGLISH[k]) for k in some]
+
+def in_english(
+    text: str # a label, perhaps of several lines
+) -> str: # with the lines that `ENGLISH` knows replaced
+    "The English of a label."
+    if not HANGUL.search(text): return text
+    if "\n" in text: return "\n".join(map(in_english, text.split("\n")))
+    inner = text.strip(); found = ENGLISH.get(inner)
+    if found is None:
+        match = next(((m, en) for pattern, en in _patterns() if (m := pattern.fullmatch(inner))), None)
+        found = match[1].format(*map(in_english, match[0].groups())) if match else inner
+    return text.replace(inner, found) if inner else text
+
+# %% ../../nbs/00h_figures.ipynb #c028
+class _EnglishTicks(Formatter):
+    "The labels of another formatter, in English."
+    def __init__(self, inner): self.inner = inner
+    def set_locs(self, locs): self.inner.set_locs(locs)
+    def __call__(self, v, pos=None): return in_english(self.inner(v, pos))
+    def format_ticks(self, values): return [in_english(t) for t in self.inner.format_ticks(values)]
+    def get_offset(self): return in_english(self.inner.get_offset())
+
+def put_in_english(
+    fig # matplotlib figure
+) -> bool: # was there anything to replace?
+    "Replace the labels of a figure by their English."
+    axes, changed = [a for ax in fig.axes for a in (ax.xaxis, ax.yaxis)], False
+    for axis in axes:
+        inner = axis.get_major_formatter()
+        if any(in_english(t) != t for t in inner.format_ticks(axis.get_majorticklocs())): axis.set_major_formatter(_EnglishTicks(inner)); changed = True
+    for text in fig.findobj(Text):
+        if (found := in_english(text.get_text())) != text.get_text(): text.set_text(found); changed = True
+    return changed
+
+# %% ../../nbs/00h_figures.ipynb #c030
+def english_key(key: str) -> str: # "reports/figures/en/dedup_sizes.png"
+    "Where the English form of a figure lies."
+    folder, _, name = key.rpartition("/")
+    return f"{folder}/en/{name}".lstrip("/")
+
 def save_figure(
     store, # a `Store`
     fig, # matplotlib figure
     key: str, # for example "reports/figures/dedup_sizes.png"
-    dpi: int = 130 # dots an inch
+    dpi: int = 130, # dots an inch
+    english: bool = True # write the English form too, where it differs
 ) -> str: # the key
     "Write the figure to the workspace as PNG and close it."
     if not key.endswith(".png"): raise ValueError(f"{key}: figures are PNG files")
-    store.write(key, figure_png(fig, dpi))
+    try:
+        store.write(key, _png(fig, dpi))
+        if english and put_in_english(fig): store.write(english_key(key), _png(fig, dpi))
+    finally: plt.close(fig)
     return key
 
-# %% ../../nbs/00h_figures.ipynb #c020
+# %% ../../nbs/00h_figures.ipynb #c031
 def read_figure(
     store, # a `Store`
     key: str # as given to `save_figure`

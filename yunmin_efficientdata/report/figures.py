@@ -209,4 +209,4 @@ def draw(facts: Facts, language: str = "ko") -> list[str]: # keys of the figures
     names = drawable(facts)
     for old in (figure_key(n) for n in PLOTS if n not in names):
         if facts.store.exists(old): facts.store.delete(old)
-    return [save_figure(facts.store, PLOTS[n](facts, language), figure_key(n)) for n in names]
+    return [save_figure(facts.store, PLOTS[n](facts, language), figure_key(n), english=False) for n in names]

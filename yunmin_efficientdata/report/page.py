@@ -9,6 +9,7 @@ from typing import Any, Iterable
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
+from ..core.figures import english_key
 from .facts import Facts
 
 # %% auto #0
@@ -79,8 +80,9 @@ def csv_table(
 # %% ../../nbs/05f_page.ipynb #c016
 @patch
 def figure(self: Page, key: str, ko: str, en: str) -> bool: # False when the run has no such figure
-    "Add a numbered figure by its key in the workspace; the link is relative to report.md."
+    "Add a numbered figure by its key in the workspace, in the page's language where it was drawn in both; the link is relative to report.md."
     if not self.facts.store.exists(key): return False
+    if self.language != "ko" and self.facts.store.exists(english_key(key)): key = english_key(key)
     self.figures += 1
     caption = self.t(f"그림 {self.figures}. {ko}", f"Figure {self.figures}. {en}")
     self.lines += [f"![{caption}]({key.removeprefix('reports/')})", "", f"*{caption}*", ""]
@@ -95,6 +97,8 @@ CAPTIONS: dict[str, tuple[str, str]] = {
     "dedup_matrix": ("제거된 문서와 대신 남은 문서의 도메인", "Domains of removed documents, and of those kept for them"),
     "dedup_sensitivity": ("기준과 제거되는 문서", "Threshold and documents removed"),
     "dedup_speed": ("1단계 시간과 속도", "Time and speed of phase 1"),
+    "dedup_spans": ("여러 문서에 되풀이되는 문단과 문장", "Paragraphs and sentences in several documents"),
+    "format_reading": ("형식별 읽기 시간과 메모리 (`benchmark/io_speed_comparison.csv`)", "Reading time and memory by format (`benchmark/io_speed_comparison.csv`)"),
     "format_formats": ("형식별 크기와 읽기 시간", "Size and reading time by format"),
     "format_fertility": ("토크나이저별 fertility", "Fertility by tokenizer"),
     "format_lengths": ("문서 길이의 분포", "Distribution of document lengths"),
@@ -107,12 +111,16 @@ CAPTIONS: dict[str, tuple[str, str]] = {
     "dem_histogram": ("차이 벡터 원소의 분포 (`diff_stats/`)", "Distribution of the elements of the difference vectors (`diff_stats/`)"),
     "dem_cosines": ("도메인 사이의 코사인 유사도 (`diff_stats/cosines.csv`)", "Cosine similarity between domains (`diff_stats/cosines.csv`)"),
     "dem_weights": ("병합 가중치: 같은 가중치, 설정값, 탐색값 (`results/merge_weights.json`)", "Merge weights: uniform, configured, searched (`results/merge_weights.json`)"),
+    "dem_weight_table": ("가중치별 검증 PPL (`results/merge_weights.json`)", "Validation perplexity by weights (`results/merge_weights.json`)"),
+    "dem_weight_curves": ("가중치 하나씩 움직였을 때의 PPL (`results/merge_weights.json`)", "Perplexity along each weight (`results/merge_weights.json`)"),
     "dem_search": ("가중치 탐색의 경로 (`results/merge_weights.json`)", "Path of the weight search (`results/merge_weights.json`)"),
     "dem_methods": ("병합 방법의 비교 (`results/merge_methods.csv`)", "Merge methods compared (`results/merge_methods.csv`)"),
     "evaluation_perplexity": ("모델과 도메인별 PPL, 95 % 구간 (`results/perplexity.csv`)", "Perplexity by model and domain with 95 % intervals (`results/perplexity.csv`)"),
+    "evaluation_pairs": ("같은 문서에서 본 모델의 차이, 95 % 구간 (`results/perplexity_pairs.csv`)", "Models compared on the same documents, 95 % intervals (`results/perplexity_pairs.csv`)"),
     "evaluation_overlap": ("이어쓰기의 BLEU, chrF, ROUGE (`results/overlap.csv`)", "BLEU, chrF and ROUGE of continuations (`results/overlap.csv`)"),
     "evaluation_choices": ("선다형 정답률 (`results/choices.csv`)", "Multiple-choice accuracy (`results/choices.csv`)"),
-    "evaluation_curve": ("데이터 양과 손실 (`results/data_curve.csv`)", "Amount of data and loss (`results/data_curve.csv`)"),
+    "evaluation_harness": ("lm-evaluation-harness 정답률 (`results/harness.csv`)", "Accuracy by lm-evaluation-harness (`results/harness.csv`)"),
+    "evaluation_data_curve": ("데이터 양과 손실 (`results/data_curve.csv`)", "Amount of data and loss (`results/data_curve.csv`)"),
     "evaluation_gains": ("프롬프트별 변화 (`results/eval_prompts.jsonl`)", "Change by prompt (`results/eval_prompts.jsonl`)"),
     "evaluation_ratings": ("사람의 평가 (`results/ratings.csv`)", "Ratings by people (`results/ratings.csv`)"),
     "evaluation_judge": ("심사 모델의 평가 (`results/judge.csv`)", "Scores by a judge model (`results/judge.csv`)"),

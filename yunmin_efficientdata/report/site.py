@@ -190,7 +190,7 @@ def stage(
     write = lambda name, text: ((folder/name).parent.mkdir(exist_ok=True), (folder/name).write_text(text, encoding="utf-8"))
     write("_quarto.yml", localized((root/"_quarto.yml").read_text(encoding="utf-8"), language))
     shutil.copyfile(nbs/"styles.css", folder/"styles.css")
-    for key in store.list("reports/figures/"): (folder/"figures").mkdir(exist_ok=True); (folder/"figures"/PurePosixPath(key).name).write_bytes(store.read(key))
+    for key in store.list("reports/figures/"): (at := folder/key.removeprefix("reports/")).parent.mkdir(parents=True, exist_ok=True); at.write_bytes(store.read(key))
     for name, text in report_pages(store, known, language).items(): write(name, text)
     write("architecture.md", front(breakable(architecture_page(pages, language)), wide=True))
     write("tasks.md", front(breakable(tasks_page(read_tasks(nbs), known, language)), wide=True))
