@@ -4,25 +4,34 @@
 
 # %% ../../nbs/06g_bench_dem.ipynb #c004
 from __future__ import annotations
-import json, math, os, time
+import fcntl, json, math, os, time
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded: see dem.base
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Callable
 import numpy as np, pandas as pd, torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
 from .harness import goal, machine, write_report
-from ..core.settings import BaseSettings, UserError
+from ..core.settings import BaseSettings, LoraSettings, UserError
 from ..core.store import open_store
 from ..dem.accounts import share_of_mixed
 from ..dem.base import cosine, demo_config, quiet, save_model
 from ..dem.calibrated import calibrated_tensors
-from ..dem.lora import heldout_windows, window_loss
-from ..dem.weights import mean
+from ..dem.lora import heldout_windows, training_flops
+from ..dem.merge import merge
+from ..dem.vectors import difference
+from ..dem.weights import Mixture, best, frozen_head_loss, mean, search_weights
 from ..format.loader import TokenPages
 
 # %% auto #0
-__all__ = ['ARMS', 'CONTROLS', 'QUICK', 'study_workspace', 'Text', 'frozen_head_loss', 'Lesson', 'adapted', 'put', 'learn',
-           'pretrain_base', 'Arm', 'arm_steps', 'Study', 'read_results', 'merge_by', 'run_arm', 'run_seed',
-           'study_table', 'domain_table', 'study_goals', 'plot_study', 'bench_dem']
+__all__ = ['ARMS', 'CONTROLS', 'QUICK', 'GENERAL', 'study_workspace', 'Text', 'Lesson', 'adapted', 'put', 'learn',
+           'pretrain_base', 'Arm', 'arm_steps', 'Cost', 'counted', 'losses_on', 'Study', 'read_results', 'kept',
+           'train_mixed', 'train_arm', 'write_vectors', 'merge_by', 'run_arm', 'run_seed', 'claimed', 'measures',
+           'study_table', 'domain_tables', 'chosen', 'study_goals', 'plot_study', 'read_study', 'study_tables',
+           'bench_dem']
 
 # %% ../../nbs/06g_bench_dem.ipynb #c006
 def study_workspace(
@@ -30,24 +39,27 @@ def study_workspace(
     out: Path, # where a workspace is made for JSONL
     say=print
 ): # a store
-    "Phases 1 and 2 for a folder of JSONL; a finished workspace as it is. Raises `UserError` where neither is found."
-    store = open_store(corpus)
-    if store.exists("parquet_ready/manifest.json"): return store
+    "Phases 1 and 2 for a folder of JSONL, once; a finished workspace as it is."
+    made = str(Path(out)/"workspace")
+    for store in (open_store(corpus), open_store(made)):
+        if store.exists("parquet_ready/manifest.json"): return store
     from yunmin_efficientdata.dedup.phase import run as dedup
     from yunmin_efficientdata.format.phase import run as format_
-    say("phases 1 and 2 on the corpus"); made = str(Path(out)/"workspace")
-    dedup(made, raw=corpus); format_(made)
+    say("phases 1 and 2 on the corpus"); dedup(made, raw=corpus); format_(made)
     return open_store(made)
 
+# %% ../../nbs/06g_bench_dem.ipynb #c007
 class Text:
     "Training windows drawn at random, held-out windows as they are."
-    def __init__(self, store, seq_len: int, calibration: int, test: int, eos: int = 0):
-        found = json.loads(store.read_text("parquet_ready/manifest.json")); self.vocab_size, self.seq_len, self.eos = found["tokenizer"]["vocab_size"], seq_len, found["tokenizer"].get("eos_id", eos)
+    def __init__(self, store, seq_len: int, calibration: int, choice: int, test: int):
+        found = json.loads(store.read_text("parquet_ready/manifest.json")); t = found["tokenizer"]; self.vocab_size, self.seq_len, self.eos, self.name = t["vocab_size"], seq_len, t.get("eos_id", 0), f"{t.get('hash', '')} {found['domains']}"
         key = lambda f: f if f.startswith("parquet_ready/") else f"parquet_ready/{f}"
         self.pages = {d: TokenPages([str(store.fetch(key(f))) for f in v["files"]]) for d, v in sorted(found["domains"].items()) if v["tokens"] > 4*seq_len}
         def held(which, d, n): return heldout_windows([store.fetch(f"parquet_ready/heldout/{which}/{d}.parquet")], seq_len, n)
-        self.calibration, self.test = ({d: held(w, d, n) for d in self.pages} for w, n in (("validation", calibration), ("test", test)))
-        short = [d for d in self.pages if not len(self.test[d]) or not len(self.calibration[d])]
+        kept = {d: held("validation", d, calibration + choice) for d in self.pages}; every = (calibration + choice)/choice
+        chosen = {d: np.unique((np.arange(0, len(w), every) + every - 1).astype(int).clip(max=len(w) - 1)) for d, w in kept.items()}
+        self.choice = {d: w[chosen[d]] for d, w in kept.items()}; self.calibration = {d: np.delete(w, chosen[d], 0) for d, w in kept.items()}; self.test = {d: held("test", d, test) for d in self.pages}
+        short = [d for d in self.pages if not all(len(w[d]) for w in (self.test, self.choice, self.calibration))]
         if short or len(self.pages) < 2: raise UserError(f"bench dem: {short[0] if short else 'the corpus'} has too little held-out text; two domains with a few windows of {seq_len} tokens each are needed")
     @property
     def domains(self) -> list[str]: return list(self.pages)
@@ -56,23 +68,6 @@ class Text:
         return torch.from_numpy(p.take(rng.integers(0, len(p) - self.seq_len, 1), self.seq_len).astype(np.int64))
     def batch(self, parts: list[tuple[dict, int]], rng) -> torch.Tensor: # (shares, windows) each
         return torch.cat([self.draw(shares, rng) for shares, n in parts for _ in range(n)])
-
-# %% ../../nbs/06g_bench_dem.ipynb #c008
-class _CrossEntropy(torch.autograd.Function):
-    "Mean cross entropy of `hidden @ weight.T` against `target`; the weight is frozen."
-    @staticmethod
-    def forward(ctx, hidden, weight, target):
-        z = hidden @ weight.T; picked = z.gather(1, target[:, None])[:, 0]; top = z.amax(1, keepdim=True)
-        z.sub_(top).exp_(); total = z.sum(1, keepdim=True); loss = (total.log()[:, 0] + top[:, 0] - picked).mean()
-        slope = (z.mul_(1/total) @ weight).sub_(weight[target]).div_(len(target)); ctx.save_for_backward(slope)
-        return loss
-    @staticmethod
-    def backward(ctx, up): return ctx.saved_tensors[0]*up, None, None
-
-def frozen_head_loss(model, ids: torch.Tensor) -> torch.Tensor: # int64 [batch, tokens] -> scalar
-    "Next-token loss of a model whose embeddings and output layer are frozen."
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
-    return _CrossEntropy.apply(hidden.flatten(0, 1), model.get_output_embeddings().weight.detach(), ids[:, 1:].flatten())
 
 # %% ../../nbs/06g_bench_dem.ipynb #c009
 @dataclass
@@ -142,133 +137,212 @@ def pretrain_base(text: Text, shares: dict[str, float], steps: int, seed: int, s
 class Arm:
     "How the adapters of a study are trained; shares of the total steps."
     name: str
+    methods: tuple = ("uniform", "seqmean+")
     mixed: float = 0. # share of each adapter's batch that is drawn from all domains
     replay: float = 0. # share of each adapter's batch that is drawn from what the base was pretrained on
-    seed_replay: float = 0. # the same for the common mixed training
     seed: float = 0. # share of the steps in a common mixed training
-    polish: float = 0. # share of the steps after the merge
-    methods: tuple = ("uniform", "regmean", "seqmean", "seqmean+") # seqmean+: with the residual stream made good
 
-ARMS = (Arm("own text"), Arm("half mixed", mixed=.5), Arm("seeded", mixed=.5, seed=.3), Arm("seeded, some replay", mixed=.25, replay=.25, seed=.3), Arm("seeded, replay", mixed=.25, replay=.25, seed=.3, seed_replay=.25),
-        Arm("seeded, polished", mixed=.5, seed=.3, polish=.1))
+ARMS = (Arm("own text", ("uniform", "searched", "by tensor", "ties", "dare", "regmean", "seqmean", "seqmean+")), Arm("half mixed", ("uniform", "searched", "regmean", "seqmean", "seqmean+"), .5),
+        Arm("seeded", mixed=.5, seed=.3), Arm("seeded, replay", mixed=.25, replay=.25, seed=.3))
 CONTROLS = (.1, .2, .3)
-QUICK = (Arm("half mixed", mixed=.5, methods=("uniform", "seqmean+")), Arm("seeded", mixed=.5, seed=.3, methods=("seqmean+",)))
+QUICK = (Arm("half mixed", mixed=.5), Arm("seeded", ("seqmean+",), .5, seed=.3))
 
 def arm_steps(
     arm: Arm, total: int, domains: int # of the mixed run; how many adapters
-) -> tuple[int, int, int]: # seed, each domain, polish
+) -> tuple[int, int]: # seed, each domain
     "Steps that add up to the mixed run's."
-    seed, polish = round(arm.seed*total), round(arm.polish*total)
-    return seed, (total - seed - polish)//domains, polish
+    seed = round(arm.seed*total)
+    return seed, (total - seed)//domains
 
 # %% ../../nbs/06g_bench_dem.ipynb #c016
+@dataclass
+class Cost:
+    "Training steps and tokens, CPU seconds, floating-point operations."
+    steps: int = 0; tokens: int = 0; cpu_seconds: float = 0.; flops: float = 0.
+    def __add__(self, other: "Cost") -> "Cost": return Cost(*(a + b for a, b in zip(vars(self).values(), vars(other).values())))
+
+def counted(work: Callable): # (what it returns, its cost)
+    "CPU seconds, and the floating-point operations of its matrix products as torch counts them."
+    began = time.process_time()
+    with FlopCounterMode(display=False) as count: found = work()
+    return found, Cost(cpu_seconds=time.process_time() - began, flops=float(count.get_total_flops()))
+
+@torch.no_grad()
+def losses_on(model, windows: dict[str, np.ndarray], batch: int = 8) -> dict[str, float]: # domain -> nats a token
+    "Test loss; the last batch may be smaller."
+    def total(w): return sum(frozen_head_loss(model, torch.from_numpy(w[i:i + batch])).item()*len(w[i:i + batch]) for i in range(0, len(w), batch))
+    return {d: total(w)/len(w) for d, w in windows.items()}
+
+# %% ../../nbs/06g_bench_dem.ipynb #c017
 class Study:
-    "Base, mixed run and results of one seed."
-    def __init__(self, text: Text, out: Path, seed: int, total: int = 1000, pretraining: int = 1000, batch: int = 4, general: dict | None = None, say=print):
-        self.text, self.seed, self.total, self.batch, self.say = text, seed, total, batch, say
-        self.folder = Path(out)/f"seed{seed}"; self.file = Path(out)/"results.jsonl"; self.folder.mkdir(parents=True, exist_ok=True)
-        self.mix = dict.fromkeys(text.domains, 1/len(text.domains)); wanted = general or {"main_data": .62, "web": .38}
-        self.general = {d: x for d, x in wanted.items() if d in text.domains}; self.general = {d: x/sum(self.general.values()) for d, x in self.general.items()} or self.mix
-        self.model = self._base(pretraining); self.base = adapted(self.model); self.losses = {r["name"]: r for r in read_results(self.file) if r["seed"] == seed}
+    "Base, trainings and results of one seed."
+    def __init__(self, text: Text, out: Path, seed: int, total: int = 1000, pretraining: int = 1000, batch: int = 4, say=print):
+        self.text, self.seed, self.total, self.batch = text, seed, total, batch; self.began = time.process_time(); self.say = lambda line: say(f"seed {seed}, {(time.process_time() - self.began)/60:.1f} CPU min: {line}")
+        self.folder = Path(out)/f"seed{seed}"; self.file = self.folder/"results.jsonl"; self.folder.mkdir(parents=True, exist_ok=True)
+        self.mix = dict.fromkeys(text.domains, 1/len(text.domains)); found = {d: x for d, x in GENERAL.items() if d in text.domains}; self.general = {d: x/sum(found.values()) for d, x in found.items()} or self.mix
+        self.model = self._base(pretraining); self.base = adapted(self.model); self.rows = {r["name"]: r for r in read_results(self.file)}
+        self.step_flops = batch*text.seq_len*training_flops(self.model.config, LoraSettings(r=16, target_modules=["in_proj", "out_proj"], seq_len=text.seq_len))[0]
     def _base(self, steps: int):
         from transformers import AutoModelForCausalLM
         folder = self.folder/"base"
         if not (folder/"model.safetensors").is_file(): save_model(pretrain_base(self.text, self.general, steps, self.seed, self.say), folder)
         return AutoModelForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
-    def done(self, name: str) -> bool: return name in self.losses
-    def record(self, name: str, losses: dict, steps: int, cpu: float) -> None:
-        row = {"seed": self.seed, "name": name, "losses": losses, "steps": steps, "cpu_seconds": round(cpu, 1)}; self.losses[name] = row
+    def done(self, name: str) -> bool: return name in self.rows
+    def record(self, name: str, weights: dict, cost: Cost, note: str = "") -> None: # domain -> matrices for routing
+        routed = weights if name == "routing" else dict.fromkeys(self.mix, weights); found = {"losses": {}, "choice": {}}
+        for d, w in routed.items():
+            if d == next(iter(routed)) or name == "routing": put(self.model, w)
+            for kind, windows in (("losses", self.text.test), ("choice", self.text.choice)): found[kind] |= losses_on(self.model, {d: windows[d]})
+        row = self.rows[name] = {"seed": self.seed, "name": name, **found, **vars(cost), "note": note}
         with open(self.file, "a") as f: f.write(json.dumps(row) + "\n")
-        share = share_of_mixed(losses, self.losses["base"]["losses"], (self.losses.get("mixed") or {}).get("losses"))
-        self.say(f"seed {self.seed}: {name}: mean perplexity {math.exp(mean(losses)):.1f}" + (f", share {share:.3f}" if share is not None else ""))
-    def measure(self, weights: dict, only: str | None = None) -> dict: # domain -> nats
-        put(self.model, weights)
-        return {d: window_loss(self.model, w, 32) for d, w in self.text.test.items() if only in (None, d)}
+        share = share_of_mixed(row["losses"], self.rows["base"]["losses"], (self.rows.get("mixed") or {}).get("losses"))
+        self.say(f"{name}: mean perplexity {math.exp(mean(row['losses'])):.1f}" + (f", share {share:.3f}" if share is not None else "") + (f" ({note})" if note else ""))
+
+GENERAL = {"main_data": .62, "web": .38} # what the base is pretrained on
 
 def read_results(file: Path) -> list[dict]:
     return [json.loads(line) for line in Path(file).read_text().splitlines() if line.strip()] if Path(file).is_file() else []
 
-# %% ../../nbs/06g_bench_dem.ipynb #c017
-def _mixed(s: Study, name: str, steps: int) -> None:
-    "A mixed run of so many steps."
-    if s.done(name): return
-    began = time.process_time(); w, _ = learn(s.model, s.base, Lesson([(s.mix, s.batch)], steps), s.text, s.seed*100 + (name != "mixed"))
-    cpu = time.process_time() - began; s.record(name, s.measure(w), steps, cpu)
-
-def _adapters(s: Study, arm: Arm) -> tuple[dict, int, float]: # domain -> matrices, steps, CPU seconds
-    "The arm's seed and its adapters."
-    began = time.process_time(); seed, each, _ = arm_steps(arm, s.total, len(s.mix)); start = None
-    m, n, r = (round(x*s.batch) for x in (arm.seed_replay, arm.mixed, arm.replay)); some = lambda parts: [(p, k) for p, k in parts if k]
-    if seed: _, start = learn(s.model, s.base, Lesson(some([(s.mix, s.batch - m), (s.general, m)]), seed, schedule="constant"), s.text, s.seed*100 + 5)
-    parts = lambda d: some([({d: 1.}, s.batch - n - r), (s.mix, n), (s.general, r)])
-    found = {d: learn(s.model, s.base, Lesson(parts(d), each, start=start), s.text, s.seed*1000 + 10*i)[0] for i, d in enumerate(s.mix)}
-    return found, seed + each*len(found), time.process_time() - began
-
-def merge_by(s: Study, adapters: dict, method: str) -> dict: # key -> matrix
-    "The product's own merges, over folders of full models."
-    from safetensors.torch import save_file
-    if method == "uniform": return {k: sum(w[k] for w in adapters.values())/len(adapters) for k in s.base}
-    folders = {}; config = (s.folder/"base"/"config.json").read_text()
-    for d, w in adapters.items():
-        put(s.model, w); f = folders[d] = s.folder/d; f.mkdir(exist_ok=True); (f/"config.json").write_text(config)
-        save_file({k: p.detach().contiguous() for k, p in s.model.named_parameters()}, f/"model.safetensors")
-    found = calibrated_tensors(s.folder/"base", dict.fromkeys(folders.values(), 1.), {d: s.text.calibration[d] for d in folders}, method.rstrip("+"), residual=method.endswith("+"))
-    return {k: torch.from_numpy(x) for k, x in found if k in s.base}
-
 # %% ../../nbs/06g_bench_dem.ipynb #c018
+def kept(
+    s: Study, name: str, # of the training
+    lesson: Lesson, seed: int # what is learnt, from which draw
+) -> tuple[dict, dict, Cost]: # matrices, factors, what it took
+    "Train, or read what was trained before the study was stopped."
+    file = s.folder/"trained"/f"{name}.safetensors"; file.parent.mkdir(exist_ok=True)
+    if not file.is_file():
+        began = time.process_time(); weights, factors = learn(s.model, s.base, lesson, s.text, seed); cpu = time.process_time() - began
+        flat = {f"w|{k}": x for k, x in weights.items()} | {f"{i}|{k}": x.detach() for k, pair in factors.items() for i, x in enumerate(pair)}
+        save_file({k: x.contiguous() for k, x in flat.items()}, part := file.with_suffix(".partial"), {"cpu": f"{cpu:.1f}"}); os.replace(part, file); s.say(f"{name} trained, {lesson.steps} steps, {cpu:.0f} CPU s")
+    with safe_open(file, "pt") as f: cpu = float(f.metadata()["cpu"])
+    parts: dict = {}
+    for k, x in load_file(file).items(): i, key = k.split("|"); parts.setdefault(i, {})[key] = x
+    weights = parts.pop("w"); factors = {k: tuple(parts[i][k] for i in sorted(parts)) for k in weights}
+    return weights, factors, Cost(lesson.steps, lesson.steps*s.batch*s.text.seq_len, cpu, lesson.steps*s.step_flops)
+
+def train_mixed(s: Study, name: str, steps: int) -> None:
+    "A mixed run of so many steps, recorded."
+    if s.done(name): return
+    weights, _, cost = kept(s, name.replace(" ", "_"), Lesson([(s.mix, s.batch)], steps), s.seed*100 + (name != "mixed")); s.record(name, weights, cost)
+
+def train_arm(s: Study, arm: Arm) -> tuple[dict, Cost]: # domain -> matrices, what it took
+    "The arm's seed and its adapters."
+    n, r = (round(x*s.batch) for x in (arm.mixed, arm.replay)); steps, each = arm_steps(arm, s.total, len(s.mix)); start, cost, found = None, Cost(), {}
+    if steps: _, start, cost = kept(s, f"seed_{steps}", Lesson([(s.mix, s.batch)], steps, schedule="constant"), s.seed*100 + 5)
+    for i, d in enumerate(s.mix):
+        parts = [(p, k) for p, k in (({d: 1.}, s.batch - n - r), (s.mix, n), (s.general, r)) if k]
+        found[d], _, more = kept(s, f"{arm.name.replace(', ', '_').replace(' ', '_')}-{d}", Lesson(parts, each, start=start), s.seed*1000 + 10*i); cost += more
+    return found, cost
+
+# %% ../../nbs/06g_bench_dem.ipynb #c020
+def write_vectors(s: Study, adapters: dict) -> dict[str, Path]: # domain -> diff_<domain>.npy
+    "The adapters as difference vectors to the base's folder."
+    config, files = (s.folder/"base"/"config.json").read_text(), {}
+    for d, w in adapters.items():
+        put(s.model, w); f = s.folder/"domain"; f.mkdir(exist_ok=True); (f/"config.json").write_text(config)
+        save_file({k: p.detach().contiguous() for k, p in s.model.named_parameters()}, f/"model.safetensors"); files[d] = s.folder/f"diff_{d}.npy"; difference(s.folder/"base", f, files[d])
+    return files
+
+def _searched(s: Study, files: dict, by_tensor: bool, windows: int = 16) -> tuple[dict, str]:
+    "Weights by gradients, without a floor: what a linear merge can do at best."
+    mix = Mixture(s.folder/"base", files, by_tensor); every = {d: w[::max(1, len(w)//windows)][:windows] for d, w in s.text.calibration.items()}
+    found = best(search_weights(mix, every, 24 if by_tensor else 10))["weights"]; mix.set(list(found.values())); state = dict(mix.model.named_parameters())
+    return {k: state[k].detach().clone() for k in s.base}, "" if by_tensor else ", ".join(f"{d} {w:.2f}" for d, w in found.items())
+
+def _sparse(s: Study, files: dict, method: str, windows: int = 16) -> tuple[dict, str]:
+    "TIES or DARE: of two densities and three scales the best on calibration windows."
+    some, tried = {d: w[::max(1, len(w)//windows)][:windows] for d, w in s.text.calibration.items()}, []
+    for density in (.2, .5):
+        merge(s.folder/"base", s.folder/"merged", dict.fromkeys(files.values(), 1.), method, density=density, threads=1); state = load_file(s.folder/"merged"/"model.safetensors")
+        for scale in (1., 1.5, 2.5):
+            w = {k: x + scale*(state[k] - x) for k, x in s.base.items()}; put(s.model, w); tried.append((mean(losses_on(s.model, some)), f"density {density}, scale {scale}", w))
+    _, note, w = min(tried, key=lambda t: t[0])
+    return w, note
+
+def merge_by(s: Study, adapters: dict, files: dict, method: str) -> tuple[dict, str]: # matrices, note
+    "One merge."
+    if method == "uniform": return {k: sum(w[k] for w in adapters.values())/len(adapters) for k in s.base}, ""
+    if method in ("searched", "by tensor"): return _searched(s, files, method == "by tensor")
+    if method in ("ties", "dare"): return _sparse(s, files, method)
+    found = calibrated_tensors(s.folder/"base", dict.fromkeys(files.values(), 1.), s.text.calibration, method.rstrip("+"), residual=method.endswith("+"))
+    return {k: torch.from_numpy(x) for k, x in found if k in s.base}, ""
+
+# %% ../../nbs/06g_bench_dem.ipynb #c021
 def run_arm(s: Study, arm: Arm) -> None:
-    "Train the arm's adapters, merge them in every way, polish, and record each."
-    *_, polish = arm_steps(arm, s.total, len(s.mix)); wanted = [f"{arm.name}: {m}" for m in arm.methods] + [f"{arm.name}: final"]*bool(polish) + ["routing"]*(arm.name == "own text")
-    if all(s.done(n) for n in wanted): return
-    adapters, steps, cpu = _adapters(s, arm)
-    if "routing" in wanted and not s.done("routing"): s.record("routing", {d: s.measure(w, d)[d] for d, w in adapters.items()}, steps, cpu)
-    for method in arm.methods:
-        began = time.process_time(); merged = merge_by(s, adapters, method); more = time.process_time() - began
-        if not s.done(f"{arm.name}: {method}"): s.record(f"{arm.name}: {method}", s.measure(merged), steps, cpu + more)
-    if polish:
-        began = time.process_time(); merged, _ = learn(s.model, merged, Lesson([(s.mix, s.batch)], polish), s.text, s.seed*100 + 9)
-        s.record(f"{arm.name}: final", s.measure(merged), steps + polish, cpu + more + time.process_time() - began)
+    "Train the arm's adapters, merge them in every way, and record each."
+    wanted = {f"{arm.name}: {m}": m for m in arm.methods}; routed = arm.name == "own text" and not s.done("routing")
+    if all(map(s.done, wanted)) and not routed: return
+    adapters, cost = train_arm(s, arm); files = write_vectors(s, adapters)
+    if routed: s.record("routing", adapters, cost)
+    for name, method in wanted.items():
+        if not s.done(name): (merged, note), more = counted(lambda: merge_by(s, adapters, files, method)); s.record(name, merged, cost + more, note)
 
 def run_seed(text: Text, out: Path, seed: int, arms=ARMS, controls=CONTROLS, total: int = 1000, pretraining: int = 1000, say=print) -> None:
     "Everything of one seed that is not recorded yet."
     s = Study(text, out, seed, total, pretraining, say=say)
-    if not s.done("base"): s.record("base", s.measure(s.base), 0, 0.)
-    _mixed(s, "mixed", total)
-    for arm in arms: run_arm(s, arm)
-    for c in controls: _mixed(s, f"mixed {round(c*total)} steps", round(c*total))
+    if not s.done("base"): s.record("base", s.base, Cost())
+    train_mixed(s, "mixed", total)
+    for arm in reversed(arms): run_arm(s, arm)  # the delivered recipes first
+    for c in controls: train_mixed(s, f"mixed {round(c*total)} steps", round(c*total))
 
-# %% ../../nbs/06g_bench_dem.ipynb #c020
+@contextmanager
+def claimed(folder: Path): # yields whether this process has it
+    "Another process that works on the same folder is left alone; a claim ends with its process."
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder/".lock", "w") as f:
+        try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError: yield False; return
+        yield True
+
+# %% ../../nbs/06g_bench_dem.ipynb #c023
+def _of(results: list[dict]) -> dict: return {(r["seed"], r["name"]): r for r in results}
+
+def measures(
+    r: dict, by: dict, # a result; all of them by seed and name
+    kind: str = "losses" # of test windows, or "choice"
+) -> tuple[float, float]: # share of the mixed run's gain, change on general text in percent
+    "NaN without a mixed run, or without general text."
+    base, mixed = by[r["seed"], "base"][kind], (by.get((r["seed"], "mixed")) or {}).get(kind); share = share_of_mixed(r[kind], base, mixed); known = [g for g in GENERAL if g in base]
+    return math.nan if share is None else share, 100*math.expm1(np.mean([r[kind][g] - base[g] for g in known])) if known else math.nan
+
 def study_table(
-    results: list[dict], # lines of results.jsonl
-    general: list[str] # domains that the base was pretrained on
-) -> pd.DataFrame: # name, seeds, perplexity, share, share_spread, general_percent, general_spread, steps, cpu_seconds
-    "Mean and spread (highest minus lowest) over seeds, in the order of the first appearance."
-    by = {(r["seed"], r["name"]): r for r in results}; rows = []
-    for name in dict.fromkeys(r["name"] for r in results):
-        mine = [by[k] for k in by if k[1] == name]; shares, forgotten = [], []
-        for r in mine:
-            base, mixed = by[r["seed"], "base"]["losses"], (by.get((r["seed"], "mixed")) or {}).get("losses"); known = [g for g in general if g in base]
-            shares.append(share_of_mixed(r["losses"], base, mixed)); forgotten.append(100*math.expm1(np.mean([r["losses"][g] - base[g] for g in known])) if known else math.nan)
-        shares = [x for x in shares if x is not None] or [math.nan]
-        rows.append({"name": name, "seeds": len(mine), "perplexity": math.exp(np.mean([mean(r["losses"]) for r in mine])), "share": np.mean(shares), "share_spread": max(shares) - min(shares),
-                     "general_percent": np.mean(forgotten), "general_spread": max(forgotten) - min(forgotten), "steps": mine[0]["steps"], "cpu_seconds": float(np.mean([r["cpu_seconds"] for r in mine]))})
+    results: list[dict] # lines of results.jsonl of all seeds
+) -> pd.DataFrame: # a row a name: means and spreads (highest minus lowest) over seeds
+    "Perplexity, share, general text and cost; `choice_` is measured on the windows that recipes are chosen by."
+    by, order, rows = _of(results), {"base": 0, "mixed": 1, "routing": 3}, []
+    names = sorted(dict.fromkeys(r["name"] for r in results), key=lambda n: (order.get(n, 2 if n.startswith("mixed ") else 4), [a.name for a in ARMS].index(n.split(":")[0]) if n.split(":")[0] in [a.name for a in ARMS] else 9, -1 if n.startswith("mixed ") else 0))
+    for name in names:
+        mine = [by[k] for k in by if k[1] == name]; test, choice = (np.array([measures(r, by, kind) for r in mine]) for kind in ("losses", "choice")); spread = test.max(0) - test.min(0)
+        rows.append({"name": name, "seeds": len(mine), "perplexity": math.exp(np.mean([mean(r["losses"]) for r in mine])), "share": test[:, 0].mean(), "share_spread": spread[0], "general_percent": test[:, 1].mean(), "general_spread": spread[1],
+                     "choice_share": choice[:, 0].mean(), "choice_general": choice[:, 1].mean(), **{k: float(np.mean([r[k] for r in mine])) for k in ("steps", "tokens", "cpu_seconds", "flops")}})
     return pd.DataFrame(rows)
 
-def domain_table(results: list[dict]) -> pd.DataFrame: # a row a name, a column a domain: perplexity, geometric mean over seeds
-    "Perplexity by domain."
-    names = dict.fromkeys(r["name"] for r in results)
-    return pd.DataFrame([{"name": n, **{d: math.exp(np.mean([r["losses"][d] for r in results if r["name"] == n])) for d in results[0]["losses"]}} for n in names])
+def domain_tables(results: list[dict], names: list[str]) -> dict[str, pd.DataFrame]: # rows as names, a column a domain
+    "Test perplexity of each domain: geometric mean over seeds, and highest minus lowest."
+    found = {n: {d: [r["losses"][d] for r in results if r["name"] == n] for d in results[0]["losses"]} for n in names}
+    table = lambda f: pd.DataFrame([{"name": n, **{d: f(x) for d, x in row.items()}} for n, row in found.items()])
+    return {"domains": table(lambda x: math.exp(np.mean(x))), "domains_spread": table(lambda x: math.exp(max(x)) - math.exp(min(x)))}
 
-# %% ../../nbs/06g_bench_dem.ipynb #c021
+# %% ../../nbs/06g_bench_dem.ipynb #c024
+def chosen(
+    table: pd.DataFrame, # from `study_table`
+    joint: bool, # with or without a common training of all domains
+    limit: float = math.inf # of choice_general, percent
+) -> str | None: # name of the recipe
+    "The recipe with the highest share on choice windows, by the mean over seeds; test windows have no say."
+    t = table[table.name.str.contains(": ") & (table.name.str.startswith("seeded") == joint) & (table.choice_general <= limit) & table.choice_share.notna()]
+    return None if t.empty else t.loc[t.choice_share.idxmax(), "name"]
+
 def study_goals(table: pd.DataFrame) -> pd.DataFrame: # goal, wanted, got, result
-    "The goals of merged against mixed; the best of the arms without and with a joint phase."
-    t = table.set_index("name"); free = t[t.index.str.match(r"(own text|half mixed): ")]; joint = t[t.index.str.startswith("seeded")]
-    best = lambda f: f.share.idxmax() if len(f) and f.share.notna().any() else None
-    a, b = best(free), best(joint); limit = t.general_percent.get("mixed", math.nan)
-    rows = [goal(f"share without a joint phase ({a})", .8, t.share.get(a)), goal(f"share with a joint phase, same steps ({b})", .9, t.share.get(b))]
-    for name in (a, b): rows.append(goal(f"general perplexity, % over the base, no more than the mixed run's ({name})", limit, t.general_percent.get(name), most=True))
-    return pd.DataFrame(rows)
+    "Merged against mixed. Recipes are chosen on validation windows, without and with regard to general text; test windows give the numbers."
+    t = table.set_index("name"); most, limit = t.choice_general.get("mixed", math.nan), t.general_percent.get("mixed", math.nan); rows = []
+    for joint, wanted in ((False, .8), (True, .9)):
+        how = "with a common seed, same steps" if joint else "without a joint phase"
+        for name, what in ((chosen(table, joint), "highest share"), (chosen(table, joint, most), "general no worse than mixed")):
+            rows += [goal(f"share, {how}; {what} ({name})", wanted, t.share.get(name)), goal(f"general perplexity, % over the base, against the mixed run's ({name})", limit, t.general_percent.get(name), most=True)]
+    return pd.DataFrame(rows).drop_duplicates().reset_index(drop=True)
 
+# %% ../../nbs/06g_bench_dem.ipynb #c025
 def plot_study(table: pd.DataFrame): # matplotlib figure
     "Share against forgetting, with the spread over seeds as bars."
     import matplotlib.pyplot as plt
@@ -281,20 +355,34 @@ def plot_study(table: pd.DataFrame): # matplotlib figure
     ax.axvline(1, color="gray", lw=.8, ls="--"); ax.set(title="혼합 학습 이득의 몫과 일반 글의 손실 (막대: 시드 사이의 폭)", xlabel="혼합 학습 이득의 몫", ylabel="일반 글 퍼플렉서티 변화 (%)"); ax.margins(.1); fig.tight_layout()
     return fig
 
-# %% ../../nbs/06g_bench_dem.ipynb #c022
+# %% ../../nbs/06g_bench_dem.ipynb #c026
+def read_study(out: Path, seeds: int) -> list[dict]: return [r for seed in range(seeds) for r in read_results(Path(out)/f"seed{seed}"/"results.jsonl")]
+
+def study_tables(results: list[dict]) -> dict[str, pd.DataFrame]:
+    table = study_table(results)
+    return {"study": table, **domain_tables(results, list(table.name)), "goals": study_goals(table)}
+
+def _same_study(out: Path, text: Text, total: int) -> None:
+    "A folder holds one study: other text or other steps would be mixed up with it."
+    told = json.dumps({"text": text.name, "steps": total}); file = out/"study.json"
+    if file.is_file() and file.read_text() != told: raise UserError(f"--out {out}: holds a study of other text or other steps; name another folder")
+    file.write_text(told)
+
 def bench_dem(
     corpus: str, # workspace with parquet_ready/, or folder of JSONL with a domain a file
     out: str | Path = "bench-dem", # results, tables, figures
     seeds: int = 3, # 0, 1, 2, …
     quick: bool = False, # 60 steps in place of 1,000: to see that it runs
     say=print
-) -> dict[str, pd.DataFrame]: # study, domains, goals
+) -> dict[str, pd.DataFrame]: # study, domains, domains_spread, goals
     "The study. Started again, it continues after the last recorded result."
-    torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1")))); out = Path(out); out.mkdir(parents=True, exist_ok=True)
-    text = Text(study_workspace(corpus, out, say), 128, 16 if quick else 64, 16 if quick else 128); total = 60 if quick else 1000
-    for seed in range(seeds): run_seed(text, out, seed, QUICK if quick else ARMS, (.3,) if quick else CONTROLS, total, total, say)
-    results = read_results(out/"results.jsonl"); table = study_table(results, ["main_data", "web"])
-    tables = {"study": table, "domains": domain_table(results), "goals": study_goals(table)}
-    lines = [f"{len(text.domains)} domains of {Path(corpus).name}, {seeds} seeds, {total:,} steps in all for every arm. Spread: highest minus lowest seed.", ", ".join(f"{k} {v}" for k, v in machine(("torch", "transformers")).items())]
-    write_report(out, "dem", "Merged against mixed", tables, lines, {"dem_study.png": plot_study(table)})
+    torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1")))); out = Path(out); out.mkdir(parents=True, exist_ok=True); total = 60 if quick else 1000
+    text = Text(study_workspace(corpus, out, say), 128, *((16, 8, 16) if quick else (64, 48, 128))); _same_study(out, text, total)
+    for seed in range(seeds):
+        with claimed(out/f"seed{seed}") as mine:
+            if mine: run_seed(text, out, seed, QUICK if quick else ARMS, (.3,) if quick else CONTROLS, total, total, say)
+            else: say(f"seed {seed}: another process is at it")
+    tables = study_tables(read_study(out, seeds))
+    lines = [f"{len(text.domains)} domains of {Path(corpus).name}, {seeds} seeds, {total:,} steps in all for every arm. Spread: highest minus lowest seed. FLOPs: of trainings the model's work a token, of merges and searches the matrix products that were counted.", ", ".join(f"{k} {v}" for k, v in machine(("torch", "transformers")).items())]
+    write_report(out, "dem", "Merged against mixed", tables, lines, {"dem_study.png": plot_study(tables["study"])})
     return tables

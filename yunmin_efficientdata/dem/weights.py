@@ -11,41 +11,79 @@ import numpy as np, torch
 from ..core.settings import UserError
 from .base import load_model
 from .lora import token_loss
-from .vectors import Vector
+from .vectors import Source, Weights, open_vector
 
 # %% auto #0
-__all__ = ['Mixture', 'mixture_loss', 'mean', 'Goal', 'search_weights', 'best', 'nelder_mead', 'weight_curves', 'mixture_advice',
-           'advice_text', 'plot_weights', 'plot_path', 'plot_curves', 'plot_table']
+__all__ = ['frozen_head_loss', 'plain_head', 'Mixture', 'mixture_loss', 'mean', 'Goal', 'search_weights', 'best', 'nelder_mead',
+           'weight_curves', 'mixture_advice', 'advice_text', 'plot_weights', 'plot_path', 'plot_curves', 'plot_table']
 
 # %% ../../nbs/03e_weights.ipynb #c006
+class _FrozenHead(torch.autograd.Function):
+    "Mean cross entropy of `hidden @ weight.T` against `target`, its slope towards `hidden` made on the way; the weight is frozen."
+    @staticmethod
+    def forward(ctx, hidden, weight, target): # [tokens, width], [vocabulary, width], int64 [tokens]
+        z = hidden @ weight.T; picked = z.gather(1, target[:, None])[:, 0]; top = z.amax(1, keepdim=True)
+        z.sub_(top).exp_(); total = z.sum(1, keepdim=True); loss = (total.log()[:, 0] + top[:, 0] - picked).mean()
+        ctx.save_for_backward((z.mul_(1/total) @ weight).sub_(weight[target]).div_(len(target)))
+        return loss
+    @staticmethod
+    def backward(ctx, up): return ctx.saved_tensors[0]*up, None, None
+
+def frozen_head_loss(
+    model, # a causal LM with `plain_head`
+    ids: torch.Tensor # int64 [windows, tokens]
+) -> torch.Tensor: # nats a token, scalar
+    "Next-token loss of a model whose output layer is not trained."
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1); weight, target = model.get_output_embeddings().weight.detach(), ids[:, 1:].flatten()
+    if torch.is_grad_enabled(): return _FrozenHead.apply(hidden, weight, target)
+    z = hidden @ weight.T
+    return (z.logsumexp(1) - z.gather(1, target[:, None])[:, 0]).mean()
+
+@torch.no_grad()
+def plain_head(
+    model # a causal LM
+) -> bool: # logits are the last hidden states times the output layer, and that layer is frozen
+    "Whether `frozen_head_loss` may take the place of the ordinary loss. Tried out on sixteen tokens."
+    head = model.get_output_embeddings()
+    if head is None or head.weight.requires_grad or head.weight.dtype != torch.float32 or getattr(head, "bias", None) is not None: return False
+    ids = torch.arange(16, device=head.weight.device)[None] % len(head.weight); hidden = getattr(model.base_model(input_ids=ids, use_cache=False), "last_hidden_state", None)
+    return hidden is not None and torch.allclose(hidden @ head.weight.T, model(input_ids=ids, use_cache=False).logits, rtol=1e-4, atol=1e-5)
+
+# %% ../../nbs/03e_weights.ipynb #c008
 class Mixture:
     "A model whose weights are `base + sum w_i diff_i`, as a function of w. Holds the changed tensors of all vectors in float32."
-    def __init__(self, base: Path, vectors: dict[str, Path]):
-        opened = [Vector(f) for f in vectors.values()]
-        self.names, self.model = list(vectors), load_model(base)
-        keys = [k for k, p in self.model.named_parameters() if any(v.changed(k) for v in opened)]
-        if not keys: raise UserError(f"{', '.join(v.file.name for v in opened)}: changes no tensor of the base: nothing to weigh")
+    def __init__(self, base: Path, vectors: dict[str, Path], by_tensor: bool = False): # HF folder; domain -> .npy, .npz, or folder of an adapter or model
+        weights = Weights(base); opened = [open_vector(f, weights) for f in vectors.values()]
+        self.domains, self.model = list(vectors), load_model(base)
+        keys = {k for k, p in self.model.named_parameters() if any(v.changed(k) for v in opened)}
+        if not keys: raise UserError(f"{', '.join(str(getattr(v, 'file', v.folder)) for v in opened)}: changes no tensor of the base: nothing to weigh")
         self.model.requires_grad_(False)
-        self.parts = [(p, p.detach().clone(), torch.from_numpy(np.stack([_delta(v, k, p.numel()) for v in opened]))) for k, p in self.model.named_parameters() if k in set(keys)]
+        self.parts = [(p, p.detach().clone(), torch.from_numpy(np.stack([_delta(v, k, p.numel()) for v in opened]))) for k, p in self.model.named_parameters() if k in keys]
+        self.rows = len(self.parts) if by_tensor else 1
+        self.names = [f"{d} {k}" for k, _ in self.model.named_parameters() if k in keys for d in self.domains] if by_tensor else self.domains
         for p, *_ in self.parts: p.requires_grad_(True)
+        self.loss = frozen_head_loss if plain_head(self.model) else _ordinary_loss
     @torch.no_grad()
-    def set(self, weights): # one for each domain
-        w = torch.as_tensor(np.asarray(weights), dtype=torch.float32)
-        for p, base, diffs in self.parts: p.copy_(base + (w @ diffs).view(p.shape))
+    def set(self, weights): # one for each name
+        w = torch.as_tensor(np.asarray(weights), dtype=torch.float32).view(self.rows, -1)
+        for i, (p, base, diffs) in enumerate(self.parts): p.copy_(base + (w[i % self.rows] @ diffs).view(p.shape))
         return self.model
     def slopes(self) -> np.ndarray: # dL/dw from the gradients in place
-        return np.sum([(diffs @ p.grad.flatten()).double().numpy() for p, _, diffs in self.parts], axis=0)
+        each = np.stack([(diffs @ p.grad.flatten()).double().numpy() for p, _, diffs in self.parts])
+        return each.flatten() if self.rows > 1 else each.sum(0)
 
-def _delta(v: Vector, key: str, size: int) -> np.ndarray:
+def _delta(v: Source, key: str, size: int) -> np.ndarray:
     return v.read(key, 0, size) if v.changed(key) else np.zeros(size, np.float32)
 
-# %% ../../nbs/03e_weights.ipynb #c007
+def _ordinary_loss(model, ids: torch.Tensor) -> torch.Tensor: return token_loss(model(input_ids=ids, use_cache=False).logits, ids)
+
+# %% ../../nbs/03e_weights.ipynb #c009
 def mixture_loss(
     mix: Mixture, # the model as a function of its weights
-    weights, # one for each domain
+    weights, # one for each name
     windows: dict[str, np.ndarray], # name of the windows -> int64 [n, tokens]
     gradient: bool = True, # also the slopes
-    batch_size: int = 16 # windows at a time
+    batch_size: int = 8 # windows at a time
 ) -> tuple[dict[str, float], np.ndarray | None]: # loss of each set of windows in nats a token, slopes float64 [sets, weights]
     "Loss on every set of windows at these weights, and how it changes with each weight: one forward and one backward pass over the text."
     model, losses, slopes = mix.set(weights), {}, []
@@ -53,13 +91,13 @@ def mixture_loss(
         for name, rows in windows.items():
             model.zero_grad(set_to_none=True); losses[name] = 0.
             for i in range(0, len(rows), batch_size):
-                ids = torch.from_numpy(rows[i:i + batch_size]); loss = token_loss(model(input_ids=ids, use_cache=False).logits, ids)*(len(ids)/len(rows))
+                ids = torch.from_numpy(rows[i:i + batch_size]); loss = mix.loss(model, ids)*(len(ids)/len(rows))
                 if gradient: loss.backward()
                 losses[name] += loss.item()
             if gradient: slopes.append(mix.slopes())
     return losses, np.array(slopes) if gradient else None
 
-# %% ../../nbs/03e_weights.ipynb #c009
+# %% ../../nbs/03e_weights.ipynb #c011
 def mean(losses: dict[str, float]) -> float: return float(np.mean(list(losses.values())))
 
 @dataclass
@@ -84,7 +122,7 @@ class Goal:
             else: pull.append(1/k + 100*over[d])
         return self.score(losses) + 50*sum(e*e for e in over.values()), np.array(pull) @ slopes
 
-# %% ../../nbs/03e_weights.ipynb #c011
+# %% ../../nbs/03e_weights.ipynb #c013
 class _Enough(Exception): pass
 
 def search_weights(
@@ -105,14 +143,14 @@ def search_weights(
         if log: log(path[-1])
         return goal.value(losses, slopes)
     k = len(mix.names)
-    try: minimize(evaluate, np.full(k, 1/k), jac=True, method="L-BFGS-B", bounds=[(low, high)]*k)
+    try: minimize(evaluate, np.full(k, 1/len(mix.domains)), jac=True, method="L-BFGS-B", bounds=[(low, high)]*k)
     except _Enough: pass
     return path
 
 def _entry(mix: Mixture, w, losses: dict, goal: Goal) -> dict:
     return {"weights": dict(zip(mix.names, map(float, w))), "loss": mean(goal.domains(losses)), "losses": losses}
 
-# %% ../../nbs/03e_weights.ipynb #c012
+# %% ../../nbs/03e_weights.ipynb #c014
 def best(
     path: list[dict], # entries with "loss" and "losses"; the first is uniform
     goal: Goal | None = None # None: the lowest loss
@@ -125,7 +163,7 @@ def best(
     found = min(kept, key=lambda e: goal.score(e["losses"])) if kept else min(fit, key=worst)
     return {**found, "floor_met": bool(kept)}
 
-# %% ../../nbs/03e_weights.ipynb #c014
+# %% ../../nbs/03e_weights.ipynb #c016
 def nelder_mead(
     mix: Mixture, # the model as a function of its weights
     windows: dict[str, np.ndarray], # validation: domain (and "general") -> int64 [n, tokens]
@@ -148,7 +186,7 @@ def nelder_mead(
     except _Enough: pass
     return path
 
-# %% ../../nbs/03e_weights.ipynb #c021
+# %% ../../nbs/03e_weights.ipynb #c023
 def weight_curves(
     mix: Mixture, # the model as a function of its weights
     windows: dict[str, np.ndarray], # a few validation windows of each domain
@@ -161,7 +199,7 @@ def weight_curves(
     grid = [float(x) for x in np.linspace(0, high, points)]; here = at(weights)
     return {d: sorted([(x, at({**weights, d: x})) for x in grid] + [(weights[d], here)]) for d in mix.names}
 
-# %% ../../nbs/03e_weights.ipynb #c023
+# %% ../../nbs/03e_weights.ipynb #c025
 def mixture_advice(
     weights: dict[str, float], # as found
     tokens: dict[str, int] # training tokens of each domain
@@ -180,7 +218,7 @@ def advice_text(rows: list[dict]) -> str: # Markdown
     head = "| domain | weight | share of weights | share of training tokens | advice for a mixture |\n|---|--:|--:|--:|---|\n"
     return head + "".join(f"| {r['domain']} | {r['weight']:.3f} | {r['share_of_weights']:.1%} | {r['share_of_tokens']:.1%} | {r['advice']} |\n" for r in rows)
 
-# %% ../../nbs/03e_weights.ipynb #c026
+# %% ../../nbs/03e_weights.ipynb #c028
 def plot_weights(
     table: dict[str, dict[str, float]] # "uniform", "configured", "searched" -> domain -> weight
 ): # matplotlib figure
@@ -202,7 +240,7 @@ def plot_path(
     left.set(title="가중치", xlabel="평가 횟수"); right.set(title="검증 손실 (nats/토큰)", xlabel="평가 횟수"); left.legend(fontsize=7); right.legend(fontsize=8); fig.tight_layout()
     return fig
 
-# %% ../../nbs/03e_weights.ipynb #c027
+# %% ../../nbs/03e_weights.ipynb #c029
 def plot_curves(
     curves: dict[str, list[tuple[float, float]]], # from `weight_curves`
     found: dict[str, float] # weights
