@@ -4,30 +4,54 @@
 
 # %% ../../nbs/00a_settings.ipynb #c004
 from __future__ import annotations
-import difflib, importlib.util
+import difflib, importlib.util, logging
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 # %% auto #0
-__all__ = ['DOMAINS', 'UserError', 'Section', 'SampleSettings', 'CleanSettings', 'SpanSettings', 'ContaminationSettings',
-           'SemanticSettings', 'AuditSettings', 'DedupSettings', 'HeldoutSettings', 'TokenizerSettings',
-           'FormatSettings', 'InstructionSettings', 'ShareSettings', 'DatasetConfig', 'BaseSettings', 'LoraSettings',
-           'VectorSettings', 'MergeSettings', 'DemConfig', 'InferenceSettings', 'JudgeSettings', 'HarnessSettings',
-           'DataCurveSettings', 'EvaluationConfig', 'LoggingConfig', 'ReportSettings', 'Settings', 'project_root',
-           'config_folder', 'load_settings', 'describe']
+__all__ = ['DOMAINS', 'one_line', 'UserError', 'reading', 'Section', 'SampleSettings', 'CleanSettings', 'SpanSettings',
+           'ContaminationSettings', 'SemanticSettings', 'AuditSettings', 'DedupSettings', 'HeldoutSettings',
+           'TokenizerSettings', 'FormatSettings', 'InstructionSettings', 'ShareSettings', 'DatasetConfig',
+           'BaseSettings', 'LoraSettings', 'VectorSettings', 'MergeSettings', 'DemConfig', 'InferenceSettings',
+           'JudgeSettings', 'HarnessSettings', 'DataCurveSettings', 'EvaluationConfig', 'LoggingConfig',
+           'ReportSettings', 'Settings', 'project_root', 'config_folder', 'parse_yaml', 'load_settings', 'describe']
 
 # %% ../../nbs/00a_settings.ipynb #c006
+def one_line(
+    text: str,
+    most: int = 1000 # characters
+) -> str: # printable, without line breaks; a long one keeps its beginning and its end, where the remedy stands
+    "A text that may come from damaged input, made fit for one line of a terminal: escape sequences are shown, not obeyed."
+    shown = "".join(c if c.isprintable() else " " if c.isspace() else c.encode("unicode_escape").decode() for c in (text if len(text) < 4*most else text[:2*most] + text[-2*most:]))
+    shown = " ".join(shown.split())
+    return shown if len(shown) <= most else f"{shown[:most*2//3]} … {shown[-most//4:]}"
+
 class UserError(Exception):
     "A mistake that the user can mend: printed as one line, exit code 2, never a traceback."
+    def __str__(self): return one_line(super().__str__())
 
-# %% ../../nbs/00a_settings.ipynb #c007
+# %% ../../nbs/00a_settings.ipynb #c009
+@contextmanager
+def reading(
+    name, # the file, as the user knows it
+    remedy: str # what to do about it
+):
+    "Around the parser of a file: whatever it raises, memory that a damaged header asks for included, becomes one `UserError` with the file's name."
+    try: yield
+    except UserError: raise
+    except Exception as e:
+        if isinstance(e, FileNotFoundError): raise UserError(f"{name}: does not exist; {remedy}") from None
+        raise UserError(f"{name}: not readable ({type(e).__name__}: {one_line(str(e), 200)}); {remedy}") from None
+
+# %% ../../nbs/00a_settings.ipynb #c011
 class Section(BaseModel):
     "Base of all settings: unknown keys are errors, defaults are validated too."
     model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
 
-# %% ../../nbs/00a_settings.ipynb #c009
+# %% ../../nbs/00a_settings.ipynb #c013
 DOMAINS = ("main_data", "textbook", "assembly", "web", "social")  # the published recipe's five domains
 
 class SampleSettings(Section):
@@ -36,7 +60,7 @@ class SampleSettings(Section):
     seed: int = Field(0, description="same seed, same bytes")
     duplicate_rate: float = Field(0.2, ge=0, le=0.9, description="share of documents that are planted exact or near copies")
 
-# %% ../../nbs/00a_settings.ipynb #c010
+# %% ../../nbs/00a_settings.ipynb #c014
 class CleanSettings(Section):
     "Phase 1, prepare: what a line must be, and how its text is normalised and filtered. Published limits and their sources: nbs/01a_clean.ipynb."
     form: Literal["NFC", "NFKC"] = Field("NFC", description="Unicode normal form of the cleaned text")
@@ -63,7 +87,7 @@ class CleanSettings(Section):
     min_hangul_ratio: float = Field(0.0, ge=0, le=1, description="share of Hangul among letters below which a document is filtered; 0: off, so that English stays")
     review_samples: int = Field(5, ge=0, description="before/after pairs a domain in review_samples.md")
 
-# %% ../../nbs/00a_settings.ipynb #c011
+# %% ../../nbs/00a_settings.ipynb #c015
 class SpanSettings(Section):
     "Repeated paragraphs and sentences: the first place keeps the text, the others lose it. Off by default."
     levels: list[Literal["paragraph", "sentence"]] = Field(default_factory=list, description="which spans are compared; empty: off")
@@ -92,7 +116,7 @@ class AuditSettings(Section):
     largest: int = Field(10, ge=0, description="largest clusters shown with text")
     pairs: int = Field(10, ge=0, description="sampled pairs recomputed and shown side by side")
 
-# %% ../../nbs/00a_settings.ipynb #c012
+# %% ../../nbs/00a_settings.ipynb #c016
 class DedupSettings(Section):
     "Phase 1, dedup: shingles, signatures, bands, exact check, keeper, and further levels."
     shingle: Literal["word5", "char5", "morph5"] = Field("word5", description="what a document is a set of")
@@ -111,7 +135,7 @@ class DedupSettings(Section):
     semantic: SemanticSettings = SemanticSettings()
     audit: AuditSettings = AuditSettings()
 
-# %% ../../nbs/00a_settings.ipynb #c013
+# %% ../../nbs/00a_settings.ipynb #c017
 class HeldoutSettings(Section):
     "Which deduplicated documents are kept from training, by a hash of their cluster."
     validation: float = Field(0.02, ge=0, lt=0.5, description="share of documents for search and early stopping")
@@ -125,7 +149,7 @@ class TokenizerSettings(Section):
     vocab_size: int = Field(4096, ge=300, description="entries of the trained vocabulary, special tokens included")
     sample_bytes: int = Field(100 << 20, ge=1 << 16, description="text read for training, over all domains; training holds its words, about 13 bytes of memory for each byte of Korean text read (1.8 GB in all by default)")
 
-# %% ../../nbs/00a_settings.ipynb #c014
+# %% ../../nbs/00a_settings.ipynb #c018
 class FormatSettings(Section):
     "Phase 2: the Parquet files that serve SQL and training."
     file_bytes: int = Field(200 << 20, ge=1 << 16, description="a domain is split into files of about this size")
@@ -138,7 +162,7 @@ class FormatSettings(Section):
     benchmark_rows: int = Field(5000, ge=16, description="rows read at most in a repetition")
     compare_tokenizers: list[str] = Field(default_factory=list, description="folders or hub ids of tokenizers for the fertility table, beside ours")
 
-# %% ../../nbs/00a_settings.ipynb #c015
+# %% ../../nbs/00a_settings.ipynb #c019
 class InstructionSettings(Section):
     "Instruction, conversation, preference and scored records for later training stages."
     path: str | None = Field(None, description="JSONL file, folder or s3://… of such records; empty: off")
@@ -155,7 +179,7 @@ class ShareSettings(Section):
     repo: str = Field("YOUR-NAME/YOUR-DATASET", description="for the upload command that is printed; nothing is uploaded")
     max_sources: int = Field(40, ge=1, description="rows of the card's table of sources; the whole table is in licenses.csv")
 
-# %% ../../nbs/00a_settings.ipynb #c016
+# %% ../../nbs/00a_settings.ipynb #c020
 class DatasetConfig(Section):
     "dataset_config.yaml"
     sample: SampleSettings = SampleSettings()
@@ -167,7 +191,7 @@ class DatasetConfig(Section):
     instructions: InstructionSettings = InstructionSettings()
     share: ShareSettings = ShareSettings()
 
-# %% ../../nbs/00a_settings.ipynb #c018
+# %% ../../nbs/00a_settings.ipynb #c022
 class BaseSettings(Section):
     "The base model: a folder or hub id, or, when `path` is empty, a small Mamba2 pretrained here."
     path: str | None = Field(None, description="folder or hub id of a causal language model; empty: pretrain the small one")
@@ -182,7 +206,7 @@ class BaseSettings(Section):
     batch_size: int = Field(8, ge=1, description="windows in a step")
     learning_rate: float = Field(8e-3, gt=0, description="peak of the cosine schedule")
 
-# %% ../../nbs/00a_settings.ipynb #c019
+# %% ../../nbs/00a_settings.ipynb #c023
 class LoraSettings(Section):
     "One LoRA for each domain. The defaults are the published hyper-parameters."
     r: int = Field(16, ge=1, description="rank")
@@ -206,7 +230,7 @@ class LoraSettings(Section):
     peak_flops: float | None = Field(None, gt=0, description="FLOP/s of one device at best, for MFU; empty: known GPUs by name, nothing on a CPU")
     seed: int = Field(0)
 
-# %% ../../nbs/00a_settings.ipynb #ec651607
+# %% ../../nbs/00a_settings.ipynb #c024
 class VectorSettings(Section):
     "Difference vectors and their sanity checks."
     form: Literal["dense", "lowrank"] = Field("dense", description="diff_<domain>.npy with every element, or diff_<domain>.lowrank.npz with the adapter's factors: for large bases (3B: 11 GB against about 0.1)")
@@ -236,7 +260,7 @@ class MergeSettings(Section):
     curve_points: int = Field(5, ge=0, description="points on the curve of perplexity along each weight; 0: not drawn")
     curve_windows: int = Field(8, ge=1, description="validation windows a domain that a point of the curve reads")
 
-# %% ../../nbs/00a_settings.ipynb #452cb991
+# %% ../../nbs/00a_settings.ipynb #c026
 class DemConfig(Section):
     "dem_config.yaml"
     domains: list[str] = Field(default_factory=list, description="domains to adapt to; empty: all that Parquet has")
@@ -255,7 +279,7 @@ class DemConfig(Section):
     mixture_trials: int = Field(20, ge=1, description="mixed runs that a search of the mixture would take: arithmetic in the cost ledger")
     threads: int = Field(2, ge=1, description="CPU threads of torch; part of the result, because sums are made in their order")
 
-# %% ../../nbs/00a_settings.ipynb #c022
+# %% ../../nbs/00a_settings.ipynb #c028
 class InferenceSettings(Section):
     "The section `inference` of evaluation_config.yaml: what is timed, the limits of goodput, the device's peak."
     batches: list[int] = Field(default_factory=lambda: [1, 4], min_length=1, description="requests at once; one row of results/inference.csv for each model and each of these")
@@ -286,7 +310,7 @@ class JudgeSettings(Section):
     price_input: float = Field(0, ge=0, description="price of a million tokens read, for the cost in results/judge.json")
     price_output: float = Field(0, ge=0, description="price of a million tokens written")
 
-# %% ../../nbs/00a_settings.ipynb #c023
+# %% ../../nbs/00a_settings.ipynb #c029
 class HarnessSettings(Section):
     "The section `harness` of evaluation_config.yaml: tasks of lm-evaluation-harness."
     tasks: list[str] = Field(default_factory=list, description="names that lm-evaluation-harness knows (kmmlu, haerae, kobest, kmmlu_accounting, ...), or paths of JSONL files of questions; none: it is not run")
@@ -296,7 +320,7 @@ class HarnessSettings(Section):
     shots: int = Field(0, ge=0, description="solved examples before each question")
     batch_size: int = Field(8, ge=1, description="requests at once")
 
-# %% ../../nbs/00a_settings.ipynb #c024
+# %% ../../nbs/00a_settings.ipynb #c030
 class DataCurveSettings(Section):
     "The section `data_curve` of evaluation_config.yaml: how much would more data bring?"
     on: bool = Field(False, description="train small models on shares of the training tokens and extrapolate; minutes to hours, so off by default")
@@ -310,7 +334,7 @@ class DataCurveSettings(Section):
     hidden_size: int = Field(0, ge=0, description="width of the small Mamba2; 0: the shape of models/base, which must then be below 20 million parameters")
     layers: int = Field(3, ge=1, description="its layers, when hidden_size is given")
 
-# %% ../../nbs/00a_settings.ipynb #c025
+# %% ../../nbs/00a_settings.ipynb #c031
 class EvaluationConfig(Section):
     "evaluation_config.yaml"
     general: str | None = Field(None, description="JSONL of general text (a path or an s3:// address)")
@@ -345,9 +369,17 @@ class LoggingConfig(Section):
     "logging.yaml"
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     progress: bool = Field(True, description="progress bars on a terminal; plain lines otherwise")
-    format: str = "%(asctime)s %(levelname)s %(message)s"
+    format: str = Field("%(asctime)s %(levelname)s %(message)s", description="of a line in the log files, in the style of Python's logging")
 
-# %% ../../nbs/00a_settings.ipynb #c026
+    @field_validator("format")
+    @classmethod
+    def _can_be_used(cls, value):
+        try: logging.Formatter(value).format(logging.makeLogRecord({"msg": "x", "levelname": "INFO"}))
+        except Exception: raise ValueError("not a format of Python's logging, such as '%(asctime)s %(levelname)s %(message)s'") from None
+        if "%(message)s" not in value: raise ValueError("must contain %(message)s")
+        return value
+
+# %% ../../nbs/00a_settings.ipynb #c032
 class ReportSettings(Section):
     "The section `report` of evaluation_config.yaml: phase 5."
     language: Literal["ko", "en"] = Field("ko", description="language of report.md: Korean, or English on request")
@@ -363,7 +395,7 @@ class Settings(DatasetConfig):
     logging: LoggingConfig = LoggingConfig()
     config_dir: str = Field("", description="the folder that these settings came from")
 
-# %% ../../nbs/00a_settings.ipynb #c028
+# %% ../../nbs/00a_settings.ipynb #c034
 def project_root() -> Path: # the checkout that holds nbs/, configs/ and _quarto.yml
     "The project's checkout: the current folder or one above it, else the folder of the installed package."
     here, package = Path.cwd(), importlib.util.find_spec("yunmin_efficientdata")
@@ -371,7 +403,7 @@ def project_root() -> Path: # the checkout that holds nbs/, configs/ and _quarto
         if (folder/"settings.ini").is_file() and (folder/"nbs").is_dir() and (folder/"configs").is_dir(): return folder
     raise UserError("the project's notebooks and configs were not found: run this from a checkout of YunMin-EfficientData, or install it with `pip install -e .`")
 
-# %% ../../nbs/00a_settings.ipynb #c029
+# %% ../../nbs/00a_settings.ipynb #c035
 def config_folder(
     config: str # a folder, or its path below the project's root
 ) -> Path: # the folder
@@ -383,17 +415,46 @@ def config_folder(
         if below.is_dir(): return below
     raise UserError(f"config folder {config!r} does not exist; configs/demo and configs/yunmin-3b come with the project")
 
-# %% ../../nbs/00a_settings.ipynb #c031
+# %% ../../nbs/00a_settings.ipynb #c037
+class _Loader(yaml.SafeLoader):
+    "YAML without Python objects, in which a key may stand once only: PyYAML would keep the last one without a word."
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode): continue
+            if key.value in seen: raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} stands twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+def _count(value, counted: dict) -> int:
+    "Values in a value, each as often as an alias repeats it: nine lists of nine aliases are 9^9 of them."
+    if not isinstance(value, (dict, list)): return 1
+    if id(value) not in counted:
+        counted[id(value)] = 1 << 60  # a list that contains itself has no end
+        counted[id(value)] = 1 + sum(_count(v, counted) for v in (value.values() if isinstance(value, dict) else value))
+    return counted[id(value)]
+
+# %% ../../nbs/00a_settings.ipynb #c038
+def parse_yaml(
+    text: str | bytes,
+    name: str, # where it stands, for messages
+    remedy: str = "correct the file"
+) -> Any: # plain values
+    "Read YAML. Raises `UserError` with the name for broken, doubled, or endless content."
+    with reading(name, remedy):
+        try: value = yaml.load(text.decode("utf-8-sig") if isinstance(text, bytes) else text, Loader=_Loader)
+        except (yaml.YAMLError, UnicodeDecodeError) as e: raise UserError(f"{name}: not readable as YAML: {e}; {remedy}") from None
+        if _count(value, {}) > 1_000_000: raise UserError(f"{name}: aliases make more than a million values; write them out")
+    return value
+
 def _read_yaml(path: Path) -> dict:
     if not path.is_file(): return {}
-    try: data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: not readable as YAML: {' '.join(str(e).split())}") from None
+    data = parse_yaml(path.read_bytes(), str(path))
     if data is None: return {}
     if not isinstance(data, dict): raise UserError(f"{path}: expected keys and values at the top, found {type(data).__name__}")
     return data
 
-# %% ../../nbs/00a_settings.ipynb #c032
+# %% ../../nbs/00a_settings.ipynb #c040
 def _fields(model, loc):
     "The field names at the parent of `loc`, to suggest the one that was meant."
     for part in loc[:-1]:
@@ -402,7 +463,7 @@ def _fields(model, loc):
         model = field.annotation
     return list(model.model_fields)
 
-# %% ../../nbs/00a_settings.ipynb #c033
+# %% ../../nbs/00a_settings.ipynb #c041
 def _explain(model, error: ValidationError, where: str, prefix: str = "") -> str:
     "The first error of pydantic as one line: file, key, what is wrong, what to write instead."
     first = error.errors()[0]
@@ -413,17 +474,16 @@ def _explain(model, error: ValidationError, where: str, prefix: str = "") -> str
         names = _fields(model, loc)
         close = difflib.get_close_matches(str(loc[-1]), names, 1)
         hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(names)}"
-        return f"{where}: {key}: unknown key; {hint}{more}"
-    return f"{where}: {key}: {first['msg']}, got {first['input']!r}{more}"
+        return f"{where}: {one_line(key, 200)}: unknown key; {hint}{more}"
+    return f"{where}: {one_line(key, 200)}: {first['msg']}, got {one_line(repr(first['input']), 200)}{more}"
 
-# %% ../../nbs/00a_settings.ipynb #c035
+# %% ../../nbs/00a_settings.ipynb #c043
 def _override(data: dict, text: str) -> None:
     "Apply one `a.b=value` to a nested dict in place."
     key, eq, value = text.partition("=")
     parts = key.strip().split(".")
     if not eq or not all(parts): raise UserError(f"--set {text}: expected key=value, for example dedup.threshold=0.85")
-    try: parsed = yaml.safe_load(value)
-    except yaml.YAMLError: raise UserError(f"--set {text}: the value is not readable as YAML") from None
+    parsed = parse_yaml(value, f"--set {one_line(text, 200)}", "write key=value, the value as in the YAML files")
     for part in parts[:-1]:
         if not isinstance(data.get(part), dict): data[part] = {}
         data = data[part]
@@ -434,7 +494,7 @@ def _number(value):
     try: return float(value) if isinstance(value, str) and value[:1] in "+-.0123456789" else value
     except ValueError: return value
 
-# %% ../../nbs/00a_settings.ipynb #c036
+# %% ../../nbs/00a_settings.ipynb #c044
 def load_settings(
     config: str = "configs/demo", # config folder
     overrides: list[str] | tuple = () # `key=value` texts, as from --set
@@ -464,7 +524,7 @@ def _check(model, data: dict, where: str):
     try: return model.model_validate(data)
     except ValidationError as e: raise UserError(_explain(model, e, where)) from None
 
-# %% ../../nbs/00a_settings.ipynb #c041
+# %% ../../nbs/00a_settings.ipynb #c049
 def describe(
     model=Settings # a settings model
 ) -> list[tuple[str, str, str]]: # (key, default, meaning) of every field, sections flattened
