@@ -6,7 +6,8 @@
 #   scripts/setup_bench.sh datasketch rensa      these
 # Peers of `yunmin bench dedup`: datasketch rensa datatrove text-dedup; of `yunmin bench loader`: mosaicml-streaming litdata lance;
 # of `yunmin bench merge`: mergekit, which fits the project's own torch and transformers and reads them from .venv, so that no second gigabyte is needed.
-# ray, for tests/test_ray.py, runs our own code and so stands on .venv too.
+# ray, for tests/test_ray.py, runs our own code and so stands on .venv too; jsonschema's optional rfc3987_syntax, which Jupyter brings there, is hidden from it:
+# it compiles a grammar at import, two thirds of what each of Ray's processes needs to start, and they have seconds to answer.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -34,6 +35,7 @@ for peer in "${order[@]}"; do
     shared=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') creator=.venv/bin/python
   fi
   if log=$({ "$creator" -m venv "$env" && { [ -z "$shared" ] || printf '%s\n' "$shared" "$PWD" > "$("$env/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_shared.pth"; } &&
+             { [ "$peer" != ray ] || echo 'import sys; sys.modules.setdefault("rfc3987_syntax", None)' > "$("$env/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zy_quick.pth"; } &&
              "$env/bin/python" -m pip --disable-pip-version-check install -q -c "$pins" "${packages[@]}"; } 2>&1); then
     echo "$want" > "$env/.complete"
     echo "$peer: ready"

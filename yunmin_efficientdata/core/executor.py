@@ -13,7 +13,8 @@ from .settings import UserError
 from .ledger import peak_rss_mb
 
 # %% auto #0
-__all__ = ['PUBLIC', 'measured', 'LocalExecutor', 'group_keys', 'RayExecutor', 'make_executor']
+__all__ = ['RETRIES', 'PUBLIC', 'measured', 'part_name', 'worker_died', 'LocalExecutor', 'group_keys', 'RayExecutor',
+           'make_executor']
 
 # %% ../../nbs/00e_executor.ipynb #c006
 def measured(
@@ -33,6 +34,21 @@ def _tie_to_parent(parent: int) -> None:
     if os.getppid() != parent: os._exit(1)
 
 # %% ../../nbs/00e_executor.ipynb #c011
+RETRIES = 3  # times that a part whose worker died is tried again
+
+def part_name(
+    fn: Callable, item: Any # a task and its argument
+) -> str: # such as "sign_part: number 12"
+    "A part as a person would name it: by number, domain and file where it has them."
+    fields = item if isinstance(item, dict) else getattr(item, "__dict__", None) or getattr(item, "_asdict", dict)()
+    said = [f"{k} {getattr(fields[k], 'name', fields[k])}" for k in ("domain", "file", "number") if fields.get(k) is not None]
+    while isinstance(fn, functools.partial): fn = fn.args[0] if fn.args else fn.func
+    return f"{getattr(fn, '__name__', fn)}: {', '.join(said) or str(item)}"[:300]
+
+def worker_died(fn: Callable, item: Any, why: str) -> UserError:
+    return UserError(f"{part_name(fn, item)}: its worker died {RETRIES + 1} times ({why}); give more memory (fewer --workers, smaller dedup.part_bytes) or look at that part, then start again: what is done stays done")
+
+# %% ../../nbs/00e_executor.ipynb #c013
 class LocalExecutor:
     "Runs tasks in `workers` spawned processes; with one worker, inline."
     def __init__(self, workers: int = 0): # 0: one for each core that this process may use
@@ -51,7 +67,7 @@ class LocalExecutor:
     def __enter__(self): return self
     def __exit__(self, *exc): self.close()
 
-# %% ../../nbs/00e_executor.ipynb #c012
+# %% ../../nbs/00e_executor.ipynb #c014
 from fastcore.basics import patch
 
 @patch
@@ -60,20 +76,20 @@ def _inline(self: LocalExecutor, fn, items) -> Iterator:
 
 @patch
 def _pooled(self: LocalExecutor, fn, items) -> Iterator:
-    "Ordered results with at most three tasks a worker in flight."
-    items, waiting, tries = iter(items), deque(), 0
+    "Ordered results with at most three tasks a worker in flight; after a death, one."
+    items, waiting, died = iter(items), deque(), 0
     while True:
-        while len(waiting) < 3 * self.workers and (item := next(items, waiting)) is not waiting:
-            waiting.append((item, self._submit(fn, item)))
+        while len(waiting) < 3 * self.workers and (item := next(items, waiting)) is not waiting: waiting.append([item, None])
         if not waiting: return
+        for pair in waiting if not died else [waiting[0]]: pair[1] = pair[1] or self._submit(fn, pair[0])
         item, future = waiting[0]
         try: result, cpu, peak = future.result()
         except BrokenProcessPool:
-            tries += 1; self.close()
-            if tries > 3: raise RuntimeError(f"a worker died three times, last at {str(item)[:200]}: is there enough memory? (--workers 1 needs least)") from None
-            waiting = deque((i, self._submit(fn, i)) for i, _ in waiting)
+            died += 1; self.close()
+            if died > RETRIES: raise worker_died(fn, item, "out of memory or killed") from None
+            waiting = deque([i, None] for i, _ in waiting)
             continue
-        waiting.popleft()
+        waiting.popleft(); died = 0
         if self.meter: self.meter.add(cpu, peak)
         yield result
 
@@ -83,7 +99,7 @@ def _submit(self: LocalExecutor, fn, item):
     except BrokenProcessPool:
         self.close(); return self._open().submit(measured, fn, item)
 
-# %% ../../nbs/00e_executor.ipynb #c013
+# %% ../../nbs/00e_executor.ipynb #c015
 @patch
 def map(self: LocalExecutor, fn: Callable, # importable, so that workers find it
         items: Iterable, # picklable arguments, one a task
@@ -95,7 +111,7 @@ def map(self: LocalExecutor, fn: Callable, # importable, so that workers find it
     results = (self._inline if inline else self._pooled)(fn, items)
     return iter(self.progress(results, desc, len(items))) if self.progress and desc else results
 
-# %% ../../nbs/00e_executor.ipynb #c015
+# %% ../../nbs/00e_executor.ipynb #c017
 def group_keys(
     results: Iterable[list[tuple[int, str]]] # what the map side returned, in item order
 ) -> list[tuple[int, list[str]]]: # partitions in ascending order, keys in item order
@@ -115,7 +131,7 @@ def map_shuffle(self: LocalExecutor, map_fn: Callable, items: Iterable, # map_fn
     groups = group_keys(self.map(map_fn, items, desc))
     return list(self.map(functools.partial(_reduce, reduce_fn), groups, desc and f"{desc}: join"))
 
-# %% ../../nbs/00e_executor.ipynb #c020
+# %% ../../nbs/00e_executor.ipynb #c022
 PUBLIC = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION", "AWS_REGION")  # variables that hold no secret
 
 def _connect(ray, workers: int) -> None:
@@ -125,9 +141,11 @@ def _connect(ray, workers: int) -> None:
     if not address: options |= {"num_cpus": workers or None, "include_dashboard": False}
     try: ray.init(**options)
     except Exception as e:
-        raise UserError(f"RAY_ADDRESS={address}: no Ray cluster answers there ({' '.join(str(e).split())[:160]}); start one with `ray start --head`, or unset RAY_ADDRESS") if address else e from None
+        why = " ".join(str(e).split())[:160]
+        if address: raise UserError(f"RAY_ADDRESS={address}: no Ray cluster answers there ({why}); start one with `ray start --head`, or unset RAY_ADDRESS") from None
+        raise UserError(f"Ray did not start on this machine ({why}); its processes have half a minute, so on a busy machine try again, or start `ray start --head` and set RAY_ADDRESS=auto") from None
 
-# %% ../../nbs/00e_executor.ipynb #c022
+# %% ../../nbs/00e_executor.ipynb #c024
 class RayExecutor(LocalExecutor):
     "Runs tasks as Ray tasks, on this machine or on a cluster. Tasks are spread over the nodes."
     def __init__(self, workers: int = 0): # tasks at once; 0: one for each CPU that Ray has
@@ -138,11 +156,11 @@ class RayExecutor(LocalExecutor):
         if self._started: _connect(ray, workers)
         super().__init__(workers or max(1, int(ray.cluster_resources().get("CPU", 1))))
         self.nodes = sum(n["Alive"] for n in ray.nodes())
-        self._task = ray.remote(num_cpus=1, max_retries=3, scheduling_strategy="SPREAD")(measured)
+        self._task = ray.remote(num_cpus=1, max_retries=0, scheduling_strategy="SPREAD")(measured)
     def close(self) -> None:
         if self._started: self.ray.shutdown()
 
-# %% ../../nbs/00e_executor.ipynb #c023
+# %% ../../nbs/00e_executor.ipynb #c025
 @patch
 def _inline(self: RayExecutor, fn, items) -> Iterator: return self._pooled(fn, items)
 
@@ -153,20 +171,24 @@ def _pooled(self: RayExecutor, fn, items) -> Iterator:
         while True:
             while len(waiting) < 3 * self.workers and (item := next(items, waiting)) is not waiting: waiting.append((item, self._task.remote(fn, item)))
             if not waiting: return
-            result, cpu, peak = self._get(*waiting[0]); waiting.popleft()
+            result, cpu, peak = self._get(fn, *waiting[0]); waiting.popleft()
             if self.meter: self.meter.add(cpu, peak)
             yield result
     finally:
         for _, task in waiting: self.ray.cancel(task)
 
 @patch
-def _get(self: RayExecutor, item, task):
-    "A task's result, or its own error."
-    try: return self.ray.get(task)
-    except self.ray.exceptions.RayTaskError as e: raise e.cause from None
-    except self.ray.exceptions.RayError as e: raise RuntimeError(f"Ray gave up on {str(item)[:200]} after three more tries: {type(e).__name__}; is there enough memory on the nodes?") from None
+def _get(self: RayExecutor, fn, item, task):
+    "A task's result, or its own error; a task that was lost runs again."
+    errors = self.ray.exceptions
+    for left in range(RETRIES, -1, -1):
+        try: return self.ray.get(task)
+        except errors.RayTaskError as e: raise e.cause from None
+        except errors.RayError as e:
+            if not left: raise worker_died(fn, item, type(e).__name__) from None
+            task = self._task.remote(fn, item)
 
-# %% ../../nbs/00e_executor.ipynb #c024
+# %% ../../nbs/00e_executor.ipynb #c026
 def make_executor(
     kind: str = "local", # local or ray
     workers: int = 0 # 0: all cores
