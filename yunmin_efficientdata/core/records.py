@@ -9,12 +9,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Iterator, NamedTuple
 import orjson, zstandard
-from .settings import UserError
+from .settings import UserError, reading
 from .store import Store
 
 # %% auto #0
-__all__ = ['SUFFIXES', 'REASONS', 'RAW_BYTES', 'MAX_DEPTH', 'FIELDS', 'is_jsonl', 'BadLine', 'parse_line', 'Span', 'read_jsonl',
-           'dump_line', 'JsonlWriter', 'validate', 'make_id', 'Document', 'quarantine_record']
+__all__ = ['SUFFIXES', 'REASONS', 'RAW_BYTES', 'MAX_DEPTH', 'FIELDS', 'is_jsonl', 'BadLine', 'parse_line', 'parse_json',
+           'read_json', 'Span', 'read_jsonl', 'dump_line', 'JsonlWriter', 'validate', 'make_id', 'Document',
+           'quarantine_record']
 
 # %% ../../nbs/00c_records.ipynb #c006
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
@@ -26,7 +27,7 @@ def is_jsonl(
     return name.lower().endswith(SUFFIXES) and not name.rpartition("/")[2].startswith(".")
 
 # %% ../../nbs/00c_records.ipynb #c009
-REASONS = ("broken_json", "not_an_object", "invalid_utf8", "nul_character", "lone_surrogate", "line_too_long", "too_deep", "corrupt_compression", "no_text", "text_not_string", "empty_text")
+REASONS = ("broken_json", "not_an_object", "invalid_utf8", "nul_character", "lone_surrogate", "line_too_long", "too_deep", "text_twice", "corrupt_compression", "no_text", "text_not_string", "empty_text")
 RAW_BYTES = 4096  # of a bad line are kept
 MAX_DEPTH = 128   # orjson reads 1,024 levels but writes only 254
 
@@ -84,10 +85,42 @@ def parse_line(
     except orjson.JSONDecodeError: return None, _diagnose(line)
     if type(record) is not dict: return None, "not_an_object"
     if line.count(b"[") + line.count(b"{") > MAX_DEPTH and _depth(record) > MAX_DEPTH: return None, "too_deep"
-    if type(record.get("id")) is float: record["id"] = json.loads(line)["id"]  # orjson reads integers over 64 bits as floats
+    if line.count(b'"text"') > 1 and _text_twice(line): return None, "text_twice"
+    if type(record.get("id")) is float: record["id"] = json.loads(line, parse_int=_integer)["id"]  # orjson reads integers over 64 bits as floats
     return record, ""
 
+def _integer(digits: str): return int(digits) if len(digits) < 4000 else digits  # Python refuses longer ones
+
+def _text_twice(line: bytes) -> bool: # at the top
+    last = json.loads(line, parse_int=str, object_pairs_hook=lambda pairs: sum(k == "text" for k, _ in pairs))
+    return last > 1
+
 # %% ../../nbs/00c_records.ipynb #c016
+def _once(pairs: list) -> dict:
+    found = dict(pairs)
+    if len(found) < len(pairs): raise ValueError(f"the key {next(k for i, (k, _) in enumerate(pairs) if k in dict(pairs[:i]))!r} stands twice")
+    return found
+
+def parse_json(
+    data: bytes,
+    name: str, # the file, for messages
+    remedy: str = "make it again",
+    kind: type = dict, # what it must be
+    constants: bool = False # are NaN and Infinity taken for numbers
+) -> Any:
+    "Read one JSON value. Raises `UserError` with the name for anything else: broken, doubled keys, too deep, lone surrogates, another kind."
+    with reading(name, remedy):
+        text = data.decode("utf-8-sig")
+        value = json.loads(text, object_pairs_hook=_once, parse_constant=None if constants else _no_constant)
+        if "\\ud" in text.lower(): json.dumps(value, ensure_ascii=False).encode()
+    if not isinstance(value, kind): raise UserError(f"{name}: holds {type(value).__name__} where {kind.__name__} is expected; {remedy}")
+    return value
+
+def read_json(store: Store, key: str, remedy: str = "make it again", kind: type = dict, constants: bool = False) -> Any:
+    "`parse_json` of a key. Raises `MissingKey` too."
+    return parse_json(store.read(key), f"{store.uri}: {key}", remedy, kind, constants)
+
+# %% ../../nbs/00c_records.ipynb #c019
 _OPEN = {".gz": lambda: zlib.decompressobj(31), ".zst": lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()}
 
 class _Unpacked(io.RawIOBase):
@@ -121,7 +154,7 @@ class _Unpacked(io.RawIOBase):
         if self.decoder.eof: self.at -= len(self.decoder.unused_data); self.decoder = None
         return data
 
-# %% ../../nbs/00c_records.ipynb #c018
+# %% ../../nbs/00c_records.ipynb #c021
 def _unusual_line(stream, line: bytes, limit: int, first: bool) -> tuple[bytes, bool, int]: # (line, was it cut, bytes read)
     "The first line, which may carry a byte order mark, or one over the limit, of which only the beginning is kept."
     size = len(line)
@@ -131,7 +164,7 @@ def _unusual_line(stream, line: bytes, limit: int, first: bool) -> tuple[bytes, 
     while not more.endswith(b"\n") and (more := stream.readline(1 << 20)): size += len(more)
     return head, True, size
 
-# %% ../../nbs/00c_records.ipynb #c020
+# %% ../../nbs/00c_records.ipynb #c023
 @dataclass
 class Span:
     "The lines of an uncompressed file that begin in a byte range."
@@ -147,7 +180,7 @@ def _seek_line(stream, span: Span) -> int: # position of the first line that beg
         if piece.endswith(b"\n"): break
     return at
 
-# %% ../../nbs/00c_records.ipynb #c021
+# %% ../../nbs/00c_records.ipynb #c024
 def read_jsonl(
     store: Store,
     key: str, # .jsonl, .jsonl.gz or .jsonl.zst
@@ -177,7 +210,7 @@ def read_jsonl(
         if span: span.lines = number
         if raw and raw.error: yield BadLine(number + 1, "corrupt_compression", rest)
 
-# %% ../../nbs/00c_records.ipynb #c024
+# %% ../../nbs/00c_records.ipynb #c027
 def dump_line(
     record: dict # JSON-able
 ) -> bytes: # one line with its newline
@@ -185,7 +218,7 @@ def dump_line(
     try: return orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
     except TypeError: return json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
 
-# %% ../../nbs/00c_records.ipynb #c025
+# %% ../../nbs/00c_records.ipynb #c028
 class JsonlWriter:
     "Writes one object a line, atomically, compressed by the key's suffix. Equal records give equal bytes."
     def __init__(self, store: Store, key: str): self.store, self.key, self.count = store, key, 0
@@ -203,7 +236,7 @@ class JsonlWriter:
     def write(self, record: dict): # counted in `count`
         self._file.write(dump_line(record)); self.count += 1
 
-# %% ../../nbs/00c_records.ipynb #c028
+# %% ../../nbs/00c_records.ipynb #c031
 def validate(
     record: dict, # one parsed line
     line_no: int = 0 # not used by the checks; for callers that log
@@ -215,7 +248,7 @@ def validate(
     if not text.strip(): return "empty_text"
     return "nul_character" if "\0" in text else None
 
-# %% ../../nbs/00c_records.ipynb #c029
+# %% ../../nbs/00c_records.ipynb #c032
 def make_id(
     domain: str,
     text: str, # cleaned text
@@ -228,7 +261,7 @@ def _as_text(value: Any) -> str:
     if value is None: return ""
     return value if type(value) is str else dump_line(value).decode().rstrip("\n")
 
-# %% ../../nbs/00c_records.ipynb #c030
+# %% ../../nbs/00c_records.ipynb #c033
 FIELDS = ("id", "text", "source", "domain", "lang", "date", "url", "license")
 
 @dataclass(slots=True)
@@ -253,7 +286,7 @@ class Document:
         known = {k: getattr(self, k) for k in FIELDS}
         return {k: v for k, v in known.items() if v or k not in ("url", "license")} | self.extra
 
-# %% ../../nbs/00c_records.ipynb #c031
+# %% ../../nbs/00c_records.ipynb #c034
 def quarantine_record(
     file: str, # key of the source
     bad: BadLine
