@@ -95,7 +95,7 @@ ENGLISH: dict[str, str] = {   # phase 1
     "심은 사본에서 측정: {}": "measured on planted copies: {}", "검증 없는 정밀도: {}, 검증 뒤: 1": "precision without the check: {}, with it: 1", "기준 아래:": "below it:", "쌍을 기록하지 않음": "pairs are not recorded",
     "제거되는 문서 (%)": "documents removed (%)", "기준을 바꾸면 얼마나 제거되나": "What another threshold would remove", "자카드 기준": "Jaccard threshold", "기준 미만인 후보 (제거 안 함)": "candidates below it (kept)",
     "정제": "clean and order", "평가 세트 대조": "evaluation leaks", "서명": "sign", "밴드와 후보": "bands, candidates", "후보 검증": "verify", "남길 문서 결정": "decide", "반복 구간": "spans", "쓰기": "write", "유사 중복 전체": "near, all steps",
-    "{}초  초당 {}건 · {} MB": "{} s  {} docs/s · {} MB/s", "{}초": "{} s", "이어서 한 실행: 시간 기록 없음": "a resumed run: no times", "벽시계 시간 (초)": "wall time (s)", "단계별 시간과 속도": "Time and rate of each step",
+    "{}초  {}": "{} s  {}", "초당 {}건 · {} MB": "{} docs/s · {} MB/s", "{}초": "{} s", "이어서 한 실행: 시간 기록 없음": "a resumed run: no times", "벽시계 시간 (초)": "wall time (s)", "단계별 시간과 속도": "Time and rate of each step",
     "반복 문단": "repeated paragraphs", "반복 문장": "repeated sentences", "글자 비율 (%)": "characters (%)", "여러 곳에 있는 문단과 문장": "Paragraphs and sentences in several places",
     "무관한 두 문서가 우연히 닮는 정도": "How alike two unrelated documents are by chance", "한 쌍도 없음: 95 % 상한": "not one pair: 95 % upper bound", "10만 쌍 가운데 J 이상인 쌍": "pairs at J or above, of 100,000", "{} ({}), {}쌍, 최댓값 {}": "{} ({}), {} pairs, largest {}",
     "단어 5개": "5 words", "글자 5개": "5 characters", "형태소 5개": "5 morphemes"}
@@ -105,7 +105,7 @@ ENGLISH |= {   # phase 2
     "글자당 토큰 수": "tokens per character", "글자당 토큰 (낮을수록 짧은 시퀀스)": "Tokens per character (lower: shorter sequences)", "글자 수": "characters", "토큰 {}개에 들어가는 글자": "Characters in {} tokens",
     "어휘": "vocabulary", "본문": "text", "비율 (%)": "share (%)", "토큰의 종류": "Kinds of tokens", "자주 쓰이는 토큰의 수 (로그 눈금)": "most frequent tokens (log scale)", "본문에서 차지하는 비율 (%)": "share of the text (%)",
     "토큰의 누적 비율": "Text covered by frequent tokens", "한글": "Hangul", "글자 조각": "part of a character", "로마자": "Latin", "기호": "signs", "숫자": "digits", "혼합": "mixed", "공백": "white space", "특수 토큰": "special tokens", "한자": "Hanja",
-    "기타 문자": "other scripts", "기타": "other", "토큰 (백만)": "tokens (million)", "출처별 토큰": "Tokens by source", "연도별 토큰": "Tokens by year", "연도별 토큰 (최근)": "Tokens by year (recent)", "(미상)": "(unknown)", "미상": "unknown",
+    "기타 문자": "other scripts", "기타": "other", "토큰 (백만)": "tokens (million)", "출처별 토큰": "Tokens by source", "연도별 토큰": "Tokens by year", "연도별 토큰 (최근)": "Tokens by year (recent)", "(최근)": "(recent)", "(미상)": "(unknown)", "미상": "unknown",
     "공백을 뺀 글자 가운데 비율 (%)": "share of the characters but white space (%)", "도메인별 문자 구성": "Scripts by domain", "크기 (MB)": "size (MB)", "형식별 크기": "Size by format", "읽는 시간 (초, 로그 눈금)": "reading time (s, log scale)",
     "형식별 읽기 시간": "Reading time by format", "문서 길이 (토큰, 로그 눈금)": "length of a document (tokens, log scale)", "문서 비율 (%)": "documents (%)", "도메인별 문서 길이 분포": "Lengths of documents by domain",
     "열별 크기: 압축 전과 Parquet 파일에서": "Size by column: plain, and in the Parquet file", "압축 전": "plain", "파일에서": "in the file", "{}배": "{}x", "읽는 동안 늘어난 메모리 (MB)": "memory added while reading (MB)",
