@@ -5,12 +5,13 @@
 # %% ../../nbs/00e_executor.ipynb #c004
 from __future__ import annotations
 import ctypes, functools, importlib.util, multiprocessing, os, signal, time
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Callable, Iterable, Iterator
 from .settings import UserError
 from .ledger import peak_rss_mb
+from .store import REQUESTS
 
 # %% auto #0
 __all__ = ['RETRIES', 'PUBLIC', 'measured', 'part_name', 'worker_died', 'LocalExecutor', 'group_keys', 'RayExecutor',
@@ -19,11 +20,11 @@ __all__ = ['RETRIES', 'PUBLIC', 'measured', 'part_name', 'worker_died', 'LocalEx
 # %% ../../nbs/00e_executor.ipynb #c006
 def measured(
     fn: Callable, item: Any # a task and its argument
-) -> tuple[Any, float, float]: # result, CPU seconds, peak resident MB of the worker
+) -> tuple[Any, float, float, dict]: # result, CPU seconds, peak resident MB of the worker, its requests to S3
     "Run one task and measure it."
-    start = time.process_time()
+    start, before = time.process_time(), Counter(REQUESTS)
     result = fn(item)
-    return result, time.process_time() - start, peak_rss_mb()
+    return result, time.process_time() - start, peak_rss_mb(), dict(REQUESTS - before)
 
 # %% ../../nbs/00e_executor.ipynb #c009
 def _tie_to_parent(parent: int) -> None:
@@ -83,14 +84,14 @@ def _pooled(self: LocalExecutor, fn, items) -> Iterator:
         if not waiting: return
         for pair in waiting if not died else [waiting[0]]: pair[1] = pair[1] or self._submit(fn, pair[0])
         item, future = waiting[0]
-        try: result, cpu, peak = future.result()
+        try: result, *cost = future.result()
         except BrokenProcessPool:
             died += 1; self.close()
             if died > RETRIES: raise worker_died(fn, item, "out of memory or killed") from None
             waiting = deque([i, None] for i, _ in waiting)
             continue
         waiting.popleft(); died = 0
-        if self.meter: self.meter.add(cpu, peak)
+        if self.meter: self.meter.add(*cost)
         yield result
 
 @patch
@@ -171,8 +172,8 @@ def _pooled(self: RayExecutor, fn, items) -> Iterator:
         while True:
             while len(waiting) < 3 * self.workers and (item := next(items, waiting)) is not waiting: waiting.append((item, self._task.remote(fn, item)))
             if not waiting: return
-            result, cpu, peak = self._get(fn, *waiting[0]); waiting.popleft()
-            if self.meter: self.meter.add(cpu, peak)
+            result, *cost = self._get(fn, *waiting[0]); waiting.popleft()
+            if self.meter: self.meter.add(*cost)
             yield result
     finally:
         for _, task in waiting: self.ray.cancel(task)

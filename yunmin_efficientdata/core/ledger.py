@@ -5,12 +5,13 @@
 # %% ../../nbs/00d_ledger.ipynb #c004
 from __future__ import annotations
 import hashlib, importlib.util, os, resource, time
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable
 import orjson
 from pydantic import BaseModel
-from .store import Store, open_store
+from .store import REQUESTS, Store, open_store
 
 # %% auto #0
 __all__ = ['canonical', 'digest', 'code_digest', 'peak_rss_mb', 'Meter', 'Stage', 'Ledger', 'fingerprint']
@@ -68,20 +69,21 @@ def _reset_peak() -> None:
 # %% ../../nbs/00d_ledger.ipynb #c013
 class Meter:
     "Seconds, CPU seconds and peak memory between `with` and its end. Workers report theirs through `add`."
-    def __init__(self): self.extra_cpu, self.worker_peak = 0.0, 0.0
+    def __init__(self): self.extra_cpu, self.worker_peak, self.requests = 0.0, 0.0, Counter()
     def __enter__(self):
         _reset_peak()
-        self.started, self._wall, self._cpu0 = time.time(), time.perf_counter(), _cpu()
+        self.started, self._wall, self._cpu0, self._requests0 = time.time(), time.perf_counter(), _cpu(), Counter(REQUESTS)
         return self
-    def add(self, cpu: float, peak_mb: float) -> None: # cost of one task in a worker
-        self.extra_cpu += cpu; self.worker_peak = max(self.worker_peak, peak_mb)
+    def add(self, cpu: float, peak_mb: float, requests: dict = {}) -> None: # cost of one task in a worker
+        self.extra_cpu += cpu; self.worker_peak = max(self.worker_peak, peak_mb); self.requests.update(requests)
     def __exit__(self, *exc):
         self.seconds = time.perf_counter() - self._wall
         self.cpu_seconds = _cpu() - self._cpu0 + self.extra_cpu
         self.peak_rss_mb = max(peak_rss_mb(), self.worker_peak)
+        self.requests += REQUESTS - self._requests0
     def asdict(self) -> dict:
         return {"started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started)), "seconds": round(self.seconds, 3),
-                "cpu_seconds": round(self.cpu_seconds, 3), "peak_rss_mb": round(self.peak_rss_mb, 1)}
+                "cpu_seconds": round(self.cpu_seconds, 3), "peak_rss_mb": round(self.peak_rss_mb, 1), **({"requests": dict(sorted(self.requests.items()))} if self.requests else {})}
 
 # %% ../../nbs/00d_ledger.ipynb #c016
 class Stage:

@@ -5,7 +5,7 @@
 # %% ../../nbs/00b_store.ipynb #c003
 from __future__ import annotations
 import errno, fcntl, hashlib, io, os, secrets, shutil, stat as stat_module, tempfile, threading, time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
@@ -15,8 +15,8 @@ from fastcore.basics import patch
 from .settings import UserError
 
 # %% auto #0
-__all__ = ['TEMP', 'COMMIT', 'PART', 'MissingKey', 'Stat', 'check_key', 'Store', 'LocalStore', 'S3Store', 'scratch_folder',
-           'open_store', 'split_source', 'source_keys']
+__all__ = ['TEMP', 'COMMIT', 'REQUESTS', 'PART', 'MissingKey', 'Stat', 'check_key', 'Store', 'LocalStore', 'S3Store',
+           'scratch_folder', 'open_store', 'split_source', 'source_keys']
 
 # %% ../../nbs/00b_store.ipynb #c006
 class MissingKey(UserError, FileNotFoundError):
@@ -404,6 +404,11 @@ def replace_if(
 
 # %% ../../nbs/00b_store.ipynb #c043
 _clients: dict[tuple, Any] = {}
+REQUESTS: Counter[str] = Counter() # of this process to S3: GET, HEAD, LIST, PUT (POST too), DELETE, repeated ones included; bytes sent and received
+
+def _count_request(request, event_name: str, **more) -> None: # called by botocore before each HTTP request
+    kind = "LIST" if ".List" in event_name else "PUT" if request.method == "POST" else request.method
+    REQUESTS.update({kind: 1, "sent": int(request.headers.get("Content-Length") or 0)})
 
 def _client(
     quick: bool = False # give up within some 20 s
@@ -420,6 +425,7 @@ def _client(
         if "amazonaws.com" not in client.meta.endpoint_url: config = config.merge(Config(s3={"addressing_style": "path"}))
         if "storage.googleapis.com" in client.meta.endpoint_url: config = config.merge(Config(request_checksum_calculation="when_required", response_checksum_validation="when_required"))
         _clients[which] = session.client("s3", config=config)
+        _clients[which].meta.events.register("before-send.s3", _count_request)
     return _clients[which]
 
 # %% ../../nbs/00b_store.ipynb #c045
@@ -532,7 +538,7 @@ class _S3File(io.RawIOBase):
                 if attempt == 5 or self.gone: raise
                 time.sleep(0.2 * 2**attempt)
         buffer[:len(data)] = data
-        self.at += len(data)
+        self.at += len(data); REQUESTS["received"] += len(data)
         return len(data)
 
 # %% ../../nbs/00b_store.ipynb #c052
@@ -568,7 +574,9 @@ def _get(store: S3Store, key: str, **request) -> bytes:
     for attempt in range(4):
         with _s3_errors(store, key): body = _client().get_object(**store._at(key), **request)["Body"]
         try:
-            with _s3_errors(store, key): return body.read()
+            with _s3_errors(store, key): data = body.read()
+            REQUESTS["received"] += len(data)
+            return data
         except UserError:
             if attempt == 3: raise
             time.sleep(0.2 * 2**attempt)
@@ -756,6 +764,7 @@ def _download(store: S3Store, stats: list[Stat], base: str, entry: Path):
             path = made/(s.key[len(base)+1:] or base.rpartition("/")[2])
             path.parent.mkdir(parents=True, exist_ok=True)
             with _s3_errors(store, s.key), _os_errors(store, s.key): _client().download_file(**store._at(s.key), Filename=str(path))
+            REQUESTS["received"] += s.size
             if path.stat().st_size != s.size or store.stat(s.key) != s: raise UserError(f"{store.uri}: {s.key}: changed while it was fetched; run again")
         _each(get, stats)
         try: os.rename(made, entry)
