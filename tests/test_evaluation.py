@@ -216,3 +216,86 @@ def test_a_file_of_questions_goes_through_lm_eval_and_its_edit_is_noticed(own, t
     questions(1); assert stages(own, asks) == {"harness"}
     with pytest.raises(UserError, match="evaluation.harness.tasks.*nowhere.jsonl"): phase.run(str(own), overrides=SETTINGS + ["evaluation.harness.tasks=[nowhere.jsonl]"], workers=1)
 
+
+# ---- whole ways: planted items, the data curve, a judge that is a real model
+
+QUIZ = [(f"{place} 사는 사람들은 해마다 {season} 되면 무엇을 하러 마을 앞 들판으로 나가는가?", ["꽃을 보러", "눈을 치우러"], i % 2)
+        for i, (place, season) in enumerate((p, s) for p in ("바닷가에", "산골에", "강가에", "섬에") for s in ("봄이", "가을이"))]
+
+def test_items_planted_in_the_crawl_are_found_and_said_beside_every_score(own, tmp_path):
+    "Phase 1 on a crawl with evaluation items in it, then phases 4 and 5: the clean score is the mean of the other items, and the report opens with it."
+    from yunmin_efficientdata.dedup.phase import run as dedup
+    from yunmin_efficientdata.report.phase import run as report
+    quiz, raw = tmp_path/"quiz.jsonl", tmp_path/"raw"; raw.mkdir()
+    quiz.write_text("".join(json.dumps({"question": q, "choices": c, "answer": a, "subject": "마을"}, ensure_ascii=False) + "\n" for q, c, a in QUIZ), encoding="utf-8")
+    asks = [f"evaluation.multiple_choice=[{quiz}]"]
+    stages(own, *asks)
+    items = pd.read_csv(own/"results/choices_items.csv"); right = set(items[(items.model == "base") & (items.correct == 1)]["index"])
+    assert 0 < len(right) < len(QUIZ)
+    prompts = [json.loads(l) for l in (Path(__file__).parents[1]/"configs/eval_prompts.jsonl").read_text(encoding="utf-8").splitlines()]
+    planted = [f"어제 모임에서 들은 이야기를 적어 둔다. {QUIZ[i][0]} {' '.join(QUIZ[i][1])} 여기까지가 그 이야기이고 나머지는 다음에 적기로 한다." for i in sorted(right)] + [f"읽은 글을 옮겨 적는다. {prompts[0]['prompt']}{prompts[0]['reference']} 다 읽고 나니 저녁이 되어 불을 켜고 창문을 닫았다."]
+    others = [f"{n}번째 날에는 {w} 이야기를 오래 나누었고 집에 돌아와서 {w} 그림을 그린 다음 일찍 잠자리에 들었다." for n in range(40) for w in ("고래", "기차")]
+    (raw/"web.jsonl").write_text("".join(json.dumps({"text": t, "source": "모임"}, ensure_ascii=False) + "\n" for t in planted + others), encoding="utf-8")
+    dedup(str(own), raw=str(raw), overrides=[f"dedup.contamination.sets=[{quiz},configs/eval_prompts.jsonl]"], workers=1)
+    assert {"contamination", "summary"} >= stages(own, *asks) >= {"contamination"}
+    table = pd.read_csv(own/"results/contamination.csv").set_index(["set", "model"])
+    assert table.checked.all() and (table.contaminated["quiz"] == len(right)).all() and (table.contaminated["eval_prompts"] == 1).all()
+    assert table.score_clean["quiz", "base"] == 0 < table.score_all["quiz", "base"] == pytest.approx(len(right)/len(QUIZ))
+    for model in set(items.model):
+        part = items[(items.model == model) & ~items["index"].isin(right)]
+        assert table.score_clean["quiz", model] == pytest.approx(part.correct.mean(), rel=1e-5)
+    assert (table.score_clean["eval_prompts"] != table.score_all["eval_prompts"]).all()
+    report(str(own), overrides=["report.site=false"])
+    text = (own/"reports/report.md").read_text(encoding="utf-8")
+    assert f"학습 본문에 나타난 평가 문항은 {len(right) + 1}개" in text and f"| quiz | base | accuracy | {len(QUIZ)} | {len(right)} | {len(right)/len(QUIZ):.4g} | 0 |" in text
+    assert "학습 본문에 문항이 섞인 평가:" in text.split("\n## ")[1] and "`quiz`" in text.split("\n## ")[1]
+
+def test_the_data_curve_runs_where_the_config_asks_for_it(own):
+    "Small models on shares of the training tokens, the table, the figure, the sentence in the report; off again, nothing is trained."
+    from transformers import AutoTokenizer
+    from yunmin_efficientdata.report.phase import run as report
+    tokenizer = AutoTokenizer.from_pretrained(own/"tokenizer")
+    for d, texts in TEXTS.items():
+        ids = [tokenizer(texts[i % 2])["input_ids"] + [tokenizer.eos_token_id] for i in range(150)]
+        pq.write_table(pa.table({"tokens": pa.array(ids, pa.list_(pa.int32()))}), own/f"parquet_ready/{d}.parquet")
+    asks = ["evaluation.data_curve.on=true", "evaluation.data_curve.seq_len=16", "evaluation.data_curve.batch_size=4", "evaluation.data_curve.hidden_size=32", "evaluation.data_curve.layers=1", "evaluation.data_curve.max_tokens=4096", "evaluation.data_curve.seeds=1"]
+    assert stages(own, *asks) == {"data_curve"} and stages(own, *asks) == set() and stages(own) == set()
+    table = pd.read_csv(own/"results/data_curve.csv"); mean = table[table.domain == "mean"]
+    assert {"run", "measured", "predicted", "cautious"} <= set(mean.kind) and set(table.domain) == {"mean", *TEXTS}
+    assert (own/"reports/figures/evaluation_data_curve.png").exists() and (own/"reports/figures/en/evaluation_data_curve.png").exists()
+    report(str(own), overrides=["report.site=false"])
+    text = (own/"reports/report.md").read_text(encoding="utf-8")
+    change = mean[mean.kind == "predicted"].change.iloc[0]
+    assert "### 데이터 양" in text and f"데이터가 2배가 되면(거듭제곱 법칙) PPL이 {abs(change):.1f} %" in text and "figures/evaluation_data_curve.png" in text
+
+def test_a_judge_that_is_a_real_model_and_writes_anything(own, monkeypatch):
+    "A toy model behind an OpenAI-compatible address: what it writes is no judgement; some replies hold its words inside good JSON. Counted, never fatal."
+    pytest.importorskip("httpx")
+    from test_judge import Server, points, reply
+    import threading
+    from yunmin_efficientdata.report.phase import run as report
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"): monkeypatch.delenv(name, raising=False)
+    model, tokenizer = inputs.toy(ALL, steps=15)
+    def write(body, n):
+        torch.manual_seed(n)
+        ids = tokenizer(body["messages"][-1]["content"][-120:], return_tensors="pt")["input_ids"]
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=True, temperature=1.5, pad_token_id=0)
+        return tokenizer.decode(out[0, ids.shape[1]:])
+    written = []
+    def wild(body, n): written.append(write(body, n)); return reply(written[-1])
+    def framed(body, n): return reply(json.dumps({"reason": write(body, n), "a": points(2), "b": points(4), "better": "b"}, ensure_ascii=False))
+    server = Server(); threading.Thread(target=server.serve_forever, args=(.02,), daemon=True).start()
+    asks = [f"evaluation.judge.endpoint={server.url}", "evaluation.judge.model=toy", "evaluation.judge.attempts=2", "evaluation.judge.wait_seconds=0", "evaluation.judge.parallel=1", "evaluation.judge.rivals=[merged]", "evaluation.judge.timeout_seconds=60"]
+    try:
+        server.script = wild; stages(own, *asks)
+        table, record = pd.read_csv(own/"results/judge.csv"), json.loads((own/"results/judge.json").read_bytes())
+        assert len(written) == 12 and any(written) and len(table) == 3 and table.failed.notna().all() and (record["failed"], record["questions"], record["rivals"]) == (6, 6, {})
+        report(str(own), overrides=["report.site=false"])
+        assert "실패한 것은 3쌍" in (own/"reports/report.md").read_text(encoding="utf-8")
+        server.script = lambda body, n: (framed if n % 3 else wild)(body, n); stages(own, *asks)
+    finally: server.shutdown(); server.server_close()
+    record = json.loads((own/"results/judge.json").read_bytes())
+    assert record["failed"] == 0 and record["rivals"]["merged"]["pairs"] == 3 and record["first_position"] == 0, "it always preferred the second: all ties"
+    assert record["rivals"]["merged"]["tie"] == 3 and (own/"reports/figures/evaluation_judge.png").exists()
+    report(str(own), overrides=["report.site=false"])
+    assert "실패한 것은 0쌍" in (own/"reports/report.md").read_text(encoding="utf-8")
