@@ -169,7 +169,7 @@ def test_files_that_are_no_vectors(lora):
     def case(file, match, data=None, **manifest):
         saved, m = file.read_bytes(), manifest_file(file).read_text()
         if data is not None: file.write_bytes(data)
-        if manifest: manifest_file(file).write_text(manifest.get("text") or json.dumps(json.loads(m) | manifest))
+        if manifest: manifest_file(file).write_text(manifest.get("text") or json.dumps({k: v for k, v in json.loads(m).items() if k != "check"} | manifest))
         with pytest.raises(UserError, match=match) as e: v = Vector(file); [v.read(k, 0, v.size(k)) for k in v.keys()]
         assert one_line(e); file.write_bytes(saved); manifest_file(file).write_text(m)
     import io
@@ -178,7 +178,7 @@ def test_files_that_are_no_vectors(lora):
     for data in (b"", b"junk", low.read_bytes()[:-30]): case(low, "not readable|not a .npz", data)
     case(low, "not a .npz", a.read_bytes()); case(a, "cut off", a.read_bytes()[:-4])
     for file in (a, low):
-        case(file, "not readable as a manifest", text="{"); case(file, "not readable as a manifest", text="[]"); case(file, "not readable as a manifest", tensors={"w": {}})
+        case(file, "json: not readable", text="{"); case(file, "holds list", text="[]"); case(file, "its own checksum", check="0"*16); case(file, "not readable as a manifest", tensors={"w": {}})
         case(file, "outside", tensors={"w": {"shape": [9, 9], "offset": 10**6}}); case(file, "outside", tensors={"w": {"shape": [-1], "offset": 0}})
     case(a, "describes a lowrank", format="lowrank"); case(low, "holds no factors of other", tensors={"other": {"shape": [2, 2], "offset": 0}}); case(a, "its manifest says 7", elements=7, tensors={})
     t = json.loads(manifest_file(low).read_text())["tensors"]; t["model.layers.0.q.weight"]["shape"] = [40, 30]; case(low, r"which is not \[40, 30\]", tensors=t)
@@ -191,7 +191,7 @@ def test_mismatches_and_nan_leave_no_file(tmp_path):
     write_model(tmp_path/"x", {"w": np.full((2, 3), 2, "f4"), "only_x": np.ones(2, "f4")}); write_model(tmp_path/"y", {"w": np.ones((3, 2), "f4")}); write_model(tmp_path/"z", {"v": np.ones((3, 2), "f4")})
     write_model(tmp_path/"n", {"w": np.array([[1, np.nan, 1], [1, 1, 1]], "f4")}); write_model(tmp_path/"i", {"w": np.array([[1, np.inf, 1], [1, 1, 1]], "f4")})
     assert difference(tmp_path/"base", tmp_path/"x", tmp_path/"diff_x.npy")["left_out"] == ["only_base", "only_x"]
-    for name, match in (("y", r"y: w is \[3, 2\]"), ("z", "shares no tensor"), ("n", "w holds NaN"), ("i", "w holds NaN or infinity"), ("gone", "no such folder")):
+    for name, match in (("y", r"y/model.safetensors: w is \[3, 2\]"), ("z", "shares no tensor"), ("n", "w holds NaN"), ("i", "w holds NaN or infinity"), ("gone", "no such folder")):
         for end in (".npy", ".lowrank.npz"):
             with pytest.raises(UserError, match=match) as e: difference(tmp_path/"base", tmp_path/name, tmp_path/f"diff_{name}{end}")
             assert one_line(e) and not [f for f in tmp_path.iterdir() if f"diff_{name}" in f.name]

@@ -11,15 +11,16 @@ from pathlib import Path
 import numpy as np, torch
 from numba import njit
 from xxhash import xxh3_64_hexdigest
-from ..core.settings import UserError
+from ..core.records import parse_json
+from ..core.settings import UserError, reading
 
 # %% auto #0
-__all__ = ['FLOATS', 'CHUNK', 'BLOCK', 'EDGES', 'Tensor', 'read_header', 'shards', 'read_into', 'read_native', 'read_flat',
-           'subtract', 'Weights', 'fingerprint', 'Source', 'thin_product', 'ModelVector', 'tied_keys', 'Adapter',
-           'checksums', 'manifest_file', 'domain_of', 'read_manifest', 'Vector', 'matrix_shape', 'open_vector',
-           'whole_file', 'disk_error', 'truncated', 'form_of', 'write_vector', 'difference', 'to_dense', 'to_lowrank',
-           'layer_of', 'vector_stats', 'sanity', 'cosines', 'cosine_table', 'plot_layer_norms', 'plot_histogram',
-           'plot_cosines']
+__all__ = ['FLOATS', 'CHUNK', 'WIDTHS', 'BLOCK', 'EDGES', 'Tensor', 'read_header', 'read_index', 'shards', 'read_into',
+           'read_native', 'read_flat', 'subtract', 'Weights', 'fingerprint', 'Source', 'thin_product', 'ModelVector',
+           'tied_keys', 'Adapter', 'checksums', 'manifest_file', 'domain_of', 'read_manifest', 'manifest_check',
+           'Vector', 'matrix_shape', 'open_vector', 'whole_file', 'disk_error', 'truncated', 'form_of', 'write_vector',
+           'difference', 'to_dense', 'to_lowrank', 'layer_of', 'vector_stats', 'sanity', 'cosines', 'cosine_table',
+           'plot_layer_norms', 'plot_histogram', 'plot_cosines']
 
 # %% ../../nbs/03c_vectors.ipynb #c006
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -41,14 +42,41 @@ def read_header(
     size = file.stat().st_size
     with open(file, "rb") as f:
         n = int.from_bytes(f.read(8), "little")
-        try: header = json.loads(f.read(n)) if 2 <= n <= min(size - 8, 100 << 20) else None
-        except ValueError: header = None
-    if not isinstance(header, dict): raise UserError(f"{file}: not a safetensors file")
-    ends = [t["data_offsets"][1] for k, t in header.items() if k != "__metadata__"]
+        if not 2 <= n <= min(size - 8, 100 << 20): raise UserError(f"{file}: not a safetensors file (its header would be {n} of {size} bytes); copy it again")
+        header = parse_json(f.read(n), f"{file}: header", "copy the file again")
+    ends = [t["data_offsets"][1] for t in _checked_header(header, file)]
     if 8 + n + max(ends, default=0) != size: raise UserError(f"{file}: {size} bytes, its header promises {8 + n + max(ends, default=0)}: the file is cut off; copy it again")
     return header, 8 + n
 
+WIDTHS = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8, "C64": 8} # bytes of an element
+
+def _checked_header(header: dict, file: Path) -> list[dict]: # entries in the order of their bytes
+    "The format's own rules: each tensor has a known type, a shape and exactly its bytes, one after another without gaps. Raises `UserError` naming file and tensor."
+    def count(x): return type(x) is int and 0 <= x < 1 << 60
+    def whole(key, t): # is the entry what it must be
+        if not isinstance(t, dict) or t.get("dtype") not in WIDTHS or not isinstance(t.get("shape"), list) or not all(map(count, t["shape"])): return False
+        at = t.get("data_offsets")
+        return isinstance(at, list) and len(at) == 2 and all(map(count, at)) and at[1] - at[0] == math.prod(t["shape"])*WIDTHS[t["dtype"]]
+    entries = {k: t for k, t in header.items() if k != "__metadata__"}
+    if bad := next((k for k, t in entries.items() if not (isinstance(t, dict) and isinstance(t.get("dtype"), str) and whole(k, t))), None):
+        raise UserError(f"{file}: header: {bad}: type, shape and bytes of this tensor do not belong together; copy the file again")
+    found, end = sorted(entries.values(), key=lambda t: t["data_offsets"]), 0
+    for t in found:
+        if t["data_offsets"][0] != end: raise UserError(f"{file}: header: the tensors overlap or leave gaps at byte {end}; copy the file again")
+        end = t["data_offsets"][1]
+    return found
+
 # %% ../../nbs/03c_vectors.ipynb #c009
+def read_index(
+    index: Path # model.safetensors.index.json
+) -> dict[str, str]: # tensor -> file
+    "The map of an index. A name must be a file in the same folder: an index from elsewhere must not lead to other files."
+    table = parse_json(index.read_bytes(), str(index), "copy the model again").get("weight_map")
+    if not isinstance(table, dict) or not all(isinstance(v, str) for v in table.values()): raise UserError(f"{index}: weight_map must map tensors to files; copy the model again")
+    for key, name in table.items():
+        if name != Path(name).name or not name.endswith(".safetensors"): raise UserError(f"{index}: {key} is said to be in {name!r}, which is no .safetensors file of this folder; copy the model again")
+    return table
+
 def shards(
     folder: Path # a model in HF format
 ) -> list[Path]: # its safetensors files, sorted by name
@@ -56,8 +84,7 @@ def shards(
     index = folder/"model.safetensors.index.json"
     if (folder/"model.safetensors").is_file(): return [folder/"model.safetensors"]
     if not index.is_file(): raise UserError(f"{folder}: no model.safetensors (nor its index) in this folder" + ("; convert pytorch_model.bin first, with model.save_pretrained(...)" if [*folder.glob("pytorch_model*.bin")] else ""))
-    try: names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError): raise UserError(f"{index}: not readable as an index of shards") from None
+    names = sorted(set(read_index(index).values()))
     for name in names:
         if not (folder/name).is_file(): raise UserError(f"{folder/name}: this shard is named in {index.name} but missing; copy the model again")
     return [folder/n for n in names]
@@ -106,11 +133,11 @@ class Weights:
             for key, t in header.items():
                 if key != "__metadata__": self.tensors[key] = Tensor(file, t["dtype"], tuple(t["shape"]), at + t["data_offsets"][0], at + t["data_offsets"][1])
         self._check_index(); config = self.folder/"config.json"
-        self.config = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        self.config = parse_json(config.read_bytes(), str(config), "copy the model again", constants=True) if config.is_file() else {}
     def _check_index(self):
         index = self.folder/"model.safetensors.index.json"
         if (self.folder/"model.safetensors").is_file() or not index.is_file(): return
-        for key, name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
+        for key, name in read_index(index).items():
             if key not in self.tensors or self.tensors[key].file.name != name: raise UserError(f"{self.folder/name}: {key} is not in this shard, though {index.name} says so: the files belong to different models; copy the model again")
     def keys(self) -> list[str]: return sorted(k for k, t in self.tensors.items() if t.dtype in FLOATS)
     def shape(self, key) -> tuple[int, ...]: return self.tensors[key].shape
@@ -162,11 +189,15 @@ class ModelVector(Source):
     def read(self, key, start, stop) -> np.ndarray: return subtract(self.tensors[key], self.base.tensors[key], start, stop)
 
 # %% ../../nbs/03c_vectors.ipynb #c020
+def _where(model, key: str): # the file that holds a tensor, else the folder
+    t = getattr(model, "tensors", {}).get(key)
+    return getattr(t, "file", model.folder)
+
 def _shared(base: Weights, domain) -> tuple[list[str], list[str]]:
     "Names in both, and names left out. Raises `UserError` naming file and key at a shape mismatch."
     theirs = set(domain.keys()); keys = [k for k in base.keys() if k in theirs]
     for k in keys:
-        if base.shape(k) != domain.shape(k): raise UserError(f"{domain.folder}: {k} is {list(domain.shape(k))}, in the base {base.folder} it is {list(base.shape(k))}: not a model trained from this base")
+        if base.shape(k) != domain.shape(k): raise UserError(f"{_where(domain, k)}: {k} is {list(domain.shape(k))}, in the base {_where(base, k)} it is {list(base.shape(k))}: not a model trained from this base")
     if not keys: raise UserError(f"{domain.folder}: shares no tensor with the base {base.folder}: not a model trained from this base")
     return keys, sorted((set(base.tensors) | set(getattr(domain, "tensors", ()))) - set(keys))
 
@@ -186,13 +217,22 @@ class Adapter(Source):
             tensor = Tensor(self.folder/"adapter_model.safetensors", t["dtype"], tuple(t["shape"]), at + t["data_offsets"][0], at + t["data_offsets"][1])
             self._place(name, tensor)
         for key, pair in self.low.items():
-            if len(pair) != 2: raise UserError(f"{self.folder}: {key} has only one of lora_A and lora_B")
+            if len(pair) != 2: raise UserError(f"{self.folder/'adapter_model.safetensors'}: {key} has only one of lora_A and lora_B")
+            if not all(len(t.shape) == 2 and t.dtype in FLOATS and t.size for t in pair.values()): raise UserError(f"{self.folder/'adapter_model.safetensors'}: {key}: lora_A and lora_B must be matrices of floating-point numbers")
 
     def _config(self) -> dict:
         file = self.folder/"adapter_config.json"
-        try: config = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError): raise UserError(f"{file}: missing or not readable: an adapter folder holds adapter_config.json and adapter_model.safetensors") from None
+        if not file.is_file(): raise UserError(f"{file}: missing: an adapter folder holds adapter_config.json and adapter_model.safetensors")
+        config = parse_json(file.read_bytes(), str(file), "copy the adapter again")
         if config.get("use_dora") or config.get("peft_type", "LORA") != "LORA": raise UserError(f"{file}: only plain LoRA adapters can be turned into a difference vector; merge this one with peft first and name the full model")
+        def number(x): return type(x) in (int, float) and math.isfinite(x)
+        patterns = config.get("alpha_pattern") or {}
+        if not number(config.get("lora_alpha", 1)): raise UserError(f"{file}: lora_alpha must be a number; copy the adapter again")
+        if not isinstance(patterns, dict) or not all(map(number, patterns.values())): raise UserError(f"{file}: alpha_pattern must map modules to numbers; copy the adapter again")
+        for key in ("use_rslora", "fan_in_fan_out"):
+            if config.get(key, False) not in (True, False, None): raise UserError(f"{file}: {key} must be true or false; copy the adapter again")
+        with reading(f"{file}: alpha_pattern", "copy the adapter again"):
+            for p in patterns: re.compile(rf"(.*\.)?{p}$")
         return config
 
     def _place(self, name: str, t: Tensor):
@@ -215,11 +255,12 @@ def _factors(self: Adapter, key: str) -> tuple[np.ndarray, np.ndarray] | None: #
     "The two thin matrices whose product is the difference, in the base tensor's own orientation."
     if key not in self.low: return None
     A, B = (read_flat(t, 0, t.size).reshape(t.shape) for t in (self.low[key]["A"], self.low[key]["B"]))
+    if B.shape[1] != len(A): raise UserError(f"{self.folder/'adapter_model.safetensors'}: lora_A and lora_B of {key} have different ranks, {len(A)} and {B.shape[1]}")
     left, right = B*np.float32(_scale(self.config, key, len(A))), A
     shape = self.base.shape(key)
     if self.config.get("fan_in_fan_out"): left, right = right.T, left.T
     if len(shape) < 2 or (len(left), right.shape[1]) != matrix_shape(shape):
-        raise UserError(f"{self.folder}: the adapter of {key} is {len(left)} x {right.shape[1]}, the base's tensor is {' x '.join(map(str, shape))}")
+        raise UserError(f"{self.folder/'adapter_model.safetensors'} (or fan_in_fan_out in adapter_config.json): the adapter of {key} is {len(left)} x {right.shape[1]}, the base's tensor is {' x '.join(map(str, shape))}")
     return np.ascontiguousarray(left), np.ascontiguousarray(right)
 
 # %% ../../nbs/03c_vectors.ipynb #c024
@@ -269,16 +310,24 @@ def read_manifest(
 ) -> dict: # its manifest
     "Read and check a vector's manifest. Raises `UserError` naming the manifest and what is wrong in it."
     at, again = manifest_file(file), "make the vector again"
-    try: found = json.loads(at.read_text(encoding="utf-8"))
-    except OSError: raise UserError(f"{at}: the manifest of {Path(file).name} is missing; make the vector again with `yunmin dem`") from None
-    except ValueError: raise UserError(f"{at}: not readable as a manifest; {again}") from None
+    if not at.is_file(): raise UserError(f"{at}: the manifest of {Path(file).name} is missing; make the vector again with `yunmin dem`")
+    found = parse_json(at.read_bytes(), str(at), again)
     try:
+        if type(found["elements"]) is not int: raise TypeError
         for key, t in found["tensors"].items():
+            if not all(type(x) is int for x in (t["offset"], *t["shape"])) or type(t.get("changed", True)) is not bool: raise TypeError
             if min([0, t["offset"], *t["shape"]]) < 0 or t["offset"] + math.prod(t["shape"]) > found["elements"]: raise UserError(f"{at}: {key} lies outside the {found['elements']} elements of the vector; {again}")
     except (KeyError, TypeError, AttributeError): raise UserError(f"{at}: not readable as a manifest; {again}") from None
     want = "lowrank" if Path(file).suffix == ".npz" else "dense"
     if found.get("format", want) != want: raise UserError(f"{at}: describes a {found['format']} vector, {Path(file).name} is {want}; {again}")
+    if found.get("check", (now := manifest_check(found))) != now: raise UserError(f"{at}: its contents do not agree with its own checksum; {again}")
     return found
+
+def manifest_check(
+    manifest: dict # with or without its `check`
+) -> str: # 16 hexadecimal digits
+    "xxh3 of a manifest's canonical JSON: a tensor that damage declares unchanged would be left out of a merge without a word."
+    return xxh3_64_hexdigest(json.dumps({k: v for k, v in manifest.items() if k != "check"}, sort_keys=True, separators=(",", ":")).encode())
 
 # %% ../../nbs/03c_vectors.ipynb #c028
 class Vector(Source):
@@ -300,15 +349,14 @@ class Vector(Source):
 
 # %% ../../nbs/03c_vectors.ipynb #c029
 def _open_flat(self: Vector):
-    try: self.flat = np.load(self.file, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError): raise UserError(f"{self.file}: not readable as a .npy file of numbers (cut off?); make the vector again") from None
+    with reading(self.file, "it is no .npy file of numbers, or cut off: make the vector again"): self.flat = np.load(self.file, mmap_mode="r", allow_pickle=False)
     if self.flat.ndim != 1 or len(self.flat) != self.manifest["elements"] or self.flat.dtype.kind != "f": raise UserError(f"{self.file}: {self.flat.dtype} of shape {list(self.flat.shape)}, its manifest says {self.manifest['elements']} elements; make the vector again")
 
 def _read_flat(self: Vector, key, start, stop) -> np.ndarray: # float32 [stop - start]
     "Elements as they lie in the file; whole blocks are checked."
-    at = self.tensors[key]["offset"]
-    if self.flat.dtype != np.dtype("<f4"): return np.asarray(self.flat[at + start:at + stop], dtype=np.float32)
-    x, sums = read_into(self.file, self.flat.offset + 4*(at + start), np.empty(stop - start, np.float32)), self.tensors[key].get("sums", "")
+    at, sums = self.tensors[key]["offset"], self.tensors[key].get("sums", "")
+    plain = self.flat.dtype == np.dtype("<f4")
+    x = read_into(self.file, self.flat.offset + 4*(at + start), np.empty(stop - start, np.float32)) if plain else np.asarray(self.flat[at + start:at + stop], dtype=np.float32)
     for b in range(-(-start//BLOCK), -(-stop//BLOCK)) if sums else ():
         i, j = b*BLOCK, min(self.size(key), (b + 1)*BLOCK)
         if j <= stop and xxh3_64_hexdigest(x[i - start:j - start]) != sums[16*b:16*b + 16]: raise UserError(f"{self.file}: {key} is damaged between its elements {i} and {j}; make the vector again")
@@ -318,8 +366,7 @@ Vector._open_flat, Vector._read_flat = _open_flat, _read_flat
 
 # %% ../../nbs/03c_vectors.ipynb #c030
 def _open_factors(self: Vector):
-    try: self.members = np.load(self.file, allow_pickle=False)
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile): raise UserError(f"{self.file}: not readable as a .npz file (cut off?); make the vector again") from None
+    with reading(self.file, "it is no .npz file, or cut off: make the vector again"): self.members = np.load(self.file, allow_pickle=False)
     if not hasattr(self.members, "files"): raise UserError(f"{self.file}: not a .npz file; make the vector again")
     names, self._held = set(self.members.files), _Held(lambda key: _members(self, key))
     for key in filter(self.changed, self.tensors):
@@ -328,11 +375,13 @@ def _open_factors(self: Vector):
 def _members(self: Vector, key) -> tuple[np.ndarray, ...]: # (left, right) or (dense,), float32
     "The arrays of one tensor, their shapes checked against the manifest."
     names, shape = [f"{key}.left", f"{key}.right"] if f"{key}.left" in self.members.files else [f"{key}.dense"], self.shape(key)
-    try: found = [np.asarray(self.members[n], dtype=np.float32, order="C") for n in names]
-    except (ValueError, EOFError, OSError, KeyError, zipfile.BadZipFile, zipfile.error) as e: raise UserError(f"{self.file}: {key} is not readable ({' '.join(str(e).split())[:80]}): the file is damaged; make the vector again") from None
+    with reading(f"{self.file}: {key}", "the file is damaged; make the vector again"): found = [np.asarray(self.members[n], dtype=np.float32, order="C") for n in names]
     fits = found[0].shape == shape if len(found) == 1 else [x.ndim for x in found] == [2, 2] and found[0].shape[1] == found[1].shape[0] and (len(found[0]), found[1].shape[1]) == matrix_shape(shape)
     if not fits: raise UserError(f"{self.file}: {key} holds {' and '.join(str(list(x.shape)) for x in found)}, which is not {list(shape)} of its manifest; make the vector again")
+    if "".join(map(_sum, found)) != self.tensors[key].get("sums", "".join(map(_sum, found))): raise UserError(f"{self.file}: {key} is damaged: not what was written; make the vector again")
     return tuple(found)
+
+def _sum(x: np.ndarray) -> str: return xxh3_64_hexdigest(np.ascontiguousarray(x, dtype=np.float32))
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]: return (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
 
@@ -461,8 +510,9 @@ def _write_lowrank(source: Source, keys: list[str], out: Path, scale: float, chu
             arrays, lost = _thin(source, key, rank, chunk); names = ["left", "right"] if len(arrays) == 2 else ["dense"]
             if len(arrays) == 2: table[key]["rank"] = arrays[0].shape[1]
             if lost is not None: table[key]["squared_error"] = lost
-            for name, x in zip(names, [arrays[0]*np.float32(scale), *arrays[1:]]):
-                with z.open(f"{key}.{name}.npy", "w", force_zip64=True) as f: np.lib.format.write_array(f, np.asarray(x, np.float32, order="C"), allow_pickle=False)
+            written = [np.asarray(x, np.float32, order="C") for x in (arrays[0]*np.float32(scale), *arrays[1:])]; table[key]["sums"] = "".join(map(_sum, written))
+            for name, x in zip(names, written):
+                with z.open(f"{key}.{name}.npy", "w", force_zip64=True) as f: np.lib.format.write_array(f, x, allow_pickle=False)
     return table
 
 # %% ../../nbs/03c_vectors.ipynb #c039
@@ -487,7 +537,7 @@ def write_vector(
     lost = [t.pop("squared_error") for t in table.values() if "squared_error" in t]
     full = {"format": form, "dtype": "float32", "elements": sum(math.prod(t["shape"]) for t in table.values()), "norm": norm, "normalized": normalize, **manifest, "tensors": table}
     if form == "lowrank": full["relative_error"] = math.sqrt(max(0., math.fsum(lost)))/norm if norm else 0.
-    _write_atomic(manifest_file(out), json.dumps(full, indent=1) + "\n")
+    full["check"] = manifest_check(full); _write_atomic(manifest_file(out), json.dumps(full, indent=1) + "\n")
     return full
 
 # %% ../../nbs/03c_vectors.ipynb #c040
