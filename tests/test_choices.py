@@ -240,6 +240,30 @@ def test_public_benchmarks_from_a_folder(toys, tmp_path, no_network):
     np.testing.assert_allclose(rows["chance"].xs("acc", level=1), [1/4, 1/5, 1/2, 1/2, 1/4], rtol=1e-5)
     assert rows.loc[("kobest_copa", "acc"), "value"] == .5                       # one answer for six equal premises, half of them right
 
+@pytest.mark.parametrize("name,source,config", [("kmmlu_accounting", "HAERAE-HUB/KMMLU", "Accounting"), ("haerae_history", "HAERAE-HUB/HAE_RAE_BENCH", "history"), ("kobest_copa", "skt/kobest_v1", "copa")])
+def test_the_hub_is_asked_for_the_right_data_and_only_when_allowed(toys, monkeypatch, no_network, name, source, config):
+    "`datasets.load_dataset` as the hub would answer it, with what it was asked."
+    import datasets, huggingface_hub.constants as hub
+    rows = {"kmmlu_accounting": {"question": "1?", "A": "봄", "B": "여름", "C": "가을", "D": "겨울", "answer": 2}, "haerae_history": {"query": "역사", "answer": "(B)", "options": []},
+            "kobest_copa": {"premise": "비가 온다.", "question": "결과", "alternative_1": "땅이 젖는다.", "alternative_2": "눈이 내린다.", "label": 1}}[name]
+    asked = []
+    def load(path=None, name=None, **more):
+        asked.append((path, name, hub.HF_HUB_OFFLINE))
+        if hub.HF_HUB_OFFLINE: raise ConnectionError(f"Couldn't reach {path!r} on the Hub (OfflineModeIsEnabled)")
+        return datasets.DatasetDict({s: datasets.Dataset.from_list([rows]*3) for s in ("train", "dev", "validation", "test")})
+    monkeypatch.setattr(datasets, "load_dataset", load); monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
+    found = {r["metric"]: r for r in harness.harness(toys[0]["mamba2"], toys[1], HarnessSettings(tasks=[name], hub=True))}
+    assert asked == [(source, config, False)] and found["acc"]["n"] == 3 and found["acc"]["task"] == name
+    with pytest.raises(UserError, match=f"{name} needs the data set {source}/{config}.*harness.hub=true") as e: harness.harness(toys[0]["mamba2"], toys[1], HarnessSettings(tasks=[name]))
+    assert asked[1:] == [(source, config, True)] and "\n" not in str(e.value) and hub.HF_HUB_OFFLINE is False
+
+def test_a_hub_that_does_not_answer_is_one_line(toys, monkeypatch, no_network):
+    import datasets
+    def load(*args, **more): raise ConnectionError("Couldn't reach 'HAERAE-HUB/KMMLU' on the Hub\n(LocalEntryNotFoundError)")
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(UserError, match="the hub did not give it.*Couldn't reach") as e: harness.harness(toys[0]["mamba2"], toys[1], HarnessSettings(tasks=["kmmlu_law"], hub=True))
+    assert "\n" not in str(e.value)
+
 def test_examples_come_from_the_local_split_and_a_limit_holds(toys, tmp_path, no_network):
     model, tokenizer = toys[0]["mamba2"], toys[1]
     kmmlu(tmp_path, "Law", [{"question": f"{i}?", "A": "봄", "B": "여름", "C": "가을", "D": "겨울", "answer": 1} for i in range(9)])

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 from .. import __version__
 from ..core.ledger import code_digest, digest
-from .facts import ASKED, EXPECTATIONS, Facts, executive, metric, shown, stages
+from .facts import ASKED, EXPECTATIONS, UNITS, Facts, executive, metric, shown, stages
 from .page import Page, Raw
 
 # %% auto #0
@@ -51,7 +51,7 @@ def measured_settings(settings: Any) -> dict[str, Any]: # flat; what may change 
     return flatten(settings.model_dump(mode="json", exclude={"config_dir", "logging", "report"}))
 
 def seeds_of(flat: dict[str, Any]) -> dict[str, Any]: # settings that are seeds
-    return {k: v for k, v in flat.items() if k.split(".")[-1] == "seed" or k.split(".")[-1] == "seeds"}
+    return {k: v for k, v in sorted(flat.items()) if k.split(".")[-1] in ("seed", "seeds")}
 
 # %% ../../nbs/05h_history.ipynb #c011
 def describe(
@@ -177,5 +177,6 @@ def _panel(ax, e, points: list, language: str) -> None:
     for n, (v, met) in enumerate(points, 1):
         if v is not None: ax.plot(n, v, "o" if met == "yes" else "D", color="#0173b2" if met == "yes" else "#de8f05", mfc="#0173b2" if met == "yes" else "white", ms=5.5, mew=1.6)
     name = e.ko if language == "ko" else e.en
-    ax.set_title(name if len(name) < 30 else name[:29] + "…", fontsize=9); ax.tick_params(labelsize=8.5); ax.margins(x=.12, y=.25)
+    ax.set_title(name, fontsize=9 if len(name) < 30 else 7.8); ax.tick_params(labelsize=8.5); ax.margins(x=.12, y=.25)
+    ax.set_ylabel(UNITS.get(e.unit, e.unit) if language == "ko" else e.unit, fontsize=8.5)
     ax.set_xticks(range(1, len(points) + 1) if len(points) < 13 else range(1, len(points) + 1, -(-len(points)//10)))

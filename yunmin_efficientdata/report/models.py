@@ -304,6 +304,7 @@ def judge_part(page: Page, table: pd.DataFrame, columns: dict) -> None: # judge.
     "Wins and points by the judge, both positions asked."
     good = table[table.failed.isna() | (table.failed == "")] if "failed" in table else table
     page.add(f"**심사 모델의 평가** (`{JUDGE}`): 두 순서로 물어 {len(good)}쌍을 얻었고, 실패한 것은 {len(table) - len(good)}쌍입니다.", f"**Scores by a judge model** (`{JUDGE}`): {len(good)} pairs, each asked in both orders; {len(table) - len(good)} failed.")
+    if not len(good): return
     wins = good.groupby("rival", sort=False).verdict.value_counts().unstack(fill_value=0)
     page.table([page.t(*h) for h in (("base와 견준 모델", "Model against the base"), ("이김", "Wins"), ("비김", "Ties"), ("짐", "Losses"))], [[r, *(int(wins.loc[r].get(v, 0)) for v in ("rival", "tie", "base"))] for r in wins.index])
     page.csv_table(JUDGE, columns, rows=rating_means(judge_points(table)))
