@@ -359,7 +359,7 @@ def hf_model(d):
     from yunmin_efficientdata.evaluation.inputs import toy
     net, tokenizer = toy([sentence(i) for i in range(20)]); net.save_pretrained(d/"base"); tokenizer.save_pretrained(d/"base")
 
-@target("hf_config", ["base/config.json", "base/generation_config.json"], weight=2)
+@target("hf_config", ["base/config.json", "base/generation_config.json"], names=("base",), weight=2)
 def hf_config():
     def read(d):
         import torch
@@ -367,7 +367,7 @@ def hf_config():
         with torch.no_grad(): return load_model(d/"base")(input_ids=torch.tensor([[1, 5, 9]])).logits.double().sum().item()
     return hf_model, read
 
-@target("hf_weights", ["base/model.safetensors"], weight=2)
+@target("hf_weights", ["base/model.safetensors"], names=("base",), weight=2)
 def hf_weights():
     return hf_model, hf_config()[1]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Callable, Iterable, Iterator
 import numpy as np, pandas as pd, torch
 from ..core.figures import korean_style
+from ..core.hub import load_weights
 from ..core.settings import UserError, project_root
 from .harness import Contestant, goal, machine, peer, run_once, summarise, write_report
 from .loader_peers import cpu, size_mb
@@ -134,8 +135,7 @@ def run_naive(job: dict) -> None:
 def run_peft(job: dict) -> None:
     "`add_weighted_adapter` and `merge_and_unload`."
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-    model = AutoModelForCausalLM.from_pretrained(f"{job['folder']}/base"); paths = paths_of(job)
+    model = load_weights(f"{job['folder']}/base"); paths = paths_of(job)
     names = [Path(p).name for p in paths]; first, *rest = paths
     tuned = PeftModel.from_pretrained(model, first, adapter_name=names[0])
     for path, name in zip(rest, names[1:]): tuned.load_adapter(path, name)

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Mamba2Config, MambaCo
 from transformers.pytorch_utils import Conv1D
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as hf_logging
+from ..core.hub import load_config, load_tokenizer, load_weights
 from ..core.settings import BaseSettings, UserError
 
 # %% auto #0
@@ -72,8 +73,7 @@ def check_folder(
 ) -> AutoConfig: # its config
     "Config, model type and weights must be there. Raises `UserError` naming the file that is missing or not readable."
     if not (folder/"config.json").is_file(): raise UserError(f"{folder}: no config.json in this folder: a base model is a folder in Hugging Face format")
-    try: config = AutoConfig.from_pretrained(folder)
-    except Exception as e: raise UserError(f"{folder/'config.json'}: not readable as a model config: {' '.join(str(e).split())[:200]}") from None
+    config = load_config(folder)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING: raise UserError(f"{folder/'config.json'}: {config.model_type!r} is not a causal language model that transformers knows")
     if not any((folder/f).is_file() for f in ("model.safetensors", "model.safetensors.index.json")):
         raise UserError(f"{folder}: no model.safetensors (nor its index) in this folder: save the base with save_pretrained, which writes safetensors")
@@ -277,14 +277,12 @@ def load_model(
 ): # the model, ready to answer
     "Load a causal LM from safetensors. Raises `UserError` when the folder does not hold one."
     check_folder(Path(folder)); quiet()
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True).to(device).eval()
+    return load_weights(folder, dtype=dtype).to(device)
 
 # %% ../../nbs/03a_base.ipynb #c050
 def _vocabulary(folder: Path):
-    from transformers import AutoTokenizer
     if not any((folder/n).is_file() for n in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")): return None
-    try: return AutoTokenizer.from_pretrained(folder).get_vocab()
-    except Exception as e: raise UserError(f"{folder}: the tokenizer there is not readable: {' '.join(str(e).split())[:160]}") from None
+    return load_tokenizer(folder).get_vocab()
 
 def check_tokenizer(
     base: Path, # the base's folder

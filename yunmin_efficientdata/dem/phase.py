@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np, torch
 from ..core.context import open_phase
 from ..core.figures import korean_style, save_figure
+from ..core.hub import load_config, load_tokenizer, load_weights
 from ..core.settings import UserError
 from .accounts import COST_COLUMNS, METHOD_COLUMNS, cost_rows, method_rows, plot_methods, saved, table_text
 from .base import check_tokenizer, copy_model, demo_config, find_base, load_model, make_deterministic, parameter_count, pretrain, quiet, save_model
@@ -86,8 +87,7 @@ def _fetch_base(ctx) -> dict:
     found, tokenizer = find_base(s.path), ctx.store.fetch("tokenizer/")
     check_tokenizer(found, tokenizer)
     with ctx.store.output("models/base") as out: copy_model(found, out, tokenizer)
-    from transformers import AutoConfig
-    return cost.done(tokens=0, steps=0, parameters=parameter_count(AutoConfig.from_pretrained(found)))
+    return cost.done(tokens=0, steps=0, parameters=parameter_count(load_config(found)))
 
 # %% ../../nbs/03_dem.ipynb #c012
 def _pretrain_domains(ctx, every: dict) -> list[str]: # domains to pretrain on
@@ -100,8 +100,7 @@ def _pretrain_base(ctx, keys: list[str]) -> dict:
     "Pretrain the small Mamba2 on these Parquet files."
     cost, s, dem = Cost(), ctx.settings.dem.base, ctx.settings.dem
     quiet(); make_deterministic(dem.lora.seed, dem.threads)
-    from transformers import AutoTokenizer
-    tokenizer = AutoTokenizer.from_pretrained(ctx.store.fetch("tokenizer/"))
+    tokenizer = load_tokenizer(ctx.store.fetch("tokenizer/"))
     loader = TokenLoader([ctx.store.fetch(k) for k in keys], s.seq_len, s.batch_size, seed=dem.lora.seed); last = {}
     def log(row):
         last.update(row)
@@ -327,8 +326,7 @@ def answer(
 
 def check_merged(ctx, folder: Path) -> dict:
     "Load the merged folder as anyone would, and let it answer ten prompts."
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    quiet(); model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    quiet(); model, tokenizer = load_weights(folder), load_tokenizer(folder)
     rows = [{k: p.get(k) for k in ("id", "domain", "prompt")} | {"answer": answer(model, tokenizer, p["prompt"], min(32, ctx.settings.evaluation.max_new_tokens))} for p in _prompts(ctx, 10)]
     return {"loads": True, "parameters": sum(p.numel() for p in model.parameters()), "prompts": len(rows), "answered": sum(bool(r["answer"].strip()) for r in rows), "answers": rows}
 
@@ -434,8 +432,7 @@ def method_stage(ctx, corpus: Corpus, costs: dict, steps: Steps) -> dict:
 # %% ../../nbs/03_dem.ipynb #c037
 def _bill(ctx, costs: dict):
     "results/dem_costs.json and results/cost_ledger.csv. FLOPs of training are the model's work a token; those of search and calibration are counted as forward and backward passes."
-    from transformers import AutoConfig
-    s = ctx.settings.dem; config = AutoConfig.from_pretrained(ctx.store.fetch("models/base/")); token = training_flops(config, s.lora)[0]
+    s = ctx.settings.dem; config = load_config(ctx.store.fetch("models/base/")); token = training_flops(config, s.lora)[0]
     parts = {"base": costs["base"], "seed": costs.get("seed"), **{f"lora.{d}": c for d, c in costs["domains"].items()}, "vectors": costs["vectors"], "search": costs["search"], "calibration": costs.get("unpolished"), "polish": costs.get("polish"), "merge": costs["merge"],
              "mixed": costs.get("mixed"), **{f"control.{p}": c for p, c in costs["controls"].items()}, "measure": costs.get("methods")}
     if not s.polish_steps and s.merge.method in ("regmean", "seqmean"): parts["calibration"], parts["merge"] = costs["merge"], None

@@ -11,7 +11,8 @@ from unittest.mock import patch
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
+from ..core.hub import load_config
 from ..core.settings import LoraSettings, Settings
 from .base import PEAK_FLOPS, demo_config, find_base, is_hub_id, meta_model, parameter_count, published_config, quiet
 from .lora import adapt, adapter_size, token_loss, training_flops
@@ -137,7 +138,7 @@ LIMITS = {"domain": 2., "all": 10., "difference": 300., "merge": 1200.}  # hours
 def _shape(settings: Settings): # (config, where it comes from)
     s = settings.dem.base
     if not s.path: return demo_config(s, settings.tokenizer.vocab_size), "small Mamba2 of base.*"
-    if Path(s.path).expanduser().is_dir() or not is_hub_id(s.path): return AutoConfig.from_pretrained(find_base(s.path)), s.path
+    if Path(s.path).expanduser().is_dir() or not is_hub_id(s.path): return load_config(find_base(s.path)), s.path
     return published_config(), f"{s.path} is not here: the published Mamba shape of 3B"
 
 def _tokens(settings: Settings, store) -> tuple[dict[str, float], bool]: # trained tokens a domain, and whether they are known

@@ -4,13 +4,14 @@
 
 # %% ../../nbs/04f_inputs.ipynb #c004
 from __future__ import annotations
-import json, re, warnings
+import re, warnings
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np, orjson, pandas as pd, torch, pyarrow.parquet as pq
-from ..core.settings import EvaluationConfig, UserError, project_root
+from ..core.hub import load_tokenizer as read_tokenizer, load_weights
+from ..core.settings import EvaluationConfig, UserError, project_root, reading
 from ..core.store import Store, open_store
-from ..core.records import BadLine, read_jsonl
+from ..core.records import BadLine, parse_json, read_jsonl
 
 # %% auto #0
 __all__ = ['BASE', 'MERGED', 'TEST', 'CONTAMINATION_COLUMNS', 'toy_tokenizer', 'toy', 'quiet', 'model_folders', 'find_models',
@@ -88,21 +89,20 @@ def load_full(
     folder: Path # Hugging Face format
 ): # model in evaluation mode, float32 on a CPU, as stored on a GPU
     "Load a full model from safetensors."
-    from transformers import AutoModelForCausalLM
     quiet(); device = pick_device()
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32 if device == "cpu" else "auto", use_safetensors=True).to(device).eval()
+    return load_weights(folder, dtype=torch.float32 if device == "cpu" else "auto").to(device)
 
 def load_adapted(
     base: Path, # full model
     adapter: Path # folder with adapter_config.json and adapter_model.safetensors
 ): # the base with the adapter added to its weights
     "Load an adapter over its base: plain LoRA factors are added here, other kinds (DoRA, patterns of rank) go through peft."
-    config = json.loads((Path(adapter)/"adapter_config.json").read_text(encoding="utf-8"))
+    config = parse_json((Path(adapter)/"adapter_config.json").read_bytes(), f"{Path(adapter).name}/adapter_config.json", "run `yunmin dem` again")
     model = load_full(base)
     if config.get("peft_type") == "LORA" and not any(config.get(k) for k in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern")):
         return add_factors(model, adapter, config["lora_alpha"]/config["r"], config.get("fan_in_fan_out", False))
     from peft import PeftModel
-    return PeftModel.from_pretrained(model, adapter).merge_and_unload().eval()
+    with reading(Path(adapter).name, "run `yunmin dem` again"): return PeftModel.from_pretrained(model, adapter).merge_and_unload().eval()
 
 # %% ../../nbs/04f_inputs.ipynb #c016
 @torch.no_grad()
@@ -114,7 +114,8 @@ def add_factors(
 ): # the same model
     "Add `scale * B @ A` to each adapted weight. Raises `UserError` for a tensor that is no LoRA factor of this model."
     from safetensors.torch import load_file
-    factors, weights = load_file(Path(adapter)/"adapter_model.safetensors"), dict(model.named_parameters())
+    with reading(f"{Path(adapter).name}/adapter_model.safetensors", "run `yunmin dem` again"): factors = load_file(Path(adapter)/"adapter_model.safetensors")
+    weights = dict(model.named_parameters())
     for key in sorted(k for k in factors if k.endswith(".lora_A.weight")):
         a, b = factors.pop(key), factors.pop(key.replace(".lora_A.", ".lora_B."), None)
         w = weights.get(key.removeprefix("base_model.model.").replace(".lora_A.weight", ".weight"))
@@ -152,8 +153,7 @@ def load_tokenizer(
     "The workspace's tokenizer. Raises `UserError` when there is none."
     if not store.exists("tokenizer/tokenizer_config.json") and not store.exists("tokenizer/tokenizer.json"):
         raise UserError("tokenizer/: no tokenizer in this workspace; run `yunmin format` on it first")
-    from transformers import AutoTokenizer
-    quiet(); tokenizer = AutoTokenizer.from_pretrained(store.fetch("tokenizer"))
+    quiet(); tokenizer = read_tokenizer(store.fetch("tokenizer"), "tokenizer/ of this workspace")
     if tokenizer.pad_token_id is None: tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -228,9 +228,9 @@ def general_documents(
     if not settings.general: return None
     where, key = find_file(settings.general, config_dir, "evaluation.general")
     docs = []
-    for number, item in read_jsonl(where, key):
-        if isinstance(item, dict) and isinstance(item.get("text"), str) and item["text"].strip():
-            docs.append((number, TestDocument(str(item.get("id", number)), item["text"])))
+    for number, item in read_items_lines(where, key):
+        if not isinstance(item, dict): raise UserError(f"{key} line {number}: {item}; write one JSON object with `text` a line (evaluation.general)")
+        if isinstance(item.get("text"), str) and item["text"].strip(): docs.append((number, TestDocument(str(item.get("id", number)), item["text"])))
         if len(docs) >= settings.max_documents: break
     if not docs: raise UserError(f"evaluation.general: {settings.general} holds no line with a text; write one JSON object with `text` a line")
     return within_limits(docs, settings)

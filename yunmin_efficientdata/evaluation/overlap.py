@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np, pandas as pd, torch
+from ..core.hub import load_tokenizer, load_weights
 from ..core.settings import UserError
 from ..core.store import Store
 from .inputs import quiet, read_items
@@ -212,13 +213,10 @@ def load_encoder(
     layer: int | None = None # None: the last
 ) -> Encoder:
     "Load the encoder for BERTScore. Raises `UserError` for a folder that holds none or a layer that does not exist."
-    from transformers import AutoModel, AutoTokenizer
     quiet(); folder = Path(folder).expanduser()
     if not (folder/"config.json").is_file(): raise UserError(f"evaluation.bertscore_model: {str(folder)!r} holds no config.json; name the folder of an encoder in Hugging Face format")
-    try:
-        model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).to("cuda" if torch.cuda.is_available() else "cpu").eval()
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as e: raise UserError(f"evaluation.bertscore_model: {folder.name}: {' '.join(str(e).split())[:200]}") from None
+    model = load_weights(folder, f"evaluation.bertscore_model: {folder.name}", "AutoModel", local_files_only=True).to("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = load_tokenizer(folder, f"evaluation.bertscore_model: {folder.name}", local_files_only=True)
     layers = model.config.num_hidden_layers
     if layer is not None and not -1 <= layer <= layers: raise UserError(f"evaluation.bertscore_layer: {layer}, but {folder.name} has layers 0 to {layers}")
     return Encoder(model, tokenizer, layers if layer in (None, -1) else layer, folder.name)

@@ -5,8 +5,8 @@
 # %% ../../nbs/04d_prompts.ipynb #c004
 from __future__ import annotations
 import re
-import numpy as np, pandas as pd, yaml
-from ..core.settings import UserError
+import numpy as np, pandas as pd
+from ..core.settings import UserError, parse_yaml
 from ..core.store import Store
 from .choices import log_likelihoods, wilson
 from .inputs import BASE, MERGED, TestDocument, read_items
@@ -26,14 +26,16 @@ def read_rubric(
     where: Store, key: str # scoring_rules.yaml
 ) -> dict: # criteria: {name: {name, question, weight, anchors: {1..5: text}}}, improved: {at_least, of}
     "Read and check the rubric: every criterion needs a positive weight and an anchor for each of five points."
-    try: rules = yaml.safe_load(where.read(key))
-    except (yaml.YAMLError, UnicodeDecodeError) as e: raise UserError(f"{key}: not readable as YAML: {' '.join(str(e).split())}") from None
-    criteria = (rules or {}).get("criteria") if isinstance(rules, dict) else None
+    rules = parse_yaml(where.read(key), key)
+    criteria = rules.get("criteria") if isinstance(rules, dict) else None
+    if not isinstance(criteria, dict): raise UserError(f"{key}: criteria: expected the keys {', '.join(CRITERIA)}")
     for name in CRITERIA:
-        c = (criteria or {}).get(name)
-        if not isinstance(c, dict) or sorted(c.get("anchors") or {}) != [1, 2, 3, 4, 5] or not (isinstance(c.get("weight"), (int, float)) and c["weight"] > 0):
+        c = criteria.get(name)
+        if not isinstance(c, dict) or not isinstance(c.get("anchors"), dict) or set(c["anchors"]) != {1, 2, 3, 4, 5} or not (isinstance(c.get("weight"), (int, float)) and 0 < c["weight"] < 1e9):
             raise UserError(f"{key}: criteria.{name}: needs a weight above 0 and anchors for the points 1, 2, 3, 4 and 5")
-    return {"criteria": {n: {"name": n, "question": "", **criteria[n]} for n in CRITERIA}, "improved": {"at_least": 6, "of": 10, **(rules.get("improved") or {})}}
+    improved = rules.get("improved") or {}
+    if not isinstance(improved, dict) or not all(type(improved.get(k, 1)) is int and 0 < improved.get(k, 1) < 1e9 for k in ("at_least", "of")): raise UserError(f"{key}: improved: at_least and of must be whole numbers above 0")
+    return {"criteria": {n: {"name": n, "question": "", **criteria[n]} for n in CRITERIA}, "improved": {"at_least": 6, "of": 10, **improved}}
 
 # %% ../../nbs/04d_prompts.ipynb #c009
 def overall(

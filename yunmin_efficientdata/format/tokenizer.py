@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from ..core.hub import SAFE
 from ..core.settings import UserError
 
 # %% auto #0
@@ -169,7 +170,7 @@ def load_tokenizer(
     folder = Path(path).expanduser()
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
     if looks_local and not folder.is_dir(): raise UserError(f"tokenizer {path!r}: no such folder; set tokenizer.path to a Hugging Face tokenizer, or to null to train one")
-    try: tokenizer = AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else path)
+    try: tokenizer = AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else path, **SAFE)
     except Exception as e:  # the hub, a missing file, a broken JSON: transformers raises many kinds
         raise UserError(f"tokenizer {path!r} cannot be loaded ({' '.join(str(e).split())[:160]}); set tokenizer.path to a folder with a tokenizer, or to null to train one") from None
     if tokenizer.eos_token_id is None: raise UserError(f"tokenizer {path!r} has no eos_token; training data needs one between documents")
