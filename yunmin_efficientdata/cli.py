@@ -15,9 +15,9 @@ from .core.settings import UserError
 
 # %% auto #0
 __all__ = ['app', 'console', 'Workspace', 'Raw', 'Config', 'Set', 'Kind', 'Workers', 'DEMO', 'bench', 'Repeats', 'Report', 'run',
-           'dedup', 'format_', 'dem', 'evaluate', 'report', 'table', 'status', 'show_frame', 'profile', 'plan',
-           'show_plan', 'sample', 'parse_pair', 'parse_diff', 'read_calibration', 'merge', 'show_bench', 'bench_dedup',
-           'bench_loader', 'bench_dem', 'bench_merge', 'share', 'serve_site', 'main']
+           'dedup', 'compact', 'remove', 'format_', 'dem', 'evaluate', 'report', 'table', 'status', 'show_frame',
+           'profile', 'plan', 'show_plan', 'sample', 'parse_pair', 'parse_diff', 'read_calibration', 'merge',
+           'show_bench', 'bench_dedup', 'bench_loader', 'bench_dem', 'bench_merge', 'share', 'serve_site', 'main']
 
 # %% ../nbs/07_cli.ipynb #c005
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False,
@@ -43,10 +43,27 @@ def run(ws: Workspace, raw: Raw = None, config: Config = DEMO, set: Set = [], ex
 # %% ../nbs/07_cli.ipynb #c008
 @app.command()
 def dedup(ws: Workspace, raw: Raw = None, config: Config = DEMO, set: Set = [], executor: Kind = "local", workers: Workers = 0,
-          append: Annotated[bool, typer.Option("--append", help="Take --raw as a further crawl into the same workspace.")] = False):
+          append: Annotated[bool, typer.Option("--append", help="Take --raw as a further crawl into the same workspace; reads the new files and what they touch. Without --raw: files that the known sources have got since.")] = False):
     "Phase 1: validate, clean, remove exact and near duplicates."
     from yunmin_efficientdata.dedup.phase import run
     run(ws, config=config, raw=raw, overrides=set, executor=executor, workers=workers, append=append)
+
+@app.command()
+def compact(ws: Workspace, config: Config = DEMO, set: Set = [], executor: Kind = "local", workers: Workers = 0):
+    "Sort the parts of many daily crawls into one order, as one batch would have left them; raw text is not read."
+    from yunmin_efficientdata.dedup.phase import run
+    run(ws, config=config, overrides=set, executor=executor, workers=workers, compact=True)
+
+@app.command()
+def remove(ws: Workspace, ids: Annotated[list[str], typer.Option("--id", help="Id of a document; may be repeated.")] = [],
+           sources: Annotated[list[str], typer.Option("--source", help="All documents of a source; may be repeated.")] = [],
+           dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would go.")] = False,
+           config: Config = DEMO, set: Set = [], executor: Kind = "local", workers: Workers = 0):
+    "Take documents out, now and from every later crawl (a takedown request); their copies get another keeper. Raw files stay as they are."
+    import pandas as pd
+    from yunmin_efficientdata.dedup.phase import remove as run
+    found = run(ws, ids, sources, dry_run, config, set, executor, workers)
+    show_frame(f"{len(found):,} documents {'would go' if dry_run else 'are gone'}", pd.DataFrame(found, columns=["id", "domain", "source", "words", "now", "keeper_of"]))
 
 @app.command("format")
 def format_(ws: Workspace, config: Config = DEMO, set: Set = [], executor: Kind = "local", workers: Workers = 0):
@@ -131,12 +148,34 @@ def profile(target: Annotated[Optional[str], typer.Argument(metavar="WS|FILE.par
 
 # %% ../nbs/07_cli.ipynb #c014
 @app.command()
-def plan(documents: Annotated[float, typer.Option(help="Documents of the corpus, e.g. 1e9.")], bytes: Annotated[float, typer.Option(help="Bytes of text, e.g. 5e12.")],
-         workers: Annotated[int, typer.Option(min=1, help="Cores, over all machines.")] = 64):
-    "Estimate phase 1 for a large corpus from rates measured on this machine."
-    from yunmin_efficientdata.pipeline import plan_corpus
-    rows = plan_corpus(documents, bytes, workers)
-    table("phase 1, arithmetic from a calibration run on this machine", [{"what": w, "amount": a, "unit": u} for w, a, u in rows])
+def plan(documents: Annotated[Optional[float], typer.Option(help="Documents of the corpus, e.g. 1e9.")] = None, bytes: Annotated[Optional[float], typer.Option(help="Bytes of text, uncompressed, e.g. 5e12.")] = None,
+         workers: Annotated[int, typer.Option(min=1, help="Cores, over all machines.")] = 64,
+         store: Annotated[str, typer.Option(help="Where the workspace lies: local (disks) or s3 (requests are planned too).")] = "local",
+         calibrate: Annotated[Optional[str], typer.Option(metavar="CORPUS|WS|sample", help="Measure first: three small runs on this machine with a folder of JSONL (or the sample corpus), or read the ledger of a finished workspace.")] = None,
+         at: Annotated[Optional[str], typer.Option(metavar="s3://…", help="With --calibrate: two more runs there, so that requests are measured; removed afterwards.")] = None,
+         calibration: Annotated[Optional[str], typer.Option(metavar="FILE", help="Rates measured before, here or elsewhere; default: configs/capacity.json.")] = None,
+         out: Annotated[Optional[str], typer.Option(metavar="FILE", help="Where --calibrate leaves its rates, to be carried to another machine.")] = None,
+         duplicates: Annotated[Optional[float], typer.Option(help="Share of documents that have a duplicate, when known.")] = None,
+         price: Annotated[list[str], typer.Option("--price", help="An assumption in US dollars: vcpu_hour, gb_month, put_1000, get_1000; also days (kept), request_ms. KEY=VALUE, may be repeated.")] = [],
+         as_json: Annotated[bool, typer.Option("--json", help="The whole plan as JSON.")] = False, config: Config = DEMO, set: Set = []):
+    """What phases 1 and 2 will take for a corpus of any size: CPU and wall hours, memory, disk, S3 requests, money.
+
+    Rates are measured (by --calibrate, on your text and machine), pieces are counted from the settings, prices are assumed; every row says which. How each number comes about: nbs/06h_capacity.ipynb. Training: yunmin dem WS --plan.
+
+    For example: yunmin plan --calibrate /data/crawl --out mine.json, then yunmin plan --documents 1e9 --bytes 5e12 --calibration mine.json --store s3 --set dedup.part_bytes=536870912"""
+    from yunmin_efficientdata import capacity as c
+    from yunmin_efficientdata.core.settings import load_settings
+    say = lambda text: print(text, file=sys.stderr)
+    rates = c.calibration_of(calibrate, config=config, overrides=tuple(set), at=at, say=say) if calibrate else c.load_calibration(calibration) if calibration else c.bundled()
+    if calibrate: c.save_calibration(rates, out or "calibration.json"); say(f"rates: {out or 'calibration.json'}")
+    if documents is None and bytes is None and calibrate: return
+    found = c.make_plan(documents or 0, bytes or 0, workers, load_settings(config, list(set)), rates, store, c.parse_prices(price), duplicates)
+    if as_json: return print(c.to_json(found))
+    import pandas as pd
+    for title, rows in c.plan_tables(found).items(): show_frame(title, pd.DataFrame(rows), 60)
+    about = found["measured_on"]
+    console.print(f"measured on: {', '.join(f'{k} {about[k]}' for k in ('corpus', 'processor', 'cores', 'measured') if k in about)}", markup=False, highlight=False, soft_wrap=True)
+    for line in found["warnings"]: console.print(f"note: {line}", markup=False, highlight=False, soft_wrap=True)
 
 def show_plan(ws: str, config: str, overrides) -> None:
     "Print the estimates of `yunmin dem WS --plan`."
@@ -157,7 +196,7 @@ def sample(ws: Workspace, docs: Annotated[int, typer.Option(min=20, help="Docume
     with workspace_lock(store): counts = write_sample(store, documents=docs, seed=seed, duplicate_rate=duplicate_rate)
     console.print(f"raw/: {', '.join(f'{k} {v:,}' for k, v in counts.items() if isinstance(v, int))}")
 
-# %% ../nbs/07_cli.ipynb #27bff026
+# %% ../nbs/07_cli.ipynb #c017
 def parse_pair(
     text: str, # FILE=WEIGHT
     option: str # --diff or --model, for the message
@@ -169,7 +208,7 @@ def parse_pair(
 
 def parse_diff(text: str) -> tuple[str, float]: return parse_pair(text, "--diff")
 
-# %% ../nbs/07_cli.ipynb #6736e0df
+# %% ../nbs/07_cli.ipynb #c019
 def read_calibration(
     entries: list[str], # NAME=FILE, token Parquet or JSONL of ids
     seq_len: int, # tokens in a window
@@ -185,16 +224,16 @@ def read_calibration(
         if file.endswith(".parquet"): windows = heldout_windows([file], seq_len, most)
         else:
             ids: list[int] = []
-            for n, line in enumerate(open(file, encoding="utf-8"), 1):
+            for n, line in enumerate(open(file, "rb"), 1):
                 try: row = json.loads(line); ids += [int(i) for i in (row.get("input_ids") or row["tokens"] if isinstance(row, dict) else row)]
-                except (ValueError, TypeError, KeyError): raise UserError(f"{file}, line {n}: expected a list of token ids, or an object with input_ids or tokens") from None
+                except (ValueError, TypeError, KeyError, OverflowError, RecursionError): raise UserError(f"{file}, line {n}: expected a list of token ids, or an object with input_ids or tokens") from None
                 if len(ids) >= seq_len*most: break
             windows = np.array(ids[:len(ids)//seq_len*seq_len], np.int64).reshape(-1, seq_len)[:most]
         if not len(windows): raise UserError(f"--calibration {name}: {file} has fewer tokens than one window of {seq_len}; lower --seq-len or give more text")
         out[name] = windows
     return out
 
-# %% ../nbs/07_cli.ipynb #43f0c414
+# %% ../nbs/07_cli.ipynb #c021
 @app.command()
 def merge(base: Annotated[str, typer.Argument(help="HF folder of the base model.")], out: Annotated[str, typer.Argument(help="Folder to write.")],
           diff: Annotated[list[str], typer.Option("--diff", help="Difference vector and weight: FILE.npy=0.5 or FILE.lowrank.npz=0.5; may be repeated.")] = [],
@@ -218,7 +257,7 @@ def merge(base: Annotated[str, typer.Argument(help="HF folder of the base model.
     for line in found["warnings"]: console.print(f"warning: {line}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"merged {len(pairs)} differences by {method} into {out}: {found['changed']} of {found['tensors']} tensors changed", markup=False, soft_wrap=True)
 
-# %% ../nbs/07_cli.ipynb #c020
+# %% ../nbs/07_cli.ipynb #c024
 bench = typer.Typer(no_args_is_help=True, help="Compare with other tools on your own text: CPU seconds, memory, quality.")
 app.add_typer(bench, name="bench")
 
@@ -230,7 +269,7 @@ def show_bench(tables: dict, out: str, name: str) -> None:
     table("goals", tables["goals"].to_dict("records"))
     console.print(f"{out}/{name}.md: all tables and figures")
 
-# %% ../nbs/07_cli.ipynb #c021
+# %% ../nbs/07_cli.ipynb #c025
 @bench.command("dedup")
 def bench_dedup(corpus: Annotated[Optional[str], typer.Option(help="Folder or s3://… of JSONL files; default: a sample corpus made for the occasion.")] = None,
                 documents: Annotated[int, typer.Option(min=40, help="Documents of five words or more, taken from all files.")] = 28_000,
@@ -245,7 +284,7 @@ def bench_dedup(corpus: Annotated[Optional[str], typer.Option(help="Folder or s3
     tables = run(corpus, min(documents, 3000) if quick else documents, chosen, out, 1 if quick else repeats, threads, planted, say=console.print)
     show_bench(tables, out, "dedup")
 
-# %% ../nbs/07_cli.ipynb #c023
+# %% ../nbs/07_cli.ipynb #c027
 @bench.command("loader")
 def bench_loader(corpus: Annotated[Optional[str], typer.Option(help="Workspace with parquet_ready/, or folder or s3://… of JSONL; default: a sample corpus made for the occasion.")] = None,
                  tokens: Annotated[int, typer.Option(min=1000, help="As many Parquet files are read as hold this many tokens.")] = 50_000_000,
@@ -262,7 +301,7 @@ def bench_loader(corpus: Annotated[Optional[str], typer.Option(help="Workspace w
     tables = run(corpus, chosen, out, *((1, min(seconds, 0.25), min(tokens, 2_000_000)) if quick else (repeats, seconds, tokens)), batch, seq_len, say=console.print)
     show_bench(tables, out, "loader")
 
-# %% ../nbs/07_cli.ipynb #c025
+# %% ../nbs/07_cli.ipynb #c029
 @bench.command("dem")
 def bench_dem(corpus: Annotated[str, typer.Option(help="Workspace with parquet_ready/, or folder of JSONL files, a domain each.")],
               seeds: Annotated[int, typer.Option(min=1, help="How often everything is done, each time from another base.")] = 3,
@@ -273,7 +312,7 @@ def bench_dem(corpus: Annotated[str, typer.Option(help="Workspace with parquet_r
     tables = run(corpus, out, seeds, quick, say=console.print)
     table("merged against mixed", tables["study"].round(3).to_dict("records")); show_bench(tables, out, "dem")
 
-# %% ../nbs/07_cli.ipynb #c026
+# %% ../nbs/07_cli.ipynb #c030
 @bench.command("merge")
 def bench_merge(gigabytes: Annotated[float, typer.Option(min=0.002, help="Of the models of the linear merge; TIES and DARE get a fifth.")] = 2.2,
                 peers: Annotated[Optional[str], typer.Option(help="Some of the contestants, by name, such as 'mergekit,peft'; default: all.")] = None,
@@ -290,7 +329,7 @@ def bench_merge(gigabytes: Annotated[float, typer.Option(min=0.002, help="Of the
     table("goals", tables["goals"].to_dict("records"))
     console.print(f"{out}/merge.md: all tables and figures")
 
-# %% ../nbs/07_cli.ipynb #c028
+# %% ../nbs/07_cli.ipynb #c032
 @app.command()
 def share(ws: Workspace,
           out: Annotated[Optional[str], typer.Argument(metavar="OUT", help="Folder to make; default: share/ in the workspace, ./NAME-share for one on S3.")] = None,
@@ -313,7 +352,7 @@ def share(ws: Workspace,
     for line in made["warnings"]: console.print(f"licence: {line}", style="bold red", markup=False, highlight=False, soft_wrap=True)
     console.print(f"configurations: {', '.join(made['configurations'])}\nRead README.md in that folder. Then, if it may be public:\n  {made['command']}", markup=False, highlight=False, soft_wrap=True)
 
-# %% ../nbs/07_cli.ipynb #c030
+# %% ../nbs/07_cli.ipynb #c034
 def serve_site(ws: str, port: int) -> None:
     "Serve reports/site of a workspace on localhost until Ctrl-C."
     import functools, http.server
@@ -327,7 +366,7 @@ def serve_site(ws: str, port: int) -> None:
     except KeyboardInterrupt: pass
     finally: server.server_close()
 
-# %% ../nbs/07_cli.ipynb #c032
+# %% ../nbs/07_cli.ipynb #c036
 def main(argv: list[str] | None = None) -> None:
     "Entry point: reads .env, runs a command, turns errors into exit codes."
     from dotenv import load_dotenv

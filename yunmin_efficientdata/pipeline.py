@@ -15,7 +15,7 @@ from .core.context import open_log, workspace_lock
 
 # %% auto #0
 __all__ = ['PHASES', 'choose_phases', 'check_parameters', 'phase_parameters', 'PhaseError', 'run_notebook', 'preflight',
-           'run_pipeline', 'calibrate', 'plan_corpus']
+           'run_pipeline']
 
 # %% ../nbs/06_pipeline.ipynb #c006
 PHASES = {"dedup": "01_dedup", "format": "02_format", "dem": "03_dem", "evaluate": "04_evaluation", "report": "05_report"}
@@ -168,33 +168,3 @@ def _timed_phase(log, phase: str, work) -> float:
     seconds = time.perf_counter() - start
     log.info(f"✅ success {phase} " + ("(nothing changed, skipped)" if skipped else f"{seconds:.1f} s"))
     return seconds
-
-# %% ../nbs/06_pipeline.ipynb #c024
-def calibrate(
-    documents: int = 2000 # size of the sample corpus
-) -> dict[str, float]: # stage -> CPU seconds; plus `documents`, `bytes`
-    "Run phase 1 on a sample corpus in a temporary workspace with one worker and read its ledger."
-    from yunmin_efficientdata.core.sample import write_sample
-    from yunmin_efficientdata.dedup.phase import run
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(open(os.devnull, "w")):
-        store = open_store(folder)
-        write_sample(store, documents=documents)
-        run(folder, workers=1)
-        cost = {e["stage"]: e["cpu_seconds"] for e in Ledger(store).entries()}
-        size = sum(store.size(k) for k in store.list("dedup_ready/") if k.endswith(".jsonl"))
-        return cost | {"documents": documents, "bytes": size}
-
-# %% ../nbs/06_pipeline.ipynb #c025
-def plan_corpus(
-    documents: float, size: float, workers: int = 64, # the corpus: documents and bytes of text; machines' cores in all
-    measured: dict | None = None # from `calibrate`
-) -> list[tuple[str, float, str]]: # (what, amount, unit)
-    "Estimate phase 1 for a corpus of any size, by arithmetic from measured rates. Raises `UserError` for sizes that are not positive."
-    if documents <= 0 or size <= 0 or workers <= 0: raise UserError("--documents, --bytes and --workers must be positive")
-    m = measured or calibrate()
-    per_byte = m.get("dedup.prepare", 0) / m["bytes"]
-    per_doc = sum(v for k, v in m.items() if k.startswith("dedup.") and k != "dedup.prepare") / m["documents"]
-    hours = (per_byte * size + per_doc * documents) / 3600
-    return [("CPU time, prepare", per_byte * size / 3600, "core hours"), ("CPU time, signatures to survivors", per_doc * documents / 3600, "core hours"),
-            (f"wall time on {workers} cores, evenly spread", hours / workers, "hours"), ("signatures on disk", documents * 128 * 4 / 1e9, "GB"),
-            ("band keys on disk", documents * 16 * 16 / 1e9, "GB"), ("cleaned text on disk", size / 1e9, "GB")]
