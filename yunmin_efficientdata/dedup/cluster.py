@@ -16,9 +16,9 @@ from .spans import cut
 from .lsh import contaminated, keeper_order, partition_of, read_bucket, write_buckets, write_pairs
 
 # %% auto #0
-__all__ = ['EXACT_ROWS', 'CLUSTERS', 'CLUSTER_ROWS', 'exact_part', 'equal_groups', 'confirmed', 'ranks_of', 'exact_partition',
-           'find_exact', 'components', 'choose_keepers', 'Decision', 'decide', 'read_edges', 'read_copies',
-           'representatives', 'write_clusters', 'publish_decision', 'fate_part', 'shorten', 'write_part',
+__all__ = ['EXACT_ROWS', 'CLUSTERS', 'CLUSTER_ROWS', 'exact_part', 'equal_groups', 'confirmed', 'ranks_of', 'copies',
+           'exact_partition', 'find_exact', 'components', 'choose_keepers', 'Decision', 'decide', 'read_edges',
+           'read_copies', 'representatives', 'write_clusters', 'publish_decision', 'fate_part', 'shorten', 'write_part',
            'count_sources']
 
 # %% ../../nbs/01d_cluster.ipynb #c006
@@ -60,22 +60,31 @@ def ranks_of(order: np.ndarray, docs: np.ndarray) -> np.ndarray: # int64, of the
     number = np.argsort(order)
     return number[np.searchsorted(order[number], docs)]
 
+def copies(
+    corpus: Corpus,
+    rows: np.ndarray, # uint64 [n, 2]: hash, document
+    s: DedupSettings
+) -> tuple[np.ndarray, int]: # int64 [n, 2] of copy and the one kept, sorted; groups
+    "Exact copies among some documents."
+    docs, start = confirmed(corpus, equal_groups(rows)[0])
+    if not len(docs): return np.empty((0, 2), np.int64), 0
+    order = keeper_order(corpus, np.sort(docs), s)
+    best = order[np.minimum.reduceat(ranks_of(order, docs), start)]
+    pairs = np.column_stack([docs, np.repeat(best, np.diff(np.append(start, len(docs))))])
+    pairs = pairs[pairs[:, 0] != pairs[:, 1]]
+    return pairs[np.argsort(pairs[:, 0])], len(start)
+
 def exact_partition(
     task: dict # workspace, settings, number (of the partition), partitions, parts
 ) -> dict: # groups, removed
     "Exact duplicates of one partition: (copy, kept) to minhash_lsh/exact/, and their edges of 1.0 to pairs/."
     corpus, s, number = Corpus(task["workspace"]), DedupSettings(**task["settings"]), task["number"]
     rows = read_bucket(corpus.store, [f"minhash_lsh/spill/exact/{p:05d}.bin" for p in range(task["parts"])], number, task["partitions"], 2)
-    docs, start = confirmed(corpus, equal_groups(rows)[0])
-    if not len(docs): return {"groups": 0, "removed": 0}
-    order = keeper_order(corpus, np.sort(docs), s)
-    best = order[np.minimum.reduceat(ranks_of(order, docs), start)]
-    pairs = np.column_stack([docs, np.repeat(best, np.diff(np.append(start, len(docs))))])
-    pairs = pairs[pairs[:, 0] != pairs[:, 1]]
-    pairs = pairs[np.argsort(pairs[:, 0])]
+    pairs, groups = copies(corpus, rows, s)
+    if not groups: return {"groups": 0, "removed": 0}
     with corpus.store.writer(f"minhash_lsh/exact/{number:05d}.npy") as f: np.save(f, pairs, allow_pickle=False)
     write_pairs(corpus, f"minhash_lsh/pairs/exact-{number:05d}.parquet", pairs, np.ones(len(pairs)))
-    return {"groups": len(start), "removed": len(pairs)}
+    return {"groups": groups, "removed": len(pairs)}
 
 # %% ../../nbs/01d_cluster.ipynb #c009
 def find_exact(ctx, stage) -> dict: # groups, removed
@@ -164,9 +173,10 @@ def decide(
     return Decision(docs, keeper, components(np.concatenate([near_r, exact_r]), len(docs)), copy, touched)
 
 # %% ../../nbs/01d_cluster.ipynb #c019
-def read_edges(store: Store, keys: list[str]) -> np.ndarray: # int64 [m, 2]
+def read_edges(store: Store, keys: list[str], similarity: bool = False) -> np.ndarray: # int64 [m, 2]; with similarity float64 [m, 3]
     "Verified edges as document numbers."
-    return np.concatenate([np.empty((0, 2), np.int64)] + [np.asarray(load_array(store, k)[:, :2]).astype(np.int64) for k in keys])
+    found = [np.empty((0, 3))] + [load_array(store, k) for k in keys]
+    return np.concatenate(found) if similarity else np.concatenate([np.asarray(f[:, :2]).astype(np.int64) for f in found])
 
 def read_copies(store: Store) -> np.ndarray: # int64 [n, 2]: copy, kept
     "What dedup.exact found."

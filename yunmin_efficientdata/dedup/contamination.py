@@ -11,6 +11,7 @@ from typing import Any, Iterable, Iterator, NamedTuple
 import numpy as np, orjson
 from ..core.settings import ContaminationSettings, UserError, project_root
 from ..core.store import Stat, Store, open_store
+from ..core.ledger import code_digest, digest
 from ..core.records import BadLine, is_jsonl, read_jsonl
 from .prepare import Corpus, load_array, resumable, sweep
 try: from numba import njit
@@ -18,7 +19,7 @@ except ImportError: njit = None
 
 # %% auto #0
 __all__ = ['DESCRIBING', 'BASE', 'INVERSE', 'FREQUENT', 'TEMPLATE_ITEMS', 'TEMPLATE_SHARE', 'DROP', 'SPACE', 'ASK', 'RING',
-           'SPILL', 'BATCH_BYTES', 'SHOWN_DOCUMENTS', 'SHOWN_ITEMS', 'WHOLE', 'normal_form', 'item_fields',
+           'SPILL', 'HITS', 'BATCH_BYTES', 'SHOWN_DOCUMENTS', 'SHOWN_ITEMS', 'WHOLE', 'normal_form', 'item_fields',
            'item_units', 'EvalFile', 'locate', 'find_sets', 'set_stats', 'Item', 'read_set', 'mix', 'Table',
            'build_table', 'letter_tables', 'jit', 'scan_texts', 'save_table', 'load_table', 'scan_part', 'add_votes',
            'judge_part', 'owned', 'by_item', 'find_contamination', 'contaminated_items']
@@ -447,6 +448,7 @@ def scan_texts(
 
 # %% ../../nbs/01h_contamination.ipynb #c045
 SPILL = "minhash_lsh/spill/contamination"
+HITS = "minhash_lsh/index/state/hits/"  # kept, so that a further crawl is scanned alone: a folder for a set of n-grams, a file a part
 BATCH_BYTES = 4 << 20  # of text in the kernel at once
 
 def save_table(store: Store, table: Table) -> str: # its key
@@ -466,21 +468,18 @@ def load_table(store: Store, key: str) -> Table:
 
 # %% ../../nbs/01h_contamination.ipynb #c046
 def scan_part(
-    task: dict # workspace, number (of the part), name, table (key)
+    task: dict # workspace, number (of the part), name, table, hits (keys)
 ) -> dict: # documents with a hit, hits
-    "Hits of one part to minhash_lsh/spill/contamination/hits/: uint64 [hits, 3] of row, n-gram, text hash."
+    "Hits of one part: uint64 [hits, 3] of row, n-gram, text hash."
     corpus = Corpus(task["workspace"])
     table, found = load_table(corpus.store, task["table"]), []
-    for row, texts in _text_batches(corpus, task["number"]):
+    for row, texts in _text_batches(corpus, task["number"]) if len(table.hashes) else ():
         hits = scan_texts(texts, table)
         if len(hits): found.append(hits + [row, 0])
-    if not found: return {"documents": 0, "hits": 0}
-    hits = np.concatenate(found)
+    hits = np.concatenate([np.empty((0, 2), np.int64), *found])
     high = corpus.table(task["number"], ["hash"])["hash"][hits[:, 0]]
-    with corpus.store.writer(_hits_key(task["number"])) as f: np.save(f, np.column_stack([hits.astype(np.uint64), high]), allow_pickle=False)
+    with corpus.store.writer(task["hits"]) as f: np.save(f, np.column_stack([hits.astype(np.uint64), high]), allow_pickle=False)
     return {"documents": len(np.unique(hits[:, 0])), "hits": len(hits)}
-
-def _hits_key(number: int) -> str: return f"{SPILL}/hits/{number:05d}.npy"
 
 def _text_batches(corpus: Corpus, part: int) -> Iterator[tuple[int, list[str]]]: # first row, texts
     "The texts of a part in batches of about BATCH_BYTES."
@@ -508,12 +507,12 @@ def add_votes(
 SHOWN_DOCUMENTS, SHOWN_ITEMS = 20, 10  # examples in the report, items for each
 
 def judge_part(
-    task: dict # workspace, number, name, table (key), frequent (key), hits (is there a file)
+    task: dict # workspace, number, name, table, frequent, hits (keys)
 ) -> dict: # domain, documents, of each set, examples
     "Contaminated rows of one part to minhash_lsh/contaminated/; its items to the spill: int64 [items, 3] of item, documents, most n-grams in one of them."
     corpus = Corpus(task["workspace"])
     store, table, number = corpus.store, load_table(corpus.store, task["table"]), task["number"]
-    hits = load_array(store, _hits_key(number))[:, :2].astype(np.int64) if task["hits"] else np.empty((0, 2), np.int64)
+    hits = load_array(store, task["hits"])[:, :2].astype(np.int64)
     hits = hits[~load_array(store, task["frequent"])[hits[:, 1]]]
     rows, grams = np.unique(hits[:, 0], return_counts=True)
     with store.writer(f"minhash_lsh/contaminated/{task['name']}.npy") as f: np.save(f, rows, allow_pickle=False)
@@ -616,11 +615,14 @@ def find_contamination(
     items = [read_set(f, s) for f in files]
     table = build_table(items, s.ngram)
     base = {"workspace": store.uri, "table": save_table(store, table), "frequent": f"{SPILL}/frequent.npy"}
-    tasks = [base | {"number": i, "name": p["name"]} for i, p in enumerate(corpus.parts)]
-    scanned = resumable(ctx, stage, "contamination", scan_part, tasks, "evaluation sets") if len(table.hashes) else [{"hits": 0}] * len(tasks)
-    votes = _count_votes(store, scanned, len(table.hashes))
+    folder = f"{HITS}{_table_digest(table)}/"
+    tasks = [base | {"number": i, "name": p["name"], "hits": f"{folder}{p['name']}.npy"} for i, p in enumerate(corpus.parts)]
+    sweep(store, HITS, [t["hits"] for t in tasks])
+    known = set(store.list(folder))
+    resumable(ctx, stage, "contamination", scan_part, [t for t in tasks if t["hits"] not in known], "evaluation sets")
+    votes = _count_votes(store, [t["hits"] for t in tasks], len(table.hashes))
     with store.writer(base["frequent"]) as f: np.save(f, votes > FREQUENT, allow_pickle=False)
-    judged = resumable(ctx, stage, "contaminated", judge_part, [t | {"hits": r["hits"]} for t, r in zip(tasks, scanned)])
+    judged = resumable(ctx, stage, "contaminated", judge_part, tasks)
     found = _merge_items(store, judged)
     counts = _write_report(store, s, {f.name: _set_report(i, f, items[i], table, votes, found, judged) for i, f in enumerate(files)}, judged, table.sets)
     sweep(store, "minhash_lsh/contaminated/", [f"minhash_lsh/contaminated/{p['name']}.npy" for p in corpus.parts])
@@ -628,11 +630,14 @@ def find_contamination(
     store.delete_prefix(SPILL)
     return counts
 
-def _count_votes(store: Store, scanned: list[dict], grams: int) -> np.ndarray: # int64 [n-grams], at most FREQUENT + 1
+def _table_digest(table: Table) -> str: # the same for the same n-grams
+    return digest(b"".join(np.ascontiguousarray(x).tobytes() for x in table) + code_digest(("dedup.contamination",)).encode())
+
+def _count_votes(store: Store, keys: list[str], grams: int) -> np.ndarray: # int64 [n-grams], at most FREQUENT + 1
     "In how many different texts each n-gram was found."
     votes = np.empty((0, 2), np.uint64)
-    for number, r in enumerate(scanned):
-        if r["hits"]: votes = add_votes(votes, load_array(store, _hits_key(number)))
+    for key in keys:
+        if len(hits := load_array(store, key)): votes = add_votes(votes, hits)
     return np.bincount(votes[:, 0].astype(np.int64), minlength=grams)
 
 # %% ../../nbs/01h_contamination.ipynb #c060

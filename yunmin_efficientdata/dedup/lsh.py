@@ -13,12 +13,12 @@ from .minhash import N, _jit, jaccard_pairs, njit, shingle_sets, signatures
 from .prepare import Corpus, large_file, load_array, write_table
 
 # %% auto #0
-__all__ = ['PARTITION_ROWS', 'SIGN_DOCUMENTS', 'HOT', 'CHUNK', 'LEADERS', 'FIRST', 'BEST', 'NEAR', 'SURE', 'BLOCK_BYTES', 'PAIRS',
-           'candidate_probability', 'mean_recall', 'choose_bands', 'resolve_bands', 'partition_of', 'write_buckets',
-           'read_bucket', 'partition_count', 'band_keys', 'number_bits', 'rows_of_part', 'left_out', 'contaminated',
-           'npy_header', 'sign_part', 'with_company', 'split_buckets', 'bucket_pairs', 'unpack', 'keeper_order',
-           'read_signatures', 'star_pairs', 'join_partition', 'blocks', 'verify_pairs', 'write_pairs', 'verify_range',
-           'rejoin_partition']
+__all__ = ['PARTITION_ROWS', 'SHORT', 'OUT', 'ALIVE', 'SIGN_DOCUMENTS', 'HOT', 'CHUNK', 'LEADERS', 'FIRST', 'BEST', 'NEAR',
+           'SURE', 'BLOCK_BYTES', 'PAIRS', 'candidate_probability', 'mean_recall', 'choose_bands', 'resolve_bands',
+           'partition_of', 'write_buckets', 'read_bucket', 'partition_count', 'band_keys', 'number_bits',
+           'rows_of_part', 'role_of', 'contaminated', 'npy_header', 'sign_part', 'with_company', 'split_buckets',
+           'bucket_pairs', 'unpack', 'keeper_order', 'read_signatures', 'star_pairs', 'join_partition', 'blocks',
+           'verify_pairs', 'write_pairs', 'verify_range', 'rejoin_partition']
 
 # %% ../../nbs/01c_lsh.ipynb #c005
 def candidate_probability(
@@ -128,12 +128,15 @@ def rows_of_part(
         found.append(np.asarray(numbers[i:j]) - start)
     return np.sort(np.concatenate(found))
 
-def left_out(corpus: Corpus, part: int, s: DedupSettings) -> np.ndarray: # bool [docs of the part]
-    "Documents that take no part in the search: contaminated ones that are to go, exact copies, and for `word5` those shorter than a shingle."
-    out = contaminated(corpus, part, s)
+SHORT, OUT, ALIVE = 0, 1, 2  # for `word5` fewer words than a shingle; a contaminated document that is to go, or an exact copy; all others
+
+def role_of(corpus: Corpus, part: int, s: DedupSettings) -> np.ndarray: # uint8 [docs of the part]
+    "What part each document takes in the search: only those ALIVE are compared."
+    role, out = np.full(corpus.parts[part]["docs"], ALIVE, np.uint8), contaminated(corpus, part, s)
     out[rows_of_part(corpus, "minhash_lsh/exact/", part)] = True
-    if s.shingle == "word5": out |= corpus.table(part, ["words"])["words"] < N
-    return out
+    role[out] = OUT
+    if s.shingle == "word5": role[corpus.table(part, ["words"])["words"] < N] = SHORT
+    return role
 
 def contaminated(corpus: Corpus, part: int, s: DedupSettings) -> np.ndarray: # bool [docs of the part]
     "Documents of a part that go because they contain items of evaluation sets."
@@ -150,18 +153,21 @@ def npy_header(kind: str, shape: tuple[int, ...]) -> bytes: # of an .npy file, f
     return out.getvalue()
 
 def sign_part(
-    task: dict # workspace, number (of the part), settings (of dedup), partitions
+    task: dict # workspace, number (of the part), settings (of dedup), partitions; with `only` no band keys are written
 ) -> dict: # documents that take part
-    "Sign one part of dedup_ready/: signatures to minhash_lsh/signatures/, packed band keys to a bucket file."
+    "Sign one part of dedup_ready/: signatures to minhash_lsh/signatures/, packed band keys to a bucket file, and what each document is to the search."
     corpus, s, part = Corpus(task["workspace"]), DedupSettings(**task["settings"]), task["number"]
     store, (name, docs) = corpus.store, (corpus.parts[part][k] for k in ("name", "docs"))
-    bits, alive, keys, low = number_bits(len(corpus)), ~left_out(corpus, part, s), [], 0
+    bits, role, keys, low = number_bits(len(corpus)), role_of(corpus, part, s), [], 0
+    alive = (role == ALIVE) & (not task.get("only"))
     with large_file(store, f"minhash_lsh/signatures/{name}.npy") as put:
         put(npy_header("<u4", (docs, s.num_perm)))
         for lines in (x[i:i + SIGN_DOCUMENTS] for x in corpus.part_lines(part) for i in range(0, len(x), SIGN_DOCUMENTS)):
             sign = signatures(lines, s.num_perm, s.shingle, s.seed)
             put(np.ascontiguousarray(sign, "<u4"))
             keys.append(band_keys(sign[alive[low:low + len(sign)]], s.bands, s.rows)); low += len(sign)
+    if task.get("only"): return {"docs": docs}
+    with store.writer(f"minhash_lsh/spill/role/{part:05d}.npy") as f: np.save(f, role, allow_pickle=False)
     keys, numbers = np.concatenate(keys), np.flatnonzero(alive).astype(np.uint64) + np.uint64(corpus.starts[part])
     packed = keys << np.uint64(bits) | numbers[:, None]
     write_buckets(store, f"minhash_lsh/spill/bands/{part:05d}.bin", packed.reshape(-1, 1), partition_of(keys.ravel(), task["partitions"]), task["partitions"])
@@ -376,7 +382,7 @@ def write_pairs(
 
 # %% ../../nbs/01c_lsh.ipynb #c038
 def verify_range(
-    task: dict # workspace, settings, number, low, high (document numbers), candidates (keys), round
+    task: dict # workspace, settings, number, low, high (document numbers), candidates (keys), round; with `only` no pairs are written
 ) -> dict: # edges: key, number of candidates and edges, candidates by similarity
     "Verify the candidates whose first document is in a range; write the edges that reach the threshold."
     corpus, s = Corpus(task["workspace"]), DedupSettings(**task["settings"])
@@ -389,7 +395,7 @@ def verify_range(
     similarity = verify_pairs(corpus, pairs, s.shingle)
     edge, name = similarity >= s.threshold, f"{task['round']}-{task['number']:05d}"
     with corpus.store.writer(f"minhash_lsh/spill/edges/{name}.npy") as f: np.save(f, np.column_stack([pairs[edge].astype(np.float64), similarity[edge]]), allow_pickle=False)
-    write_pairs(corpus, f"minhash_lsh/pairs/near-{name}.parquet", pairs[edge], similarity[edge])
+    if not task.get("only"): write_pairs(corpus, f"minhash_lsh/pairs/near-{name}.parquet", pairs[edge], similarity[edge])
     histogram = np.bincount(np.floor(similarity * 100 + 1e-9).astype(np.int64), minlength=101).tolist()
     return {"key": f"minhash_lsh/spill/edges/{name}.npy", "pairs": f"minhash_lsh/pairs/near-{name}.parquet", "candidates": len(pairs), "edges": int(edge.sum()), "histogram": histogram}
 

@@ -5,51 +5,120 @@
 # %% ../../nbs/01_dedup.ipynb #c004
 from __future__ import annotations
 import time
+from typing import NamedTuple
 import numpy as np, orjson
 from ..core.context import open_phase
+from ..core.ledger import code_digest, digest
 from ..core.settings import DedupSettings, UserError
-from ..core.store import Stat, Store
+from ..core.store import Stat, Store, open_store
 from .audit import AUDIT_OUTPUTS, write_audit
 from .augment import planted_recall
 from .cluster import decide, fate_part, find_exact, publish_decision, read_copies, read_edges, representatives, write_part
-from .contamination import find_contamination, set_stats
+from .contamination import HITS, find_contamination, set_stats
+from .daily import exact_more, near_more, new_files, prepare_compact, prepare_more, read_state, find_documents, remember_removed, report_keepers, save_exact, save_near, write_state
 from .lsh import join_partition, partition_count, rejoin_partition, resolve_bands, sign_part, verify_range
-from .prepare import FATES, Corpus, list_raw, load_array, load_fate, normal_source, prepare, resumable, sweep, write_fate
+from .prepare import FATES, PARTS, Corpus, RawFile, basis, list_raw, load_array, load_fate, normal_source, prepare, read_files, read_removed, resumable, sweep, write_fate
 from .semantic import embedding_stats, find_semantic
 from .spans import find_spans, least_left
 
 # %% auto #0
-__all__ = ['VERIFY_CANDIDATES', 'ROUNDS', 'NEAR_CODE', 'EXACT_KEYS', 'NEAR_KEYS', 'choose_sources', 'find_near', 'semantic_level',
-           'option', 'write_survivors', 'run', 'prepare_stage', 'find_stages', 'audit']
+__all__ = ['SOURCES', 'VERIFY_CANDIDATES', 'ROUNDS', 'NEAR_CODE', 'EXACT_KEYS', 'NEAR_KEYS', 'read_sources', 'choose_sources',
+           'Plan', 'known_files', 'list_sources', 'plan_intake', 'intact', 'level_basis', 'exact_level', 'find_near',
+           'semantic_level', 'option', 'write_survivors', 'run', 'prepare_stage', 'ask_removal', 'remove',
+           'find_stages', 'audit']
 
 # %% ../../nbs/01_dedup.ipynb #c006
+SOURCES = "dedup_ready/sources.json"
+
+def read_sources(store: Store) -> dict: # sources, crawl, layout, same (files left out because their bytes are there already)
+    return {"sources": [], "crawl": 0, "layout": 0, "same": []} | (orjson.loads(store.read(SOURCES)) if store.exists(SOURCES) else {})
+
 def choose_sources(
     store: Store, # the workspace
     raw: str | None, # as given by the user
     append: bool # is it a further crawl
-) -> list[str]: # all sources of the workspace, recorded in dedup_ready/sources.json
+) -> list[str]: # all sources of the workspace
     "Sources of this run. Raises `UserError` for another source than before."
-    key = "dedup_ready/sources.json"
-    known = orjson.loads(store.read(key))["sources"] if store.exists(key) else []
+    known = read_sources(store)["sources"]
     if raw is None and known: return known
     source = normal_source(store, raw)
     if source in known or not known: return known or [source]
     if append: return known + [source]
     raise UserError(f"this workspace was made from {', '.join(known)}; to add {source} use --append, to start anew use another workspace")
 
-# %% ../../nbs/01_dedup.ipynb #c007
-def _prepare(ctx, stage, files, ignored, sources: list[str]) -> dict: # counts
-    "Record the sources, then prepare. Sources of which nothing can be used are forgotten again, so that the next try may name others."
-    key, store = "dedup_ready/sources.json", ctx.store
-    before = store.read(key) if store.exists(key) else None
-    store.write(key, orjson.dumps({"sources": sources}))
-    try: return prepare(ctx, stage, files, ignored, sources)
+# %% ../../nbs/01_dedup.ipynb #c008
+class Plan(NamedTuple):
+    "What prepare has to do."
+    work: str # batch, more or compact
+    record: dict # for sources.json
+    files: list[RawFile] # of all crawls
+    new: list[RawFile] # of the further crawl
+    ignored: list[str]
+    removed: dict # as `read_removed` gives it
+
+def known_files(ctx) -> list[dict]: # of each crawl; [] where a further crawl does not fit
+    store = ctx.store
+    if not store.exists(PARTS) or (known := orjson.loads(store.read(PARTS))).get("basis") != basis(ctx.settings): return []
+    return read_files(store, known["crawl"] + 1)
+
+def list_sources(store: Store, sources: list[str], known: list[RawFile], same: list) -> tuple[list[RawFile], list[str]]: # files, ignored names
+    "All files of all sources. A source that cannot be listed any more counts as it was when it was taken in."
+    try: listed = [list_raw(store, x) for x in sources]
     except UserError:
-        if before is None: store.delete(key)
-        else: store.write(key, before)
-        raise
+        if not known: raise
+        return known, []
+    left = {tuple(x) for x in same}
+    return [f for fs, _ in listed for f in fs if (f.uri, f.key, f.size, f.version) not in left], [i for _, more in listed for i in more]
 
 # %% ../../nbs/01_dedup.ipynb #c009
+def plan_intake(ctx, raw: str | None, append: bool, compact: bool) -> Plan:
+    "Compare what there is with what is asked for. Raises `UserError` for sources that do not fit, and for an append while a removal is unfinished."
+    store, d, record, removed = ctx.store, ctx.settings.dedup, read_sources(ctx.store), read_removed(ctx.store)
+    known = known_files(ctx); last = known[-1] if known else {}
+    have = [RawFile(*f[:5]) for k in known for f in k["files"]]
+    unfinished = bool(known) and (record["layout"] != last.get("layout", 0) or bool(removed) and digest(removed) != last.get("removed"))
+    if unfinished and append: raise UserError("a removal or a compaction was stopped before its end; finish it first with `yunmin dedup WS`, then append")
+    ordered = bool(d.spans.levels or d.semantic.embeddings)
+    if known and not unfinished and (compact or ordered and len(known) > 1): record, unfinished = record | {"layout": record["layout"] + 1}, True
+    if unfinished: return Plan("compact", record, have, [], [], removed)
+    append = append or record["crawl"] == len(known) > 0
+    sources = choose_sources(store, raw, append)
+    if append and known and not ordered: return _plan_append(store, raw, record, sources, known, have, removed)
+    if append and record["sources"]: ctx.log("everything is prepared anew: " + ("paragraphs, sentences and embeddings are compared in one order over everything" if ordered else "cleaning rules, size of parts or code have changed, or it was stopped"))
+    files, ignored = list_sources(store, sources, have, record["same"])
+    if known and {*files} == {*have} and intact(store): return Plan("more", record | {"sources": sources}, have, [], ignored, removed)  # only the ledger does not know, after an append that failed
+    return Plan("batch", record | {"sources": sources, "crawl": 0}, files, [], ignored, removed)
+
+def intact(store: Store) -> bool:
+    "Is every part there, in its size?"
+    return all(store.exists(k := f"dedup_ready/{p['name']}.jsonl") and store.size(k) == p["bytes"] and store.exists(f"minhash_lsh/index/{p['name']}.parquet") for p in Corpus(store).parts)
+
+def _plan_append(store: Store, raw, record: dict, sources: list[str], known: list[dict], have: list[RawFile], removed: dict) -> Plan:
+    "The files of the named source, or of all, that are not there yet."
+    pending = record["crawl"] == len(known) and raw is None
+    listed = [list_raw(store, x) for x in ([sources[-1]] if pending else sources if raw is None else [normal_source(store, raw)])]
+    left = {tuple(x) for x in record["same"]}
+    new, same = new_files([f for k in known for f in k["files"]], [f for fs, _ in listed for f in fs if (f.uri, f.key, f.size, f.version) not in left])
+    if not new and not pending: return Plan("more", record, have, [], [], removed)
+    record = record | {"sources": sources, "crawl": len(known), "same": sorted({*left, *((f.uri, f.key, f.size, f.version) for f in same)})}
+    return Plan("more", record, have + new, new, [i for _, more in listed for i in more], removed)
+
+# %% ../../nbs/01_dedup.ipynb #c010
+def _prepare(ctx, stage, plan: Plan) -> dict: # counts
+    "Record what is asked for, then do it. Sources of which nothing can be used are forgotten again, so that the next try may name others."
+    store = ctx.store
+    before = store.read(SOURCES) if store.exists(SOURCES) else None
+    store.write(SOURCES, orjson.dumps(plan.record))
+    try:
+        if plan.work == "compact": return prepare_compact(ctx, stage, plan.record["layout"])
+        if plan.work == "more": return prepare_more(ctx, stage, plan.new, plan.ignored, plan.record["sources"])
+        return prepare(ctx, stage, plan.files, plan.ignored, plan.record["sources"], plan.record["layout"])
+    except UserError:
+        if before is None: store.delete(SOURCES)
+        else: store.write(SOURCES, before)
+        raise
+
+# %% ../../nbs/01_dedup.ipynb #c012
 VERIFY_CANDIDATES = 50_000  # about so many candidates are verified in one task
 ROUNDS = 8                  # looks at hot buckets, at most
 
@@ -75,12 +144,26 @@ def _decide(ctx, stage, base: dict, joined: list[dict], verified: list[dict]): #
         if not any(e["edges"] for e in new): break
     return decision, verified
 
-# %% ../../nbs/01_dedup.ipynb #c010
+# %% ../../nbs/01_dedup.ipynb #c014
+def level_basis(ctx, keys: tuple) -> str: # 16 hexadecimal digits
+    "Settings and code that a state belongs to."
+    return digest([resolve_bands(ctx.settings.dedup).model_dump(include=set(keys)), code_digest(NEAR_CODE)])
+
+def exact_level(ctx, stage) -> dict: # counts
+    "The stage dedup.exact."
+    exact = level_basis(ctx, EXACT_KEYS)
+    if (state := read_state(ctx.store, "exact", exact)) and Corpus(ctx.store).crawl: return exact_more(ctx, stage, state)
+    counts = find_exact(ctx, stage)
+    save_exact(ctx, exact)
+    return counts
+
+# %% ../../nbs/01_dedup.ipynb #c015
 def find_near(ctx, stage) -> dict: # counts, seconds of each step
     "Signatures, candidates, verified edges, keepers. Resumes by part."
     store, s, corpus = ctx.store, resolve_bands(ctx.settings.dedup), Corpus(ctx.store)
-    if not stage.parts: store.delete_prefix("minhash_lsh/spill")
     base = {"workspace": store.uri, "settings": s.model_dump(), "parts": len(corpus.parts), "partitions": partition_count(len(corpus) * s.bands, s.partitions)}
+    if (state := read_state(store, "near", near := level_basis(ctx, NEAR_KEYS))) and corpus.crawl: return near_more(ctx, stage, state, base, _verify, _decide)
+    if not stage.parts: store.delete_prefix("minhash_lsh/spill")
     parts, clock = [base | {"number": i} for i in range(len(corpus.parts))], _Clock(ctx.executor.meter, bool(stage.parts))
     resumable(ctx, stage, "sign", sign_part, parts, "sign"); clock.lap("sign")
     joined = resumable(ctx, stage, "join", join_partition, [base | {"number": i} for i in range(base["partitions"])], "join"); clock.lap("build")
@@ -88,12 +171,16 @@ def find_near(ctx, stage) -> dict: # counts, seconds of each step
     decision, verified = _decide(ctx, stage, base, joined, verified)
     counts = publish_decision(corpus, decision)
     resumable(ctx, stage, "fate", fate_part, parts); clock.lap("decide")
-    store.delete_prefix("minhash_lsh/spill")
     sweep(store, "minhash_lsh/signatures/", [f"minhash_lsh/signatures/{p['name']}.npy" for p in corpus.parts])
     sweep(store, "minhash_lsh/fate/", [f"minhash_lsh/fate/{p['name']}.npy" for p in corpus.parts])
     sweep(store, "minhash_lsh/pairs/near-", [e["pairs"] for e in verified])
-    return counts | {k: sum(e[k] for e in verified) for k in ("candidates", "edges")} | {"hot_buckets": sum(j["hot"] for j in joined), "bands": s.bands, "rows": s.rows,
+    counts |= {k: sum(e[k] for e in verified) for k in ("candidates", "edges")} | {"hot_buckets": sum(j["hot"] for j in joined), "bands": s.bands, "rows": s.rows,
         "jaccard_histogram": np.sum([e["histogram"] for e in verified], axis=0).tolist(), "seconds": clock.wall, "cpu": clock.cpu}
+    role = np.concatenate([load_array(store, f"minhash_lsh/spill/role/{i:05d}.npy") for i in range(len(parts))])
+    report_keepers(ctx)
+    save_near(corpus, near, role, read_edges(store, [e["key"] for e in verified], True), decision, counts)
+    store.delete_prefix("minhash_lsh/spill")
+    return counts
 
 class _Clock:
     "Wall and CPU seconds between laps; None in a resumed run, whose laps would be too short."
@@ -105,7 +192,7 @@ class _Clock:
         for laps, a, b in ((self.wall, self.at[0], now[0]), (self.cpu, self.at[1], now[1])): laps[name] = None if self.resumed else round(b - a, 4)
         self.at = now
 
-# %% ../../nbs/01_dedup.ipynb #c012
+# %% ../../nbs/01_dedup.ipynb #c017
 def _mark(corpus: Corpus, fate: str, folder: str | None) -> None:
     "Set the fate of rows that a level found; without a folder, forget what an earlier run of it had set."
     for part, name in enumerate(p["name"] for p in corpus.parts):
@@ -132,14 +219,23 @@ def option(ctx, name: str, on, work, **asked) -> dict | None: # counts; None whe
         ctx.ledger.forget(f"dedup.{name}")
         for key in asked["outputs"]: (ctx.store.delete_prefix if key.endswith("/") else ctx.store.delete)(key)
 
-# %% ../../nbs/01_dedup.ipynb #c014
+# %% ../../nbs/01_dedup.ipynb #c019
 def write_survivors(ctx, stage) -> dict: # what happened by domain, source and fate
-    "The stage dedup.write. Resumes by part."
+    "The stage dedup.write. Resumes by part; after a further crawl, parts whose fates are what they were stay as they are."
     store, s, corpus = ctx.store, ctx.settings, Corpus(ctx.store)
-    base = {"workspace": store.uri, "min_chars": least_left(s), "spans": bool(s.dedup.spans.levels)}
-    written = resumable(ctx, stage, "write", write_part, [base | {"number": i} for i in range(len(corpus.parts))], "write")
+    base, asked = {"workspace": store.uri, "min_chars": least_left(s), "spans": bool(s.dedup.spans.levels)}, digest([least_left(s), s.dedup.spans, code_digest(NEAR_CODE)])
+    state = read_state(store, "written", asked) if corpus.crawl and not base["spans"] else None
+    fates = [digest(load_fate(corpus, i).tobytes()) for i in range(len(corpus.parts))]
+    known = {i: e["result"] for i, (p, f) in enumerate(zip(corpus.parts, fates)) if state and (e := state["parts"].get(p["name"])) and e["fate"] == f and e["size"] == _size(store, e["result"]["key"])}
+    todo = [base | {"number": i} for i in range(len(corpus.parts)) if i not in known]
+    known |= dict(zip([t["number"] for t in todo], resumable(ctx, stage, "write", write_part, todo, "write")))
+    written = [known[i] for i in range(len(corpus.parts))]
     sweep(store, "deduped/", [w["key"] for w in written if w["key"]])
+    write_state(store, "written", {"basis": asked, "runs": None, "parts": {p["name"]: {"fate": f, "size": _size(store, w["key"]), "result": w} for p, f, w in zip(corpus.parts, fates, written)}}, {})
+    if state: ctx.log(f"write: {len(todo):,} of {len(corpus.parts):,} parts changed")
     return _count(written)
+
+def _size(store: Store, key: str | None) -> int: return store.size(key) if key and store.exists(key) else 0
 
 def _add(total: dict, new: dict) -> None:
     for k, v in new.items():
@@ -155,19 +251,22 @@ def _count(written: list[dict]) -> dict: # sums over parts
         _add(fates.setdefault(w["domain"], {}), w["fates"]); _add(kept.setdefault(w["domain"], {}), w["kept"]); _add(sources, w["sources"])
     return {"domains": domains, "fates": fates, "kept": kept, "sources": sources}
 
-# %% ../../nbs/01_dedup.ipynb #c017
+# %% ../../nbs/01_dedup.ipynb #c022
 def run(
     workspace: str = "workspace", # folder or s3://bucket/prefix
     config: str = "configs/demo", # config folder
     raw: str | None = None, # source of raw JSONL; None: the recorded one, else the workspace's raw/
     overrides: list | tuple = (), # `key=value`
     executor: str = "local", workers: int = 0, # as --executor and --workers
-    append: bool = False # raw is a further crawl into this workspace
+    append: bool = False, # raw is a further crawl into this workspace
+    compact: bool = False, # sort all crawls into one order
+    remove: dict | None = None # ids, sources: lists of what has to go, now and from later crawls
 ) -> dict: # summary
     "Phase 1. Raises `UserError` for a missing or different source, a wrong setting, or a corpus of which nothing is left."
     with open_phase("dedup", workspace, config=config, overrides=overrides, executor=executor, workers=workers) as ctx:
         d = resolve_bands(ctx.settings.dedup)
-        prepared = prepare_stage(ctx, raw, append)
+        if remove: ask_removal(ctx, remove)
+        prepared = prepare_stage(ctx, raw, append, compact)
         contaminated, near, spans = find_stages(ctx, d)
         written = ctx.stage("dedup.write", lambda stage: write_survivors(ctx, stage), settings=[least_left(ctx.settings), bool(spans)],
             after=["dedup.near"] + ["dedup.semantic"] * bool(d.semantic.embeddings) + ["dedup.spans"] * bool(spans), outputs=["deduped/"], code=["dedup.cluster", "dedup.spans", "dedup.prepare", "dedup.phase"])
@@ -176,18 +275,42 @@ def run(
         if contaminated: total |= {"contaminated": contaminated["documents"]}
         return {**total, **{k: prepared[k] for k in ("read", "kept", "filtered", "quarantined")}, **{k: near[k] for k in ("removed_exact", "removed_near", "clusters", "candidates", "edges")}}
 
-def prepare_stage(ctx, raw: str | None, append: bool) -> dict: # counts
-    "List the sources and prepare them."
-    s = ctx.settings
-    sources = choose_sources(ctx.store, raw, append)
-    listed = [list_raw(ctx.store, x) for x in sources]
-    files, ignored = [f for fs, _ in listed for f in fs], [i for _, more in listed for i in more]
-    inputs = [Stat(f"{f.uri}/{f.key}" if f.uri != ctx.store.uri else f.key, f.size, f.version) for f in files]
-    return ctx.stage("dedup.prepare", lambda stage: _prepare(ctx, stage, files, ignored, sources), settings=[s.clean, s.dedup.part_bytes, sources], inputs=inputs,
-        outputs=["dedup_ready/manifest.json", "dedup_ready/review_samples.md", "minhash_lsh/index/"], code=["dedup.clean", "dedup.prepare"])
+def prepare_stage(ctx, raw: str | None, append: bool, compact: bool = False) -> dict: # counts
+    "Prepare what is asked for."
+    s, plan, outputs = ctx.settings, plan_intake(ctx, raw, append, compact), ["dedup_ready/manifest.json", "dedup_ready/review_samples.md", PARTS]
+    inputs = [Stat(f"{f.uri}/{f.key}" if f.uri != ctx.store.uri else f.key, f.size, f.version) for f in plan.files]
+    if append and plan.work == "more" and not plan.new: ctx.log("no new files: all of them are in the workspace already")
+    def work(stage):
+        counts = _prepare(ctx, stage, plan)
+        outputs.extend(f"minhash_lsh/index/{p['name']}.parquet" for p in Corpus(ctx.store).parts)
+        return counts
+    return ctx.stage("dedup.prepare", work, settings=[s.clean, s.dedup.part_bytes, plan.record["sources"], plan.record["layout"], plan.removed], inputs=inputs, outputs=outputs, code=["dedup.clean", "dedup.prepare"])
 
-# %% ../../nbs/01_dedup.ipynb #c018
-NEAR_CODE = ("dedup.minhash", "dedup.lsh", "dedup.cluster", "dedup.prepare", "dedup.phase")
+# %% ../../nbs/01_dedup.ipynb #c024
+def ask_removal(ctx, remove: dict) -> None: # remove: ids, sources
+    "Write a removal down. Raises `UserError` while an earlier one, or a compaction, is unfinished."
+    known, record, removed = known_files(ctx), read_sources(ctx.store), read_removed(ctx.store)
+    if known and (record["layout"] != known[-1].get("layout", 0) or removed and digest(removed) != known[-1].get("removed")) and remember_removed(ctx.store, **remove, dry=True) != removed:
+        raise UserError("an earlier removal or a compaction was stopped before its end; finish it first with `yunmin dedup WS`")
+    remember_removed(ctx.store, **remove)
+    ctx.log("remove: raw files are yours and stay as they are; run `yunmin format` and `yunmin dem` next, and know that models trained before have seen the text")
+
+def remove(
+    workspace: str = "workspace", # folder or s3://bucket/prefix
+    ids: list | tuple = (), sources: list | tuple = (), # of documents that have to go, now and from later crawls
+    dry_run: bool = False, # only list them
+    config: str = "configs/demo", overrides: list | tuple = (), executor: str = "local", workers: int = 0 # as `run`
+) -> list[dict]: # the documents, as `find_documents` gives them
+    "Take documents out of a workspace. Raises `UserError` when none is found."
+    found = find_documents(store := open_store(workspace), ids, sources)
+    asked = {"ids": list(ids), "sources": list(sources)}
+    if not found and not dry_run and remember_removed(store, **asked, dry=True) != read_removed(store):
+        raise UserError(f"no document has {' or '.join([f'id {i}' for i in ids] + [f'source {x}' for x in sources]) or 'what was asked for: give --id or --source'}; dedup_ready/ names ids and sources as they are")
+    if not dry_run: run(workspace, config, overrides=overrides, executor=executor, workers=workers, remove=asked)
+    return found
+
+# %% ../../nbs/01_dedup.ipynb #c025
+NEAR_CODE = ("dedup.minhash", "dedup.lsh", "dedup.cluster", "dedup.prepare", "dedup.phase", "dedup.daily")
 EXACT_KEYS = ("keep", "source_priority", "partitions")
 NEAR_KEYS = EXACT_KEYS + ("shingle", "num_perm", "bands", "rows", "threshold", "seed")
 
@@ -195,9 +318,9 @@ def find_stages(ctx, d: DedupSettings) -> tuple: # counts of contamination (None
     "Everything between prepare and write."
     remove = d.contamination.remove and bool(d.contamination.sets)
     contaminated = option(ctx, "contamination", d.contamination.sets, lambda stage: find_contamination(ctx, stage), settings=d.contamination.model_dump(exclude={"remove"}), inputs=set_stats(d.contamination.sets),
-        after=["dedup.prepare"], outputs=["dedup_ready/contamination.json", "minhash_lsh/contaminated/"], code=["dedup.contamination", "dedup.prepare"])
+        after=["dedup.prepare"], outputs=["dedup_ready/contamination.json", "minhash_lsh/contaminated/", HITS], code=["dedup.contamination", "dedup.prepare"])
     after = ["dedup.prepare"] + ["dedup.contamination"] * remove
-    ctx.stage("dedup.exact", lambda stage: find_exact(ctx, stage), settings=d.model_dump(include=set(EXACT_KEYS)), after=after, outputs=["minhash_lsh/exact/"], code=list(NEAR_CODE))
+    ctx.stage("dedup.exact", lambda stage: exact_level(ctx, stage), settings=d.model_dump(include=set(EXACT_KEYS)), after=after, outputs=["minhash_lsh/exact/"], code=list(NEAR_CODE))
     near = ctx.stage("dedup.near", lambda stage: find_near(ctx, stage), settings=d.model_dump(include=set(NEAR_KEYS)), after=["dedup.exact"],
         outputs=["minhash_lsh/signatures/", "minhash_lsh/pairs/", "minhash_lsh/clusters/", "minhash_lsh/fate/"], code=list(NEAR_CODE))
     option(ctx, "semantic", d.semantic.embeddings, lambda stage: semantic_level(ctx, stage), settings=[d.semantic, d.recall, d.keep, d.source_priority],
@@ -206,7 +329,7 @@ def find_stages(ctx, d: DedupSettings) -> tuple: # counts of contamination (None
         outputs=["minhash_lsh/spans/"], code=["dedup.spans", "dedup.lsh", "dedup.prepare"])
     return contaminated, near, spans
 
-# %% ../../nbs/01_dedup.ipynb #c019
+# %% ../../nbs/01_dedup.ipynb #c026
 def audit(ctx, prepared: dict, near: dict) -> dict: # the headline numbers
     "The stage dedup.audit: recall on planted copies, then everything that [the audit](01e_audit.ipynb) writes."
     corpus, s = Corpus(ctx.store), resolve_bands(ctx.settings.dedup)

@@ -14,20 +14,23 @@ import numpy as np, orjson, pyarrow as pa, pyarrow.parquet as pq
 from fastcore.basics import patch
 from ..core.settings import CleanSettings, UserError
 from ..core.store import Store, open_store
+from ..core.ledger import code_digest, digest
 from ..core.records import FIELDS, BadLine, Document, JsonlWriter, Span, dump_line, is_jsonl, make_id, quarantine_record, read_jsonl, validate
 from .clean import Cleaner, white_space
 from .minhash import BASE, KEYS, SPACE, Lines, _code_points, _find_words, _fmix64, _hash_words, _jit, _mix, njit, word_hash
 
 # %% auto #0
-__all__ = ['CHUNK_BYTES', 'SPILL_BYTES', 'ROW_BYTES', 'ROW', 'SPILL', 'PIECE_BYTES', 'COPY_BYTES', 'BATCH_CHARS', 'WINDOW_BYTES',
-           'INDEX', 'DOC_BYTES', 'CACHE_BYTES', 'READ_BYTES', 'GAP_LOCAL', 'GAP_S3', 'FATES', 'RawFile',
-           'normal_source', 'list_raw', 'cut_file', 'safe_domain', 'file_domain', 'text_hash', 'measure', 'base_id',
-           'id_hash', 'ties', 'order_rows', 'spill_table', 'large_file', 'pieces', 'in_order', 'Spill', 'load_array',
-           'spill_slice', 'new_tally', 'add_tally', 'check_tally', 'Review', 'excerpts', 'first_difference', 'document',
-           'Intake', 'rare_collections', 'prepare_file', 'quarantine_key', 'write_quarantine', 'check_domains',
-           'join_quarantine', 'number_ids', 'Window', 'Gathered', 'number_rows', 'cut_part', 'write_parquet',
-           'write_table', 'prepare_range', 'Corpus', 'read_runs', 'load_fate', 'write_fate', 'resumable', 'sweep',
-           'file_tasks', 'prepare', 'review_markdown']
+__all__ = ['CHUNK_BYTES', 'SPILL_BYTES', 'ROW_BYTES', 'ROW', 'SPILL', 'PIECE_BYTES', 'COPY_BYTES', 'REMOVED', 'BATCH_CHARS',
+           'WINDOW_BYTES', 'INDEX', 'DOC_BYTES', 'CACHE_BYTES', 'PARTS', 'READ_BYTES', 'GAP_LOCAL', 'GAP_S3', 'FATES',
+           'CRAWLS', 'RawFile', 'normal_source', 'list_raw', 'cut_file', 'safe_domain', 'file_domain', 'text_hash',
+           'measure', 'base_id', 'id_hash', 'ties', 'order_rows', 'spill_table', 'large_file', 'pieces', 'in_order',
+           'Spill', 'load_array', 'spill_slice', 'new_tally', 'add_tally', 'check_tally', 'Review', 'excerpts',
+           'first_difference', 'document', 'read_removed', 'Intake', 'rare_collections', 'prepare_file',
+           'quarantine_key', 'write_quarantine', 'check_domains', 'join_quarantine', 'number_ids', 'Window', 'Gathered',
+           'number_rows', 'cut_part', 'write_parquet', 'write_table', 'write_ids', 'read_ids', 'prepare_range',
+           'Corpus', 'read_runs', 'load_fate', 'write_fate', 'resumable', 'sweep', 'file_tasks', 'take_in',
+           'purge_quarantine', 'sort_in', 'sorted_parts', 'crawl_entry', 'read_crawls', 'files_key', 'read_files',
+           'write_crawl', 'prepare', 'basis', 'publish', 'best_samples', 'review_markdown']
 
 # %% ../../nbs/01f_prepare.ipynb #c006
 class RawFile(NamedTuple):
@@ -367,13 +370,21 @@ def document(
     if not given: out["id"] = make_id(domain, text)
     return out, given
 
-# %% ../../nbs/01f_prepare.ipynb #c043
+# %% ../../nbs/01f_prepare.ipynb #c044
+REMOVED = "dedup_ready/removed.json"
+
+def read_removed(store: Store) -> dict[str, list[str]]: # ids (without our numbers), sources; {} when nothing was ever removed
+    "What must never come back into this workspace."
+    return orjson.loads(store.read(REMOVED)) if store.exists(REMOVED) else {}
+
+# %% ../../nbs/01f_prepare.ipynb #c045
 BATCH_CHARS = 1 << 17  # of text that are measured in one call
 
 class Intake:
     "What becomes of each record of a task: validated, cleaned, filtered, counted, spilled."
     def __init__(self, store: Store, settings: CleanSettings, prefix: str, domain: str):
         self.cleaner, self.domain, self.limit, self.tallies = Cleaner(settings), domain, settings.max_domains, {}
+        self.unwanted = {k: set(v) for k, v in read_removed(store).items()}
         self.spill, self.review = Spill(store, prefix), Review(settings.review_samples)
         self._clear()
     def _clear(self): # waiting to be measured: texts and tallies of kept documents, and whether they are as they came; tallies and texts as they came of others
@@ -384,7 +395,7 @@ class Intake:
             check_domains(self.tallies, self.limit)
         return self.tallies[domain]
 
-# %% ../../nbs/01f_prepare.ipynb #c044
+# %% ../../nbs/01f_prepare.ipynb #c046
 @patch
 def add(self: Intake, record: dict) -> str | None: # reason when it is no document
     if reason := validate(record): return reason
@@ -394,11 +405,15 @@ def add(self: Intake, record: dict) -> str | None: # reason when it is no docume
     tally = self.tallies.get(domain) or self.tally(domain)
     tally["read"] += 1
     for r in rules: tally["rules"][r] += 1
-    if rules or dropped: self.others.append(tally); self.before.append(before); self.chars += len(before)
-    if dropped: tally["filtered"][dropped] += 1
+    if rules: self.others.append(tally); self.before.append(before); self.chars += len(before)
+    if not dropped:
+        doc, given = document(record, text, domain)
+        if self.unwanted and (doc["source"] in self.unwanted["sources"] or base_id(doc["id"]) in self.unwanted["ids"]): dropped = "removed"
+    if dropped:
+        tally["filtered"][dropped] += 1
+        if not rules: self.others.append(tally); self.before.append(before); self.chars += len(before)
     else:
         tally["kept"] += 1
-        doc, given = document(record, text, domain)
         place = id_hash(base_id(doc["id"]))
         if self.review.limit: self.review.add(domain, place, before, text, rules)
         self.spill.add((place, doc["id"], given, domain, doc["source"], doc["date"]), dump_line(doc))
@@ -421,7 +436,7 @@ def count(self: Intake) -> None:
 @patch
 def finish(self: Intake) -> None: self.count(); self.spill.flush()
 
-# %% ../../nbs/01f_prepare.ipynb #c046
+# %% ../../nbs/01f_prepare.ipynb #c048
 @contextmanager
 def rare_collections():
     "Within, the garbage collector runs when it is called, and only over new objects."
@@ -432,7 +447,7 @@ def rare_collections():
         if was: gc.enable()
         gc.unfreeze()
 
-# %% ../../nbs/01f_prepare.ipynb #c047
+# %% ../../nbs/01f_prepare.ipynb #c049
 def prepare_file(
     task: dict # workspace, number, file (RawFile), file_number, cut (as `cut_file` gives it), domain, settings (of clean)
 ) -> dict: # spills, docs and bytes in them, tallies, review, key of bad lines, lines
@@ -451,7 +466,7 @@ def prepare_file(
     intake.finish()
     return {"spills": intake.spill.keys, "docs": intake.spill.docs, "bytes": intake.spill.total, "tallies": intake.tallies, "review": intake.review.best, "bad": bad, "lines": span.lines if span else None}
 
-# %% ../../nbs/01f_prepare.ipynb #c048
+# %% ../../nbs/01f_prepare.ipynb #c050
 def quarantine_key(name: str, number: int) -> str: # of a raw file and its number
     "Where the bad lines of a file go."
     return f"dedup_ready/quarantine/{number:05d}-{_UNSAFE.sub('_', name)[-80:]}".removesuffix(".gz").removesuffix(".zst")
@@ -471,7 +486,7 @@ def check_domains(domains: Iterable[str], limit: int) -> None:
     if len(names := sorted(domains)) > limit:
         raise UserError(f"{len(names)} domains are more than clean.max_domains={limit}: {', '.join(names[:60])}{' …' if len(names) > 60 else ''}; give records a `domain`, set clean.domain_pattern or rename the files")
 
-# %% ../../nbs/01f_prepare.ipynb #c050
+# %% ../../nbs/01f_prepare.ipynb #c052
 def join_quarantine(
     task: dict # workspace, key, chunks: [(key or None, lines)] in the order of the file
 ) -> str: # the key
@@ -483,7 +498,7 @@ def join_quarantine(
             before += lines
     return task["key"]
 
-# %% ../../nbs/01f_prepare.ipynb #c053
+# %% ../../nbs/01f_prepare.ipynb #c055
 def number_ids(
     ids: list[str], # of the documents at one place, in the order of the corpus
     given: list[bool] # was it given
@@ -499,7 +514,7 @@ def number_ids(
         used.add(new); out.append(new); repeated += was_given and new != own
     return out, repeated
 
-# %% ../../nbs/01f_prepare.ipynb #c056
+# %% ../../nbs/01f_prepare.ipynb #c058
 WINDOW_BYTES = 256 << 20  # lines of one range that are held at a time
 
 class Window:
@@ -515,13 +530,14 @@ class Window:
             i = at - self.start
         return self.data[i:i + n]
 
-# %% ../../nbs/01f_prepare.ipynb #c057
+# %% ../../nbs/01f_prepare.ipynb #c059
 class Gathered:
     "All documents of a range: columns from all spills, lines through windows."
     def __init__(self, store: Store, spills: list[str], low: int, high: int):
         slices = [(key, t) for key in spills if len(t := spill_slice(store, key, low, high))]
         self.table = pa.concat_tables([pa.schema(list(SPILL.items())).empty_table(), *(t for _, t in slices)]).combine_chunks()
         self.offset, self.length, self.places = (self.table[c].to_numpy() for c in ("offset", "length", "place"))
+        self.keys = [key for key, _ in slices]
         self.spill = np.repeat(np.arange(len(slices)), [len(t) for _, t in slices])
         starts = np.cumsum([0] + [len(t) for _, t in slices])
         ends = self.offset + self.length
@@ -547,7 +563,7 @@ def blocks(self: Gathered, rows: np.ndarray) -> Iterator[Any]: # buffers, as `in
             _copy(data[k], self.offset[some[m]] - self.windows[k].low, n[m], room, (np.cumsum(n) - n)[m])
         yield room[:size]
 
-# %% ../../nbs/01f_prepare.ipynb #c058
+# %% ../../nbs/01f_prepare.ipynb #c060
 def number_rows(
     gathered: Gathered
 ) -> tuple[np.ndarray, dict[int, str], int]: # rows in the order of the corpus, new ids of rows, repeated given ids
@@ -574,7 +590,7 @@ def cut_part(
     edges = [0, *(1 + np.flatnonzero(np.diff((ends - weights) // limit))), len(ends)]
     return [(int(i), int(j)) for i, j in zip(edges, edges[1:])]
 
-# %% ../../nbs/01f_prepare.ipynb #c060
+# %% ../../nbs/01f_prepare.ipynb #c062
 INDEX = {"id": pa.string(), "offset": pa.int64(), "length": pa.int64(), "words": pa.int64(), "bytes": pa.int64(), "source": pa.string(), "date": pa.string(), "hash": pa.uint64()}
 
 def write_parquet(store: Store, key: str, table: pa.Table) -> None:
@@ -589,7 +605,17 @@ def write_table(
     "Write columns as a Parquet file."
     write_parquet(store, key, pa.table({k: pa.array(columns[k], t) for k, t in schema.items()}))
 
-# %% ../../nbs/01f_prepare.ipynb #c061
+# %% ../../nbs/01f_prepare.ipynb #c063
+def write_ids(store: Store, name: str, ids: dict[str, str]) -> None: # number that a document has -> id that it came with
+    "Remember which ids of a part were numbered, in `<part>.ids.json`."
+    if ids: store.write(f"minhash_lsh/index/{name}.ids.json", orjson.dumps(ids, option=orjson.OPT_SORT_KEYS))
+    else: store.delete(f"minhash_lsh/index/{name}.ids.json")
+
+def read_ids(store: Store, name: str) -> dict[str, str]: # the same
+    key = f"minhash_lsh/index/{name}.ids.json"
+    return orjson.loads(store.read(key)) if store.exists(key) else {}
+
+# %% ../../nbs/01f_prepare.ipynb #c064
 def _renumber(line: Any, id_: str) -> bytes: # the line with another id
     return dump_line(orjson.loads(line) | {"id": id_})
 
@@ -602,40 +628,52 @@ def _write_part(store: Store, domain: str, name: str, gathered: Gathered, rows: 
             if row in renamed: line = _renumber(line, renamed[row]); lengths[i] = len(line)
             put(line)
     table = gathered.table.take(pa.array(rows)).combine_chunks()
+    write_ids(store, name, {renamed[r]: i for r, i in zip(rows.tolist(), table["id"].to_pylist()) if r in renamed} if renamed else {})
     if renamed: table = table.set_column(table.schema.get_field_index("id"), "id", pa.array([renamed.get(r, i) for r, i in zip(rows.tolist(), table["id"].to_pylist())], pa.string()))
     columns = {c: table[c] for c in INDEX} | {"offset": pa.array(np.cumsum(lengths) - lengths), "length": pa.array(lengths)}
     write_parquet(store, f"minhash_lsh/index/{name}.parquet", pa.table(columns))
     return {"domain": domain, "name": name, "docs": len(rows), "bytes": int(lengths.sum())}
 
-# %% ../../nbs/01f_prepare.ipynb #c062
+# %% ../../nbs/01f_prepare.ipynb #c065
 DOC_BYTES = 256  # that a document counts for in the size of a part, beside its line
 
 def prepare_range(
-    task: dict # workspace, number, ranges, spills (key of the list), part_bytes
-) -> dict: # parts written, repeated given ids
+    task: dict # workspace, number, ranges, spills (key of the list), part_bytes, prefix (of part numbers), old (spills of documents that are in a part already)
+) -> dict: # parts written, repeated given ids, new ids of old documents by number
     "Gather one range of hashes from all spills and write a part for each domain."
     store, number, ranges = open_store(task["workspace"]), task["number"], task["ranges"]
     low, high = ((number + i) * (1 << 64) // ranges for i in (0, 1))
     gathered = Gathered(store, orjson.loads(store.read(task["spills"])), low, high)
     order, renamed, repeated = number_rows(gathered)
+    order, old = _part_from_old(gathered, order, renamed, task["old"])
     coded = gathered.table["domain"].combine_chunks().dictionary_encode()
     codes, names, parts = coded.indices.to_numpy()[order], coded.dictionary.to_pylist(), []
     for domain in sorted(names):
         rows = order[codes == names.index(domain)]
+        if not len(rows): continue
         cuts = cut_part(gathered.length[rows] + DOC_BYTES, task["part_bytes"])
         for k, (i, j) in enumerate(cuts):
-            name = f"{domain}/part-{number:05d}" + (f"-{k:05d}" if len(cuts) > 1 else "")
-            parts.append(_write_part(store, domain, name, gathered, rows[i:j], renamed))
-    return {"parts": parts, "repeated_ids": repeated}
+            name = f"{domain}/part-{task['prefix']}{number:05d}" + (f"-{k:05d}" if len(cuts) > 1 else "")
+            parts.append(_write_part(store, domain, name, gathered, rows[i:j], {r: renamed[r] for r in rows[i:j].tolist() if r in renamed} if renamed else {}))
+    return {"parts": parts, "repeated_ids": repeated, "old": old}
 
-# %% ../../nbs/01f_prepare.ipynb #c064
+def _part_from_old(gathered: Gathered, order: np.ndarray, renamed: dict, keys: list[str]) -> tuple[np.ndarray, list]: # rows that are new, [number, id] of old documents
+    "Old documents only take part in the numbering; `words` of their spill is their number."
+    was = np.isin(gathered.spill[order], [i for i, k in enumerate(gathered.keys) if k in keys])
+    if not was.any(): return order, []
+    rows = order[was]; ids, numbers = gathered.table["id"].take(pa.array(rows)).to_pylist(), gathered.table["words"].to_numpy()[rows].tolist()
+    return order[~was], [[n, renamed.get(r, i)] for r, i, n in zip(rows.tolist(), ids, numbers)]
+
+# %% ../../nbs/01f_prepare.ipynb #c067
 CACHE_BYTES = 32 << 20  # of numeric columns that a Corpus keeps
+PARTS = "minhash_lsh/index/parts.json"
 
 class Corpus:
     "The documents of dedup_ready/, by number."
     def __init__(self, workspace: str | Store):
         self.store = open_store(workspace)
-        self.parts = orjson.loads(self.store.read("minhash_lsh/index/parts.json"))["parts"]
+        known = orjson.loads(self.store.read(PARTS))
+        self.parts, self.crawl, self.renamed = known["parts"], known.get("crawl", 0), {int(k): v for k, v in known.get("renamed", {}).items()}
         self.starts = np.cumsum([0] + [p["docs"] for p in self.parts])
         self._cache, self._cached = OrderedDict(), 0
     def __len__(self): return int(self.starts[-1])
@@ -644,7 +682,7 @@ class Corpus:
         cuts = np.searchsorted(docs, self.starts)
         for part in np.flatnonzero(np.diff(cuts)): yield int(part), docs[cuts[part]:cuts[part + 1]] - self.starts[part]
 
-# %% ../../nbs/01f_prepare.ipynb #c065
+# %% ../../nbs/01f_prepare.ipynb #c068
 @patch
 def columns(
     self: Corpus,
@@ -667,7 +705,7 @@ def _remember(self: Corpus, part: int, name: str, values: np.ndarray) -> np.ndar
     while self._cached > CACHE_BYTES and len(self._cache) > 1: self._cached -= self._cache.popitem(last=False)[1].nbytes
     return values
 
-# %% ../../nbs/01f_prepare.ipynb #c066
+# %% ../../nbs/01f_prepare.ipynb #c069
 @patch
 def table(self: Corpus, part: int, columns: list[str]) -> dict[str, Any]: # numpy for numbers, lists for text
     "Columns of one part."
@@ -693,7 +731,7 @@ def gather(self: Corpus, docs: np.ndarray, columns: list[str]) -> dict[str, list
     "The same as Python lists, for a few documents."
     return self.gather_table(docs, columns).to_pydict()
 
-# %% ../../nbs/01f_prepare.ipynb #c068
+# %% ../../nbs/01f_prepare.ipynb #c071
 READ_BYTES, GAP_LOCAL, GAP_S3 = 4 << 20, 8 << 10, 1 << 20  # of one read; unwanted bytes read over rather than starting another
 
 def read_runs(
@@ -727,7 +765,7 @@ def lines(self: Corpus, part: int, rows: np.ndarray | None = None) -> Iterator[t
         data = memoryview(data)
         for row, i, j in zip(some.tolist(), start.tolist(), end.tolist()): yield row, data[i:j]
 
-# %% ../../nbs/01f_prepare.ipynb #1dffed30
+# %% ../../nbs/01f_prepare.ipynb #c072
 @contextmanager
 def _reader(store: Store, key: str, reads: int): # read(start, length) -> bytes
     "Reads of one file: of a few, on S3, each is a request; for many the file is fetched."
@@ -740,7 +778,7 @@ def _reader(store: Store, key: str, reads: int): # read(start, length) -> bytes
     try: yield read
     finally: os.close(fd)
 
-# %% ../../nbs/01f_prepare.ipynb #d794a868
+# %% ../../nbs/01f_prepare.ipynb #c074
 @patch
 def part_texts(
     self: Corpus, part: int,
@@ -754,7 +792,7 @@ def part_lines(self: Corpus, part: int, rows: np.ndarray | None = None) -> Itera
     "Lines of a part in order, for `signatures`."
     for _, data, start, end in self.runs(part, rows): yield Lines(np.frombuffer(data, np.uint8), start, end)
 
-# %% ../../nbs/01f_prepare.ipynb #3625886c
+# %% ../../nbs/01f_prepare.ipynb #c076
 @patch
 def gather_lines(
     self: Corpus,
@@ -778,7 +816,7 @@ def texts(
     for part, rows in self.groups(np.asarray(docs, np.int64)):
         for _, text in self.part_texts(part, rows): yield text
 
-# %% ../../nbs/01f_prepare.ipynb #c072
+# %% ../../nbs/01f_prepare.ipynb #c079
 FATES = ("kept", "exact", "near", "contaminated", "semantic", "emptied")  # values 0 to 5 of minhash_lsh/fate/<part>.npy
 
 def load_fate(
@@ -804,7 +842,7 @@ def write_fate(
     with corpus.store.writer(key) as f: np.save(f, fate, allow_pickle=False)
     return key
 
-# %% ../../nbs/01f_prepare.ipynb #c074
+# %% ../../nbs/01f_prepare.ipynb #c081
 def resumable(
     ctx, stage, # of the driver
     name: str, fn, tasks: list[dict], # each with a `number`
@@ -825,16 +863,17 @@ def sweep(
     for key in store.list(prefix):
         if key not in keep: store.delete(key)
 
-# %% ../../nbs/01f_prepare.ipynb #c075
+# %% ../../nbs/01f_prepare.ipynb #c082
 def file_tasks(
     store: Store, files: list[RawFile],
     settings: CleanSettings,
-    otherwise: str # domain where a file's name says nothing
+    first: int = 0 # files of earlier crawls
 ) -> list[dict]: # tasks of `prepare_file`
-    "One task for each file or chunk of a file."
+    "One task for each file or chunk of a file. Where a file's name says nothing about a domain, its source's name does."
     base = {"workspace": store.uri, "settings": settings.model_dump()}
-    cuts = [(i, f, cut) for i, f in enumerate(files) for cut in cut_file(f)]
-    return [base | {"number": n, "file": tuple(f), "file_number": i, "cut": cut, "domain": file_domain(f.name, settings.domain_pattern, otherwise)} for n, (i, f, cut) in enumerate(cuts)]
+    cuts = [(i, f, cut) for i, f in enumerate(files, first) for cut in cut_file(f)]
+    otherwise = {uri: "data" if uri == store.uri else Path(uri).name for uri in {f.uri for f in files}}
+    return [base | {"number": n, "file": tuple(f), "file_number": i, "cut": cut, "domain": file_domain(f.name, settings.domain_pattern, otherwise[f.uri])} for n, (i, f, cut) in enumerate(cuts)]
 
 def _quarantines(ctx, stage, tasks: list[dict], mapped: list[dict]) -> list[str]: # keys, in the order of files
     "Quarantine of whole files as it is; that of chunks joined."
@@ -846,58 +885,132 @@ def _quarantines(ctx, stage, tasks: list[dict], mapped: list[dict]) -> list[str]
     keys |= dict(zip([t["number"] for t in todo], resumable(ctx, stage, "quarantine", join_quarantine, todo)))
     return [keys[i] for i in sorted(keys)]
 
-# %% ../../nbs/01f_prepare.ipynb #c076
-def prepare(ctx, stage, files: list[RawFile], ignored: list[str], sources: list[str]) -> dict: # counts
-    "Fill dedup_ready/ and minhash_lsh/index/. Raises `UserError` when nothing is left, `RuntimeError` when counts do not add up."
-    store, s, log = ctx.store, ctx.settings, getattr(ctx, "log", lambda text: None)
-    if not stage.parts: store.delete_prefix("minhash_lsh/spill")
-    tasks = file_tasks(store, files, s.clean, next((Path(x).name for x in sources if x != "raw/"), "data"))
+# %% ../../nbs/01f_prepare.ipynb #c083
+def take_in(ctx, stage, files: list[RawFile], first: int = 0) -> tuple[list[dict], list[str]]: # results of `prepare_file`, keys of quarantine
+    "Read and clean files into spills. Raises `UserError` for too many domains."
+    tasks = file_tasks(ctx.store, files, ctx.settings.clean, first)
     mapped = resumable(ctx, stage, "file", prepare_file, tasks, "clean")
+    check_domains({d for m in mapped for d in m["tallies"]}, ctx.settings.clean.max_domains)
+    quarantine = _quarantines(ctx, stage, tasks, mapped)
+    purge_quarantine(ctx.store, quarantine, read_removed(ctx.store))
+    return mapped, quarantine
+
+def purge_quarantine(store: Store, keys: list[str], unwanted: dict) -> None:
+    "Drop quarantined lines that name a removed id or source."
+    names = [orjson.dumps(x).decode() for v in unwanted.values() for x in v]
+    for key in keys if names else ():
+        rows = [row for _, row in read_jsonl(store, key)]
+        keep = [r for r in rows if not any(n in r["raw"] for n in names)]
+        if len(keep) < len(rows):
+            with JsonlWriter(store, key) as out:
+                for r in keep: out.write(r)
+
+def sort_in(ctx, stage, mapped: list[dict], prefix: str = "", old: list[str] = []) -> list[dict]: # results of `prepare_range`
+    "Spills to parts. `old`: spills of documents of earlier crawls whose ids meet new ones."
+    store, limit = ctx.store, ctx.settings.dedup.part_bytes
+    ranges = max(1, -(-sum(m["bytes"] + DOC_BYTES * m["docs"] for m in mapped) // limit))
+    base = {"workspace": store.uri, "ranges": ranges, "spills": "minhash_lsh/spill/list.json", "part_bytes": limit, "prefix": prefix, "old": old}
+    store.write(base["spills"], orjson.dumps([k for m in mapped for k in m["spills"]] + old))
+    return resumable(ctx, stage, "range", prepare_range, [base | {"number": i} for i in range(ranges)], "sort")
+
+def sorted_parts(ranged: list[dict]) -> list[dict]: # entries of parts.json
+    return sorted((p for r in ranged for p in r["parts"]), key=lambda p: p["name"])
+
+# %% ../../nbs/01f_prepare.ipynb #c085
+CRAWLS = "dedup_ready/crawls.json"
+
+def crawl_entry(mapped: list[dict], repeated: int, limit: int) -> dict: # of CRAWLS
+    "What one crawl brought: tallies by domain, repeated ids, review samples."
     domains: dict[str, dict] = {}
     for m in mapped:
         for d, t in m["tallies"].items(): add_tally(domains.setdefault(d, new_tally()), t)
-    check_domains(domains, s.clean.max_domains)
-    quarantine = _quarantines(ctx, stage, tasks, mapped)
-    ranges = max(1, -(-sum(m["bytes"] + DOC_BYTES * m["docs"] for m in mapped) // s.dedup.part_bytes))
-    log(f"clean: {sum(t['read'] for t in domains.values()):,} lines of {len(files):,} files in {len(tasks):,} tasks, {sum(m['docs'] for m in mapped):,} documents kept, sorted in {ranges:,} ranges")
-    base = {"workspace": store.uri, "ranges": ranges, "spills": "minhash_lsh/spill/list.json", "part_bytes": s.dedup.part_bytes}
-    store.write(base["spills"], orjson.dumps([k for m in mapped for k in m["spills"]]))
-    ranged = resumable(ctx, stage, "range", prepare_range, [base | {"number": i} for i in range(ranges)], "sort")
-    parts = sorted((p for r in ranged for p in r["parts"]), key=lambda p: p["name"])
-    counts = _publish(store, domains, parts, ranged, mapped, quarantine, ignored, sources, files, s.clean)
-    store.delete_prefix("minhash_lsh/spill")
-    return counts
+    return {"domains": domains, "repeated_ids": repeated, "review": best_samples(mapped, limit)}
 
-# %% ../../nbs/01f_prepare.ipynb #c077
-def _publish(store, domains, parts, ranged, mapped, quarantine, ignored, sources, files, settings) -> dict: # counts
-    "Check the counts, write the manifest, parts.json and the review samples, remove leftovers."
-    total = new_tally()
-    for d, t in domains.items(): add_tally(total, t); check_tally(d, t)
-    check_tally("total", total)
+def read_crawls(store: Store, upto: int) -> list[dict]: # entries of the first crawls
+    return orjson.loads(store.read(CRAWLS))[:upto] if upto else []
+
+def files_key(crawl: int) -> str: return f"ledger/crawls/{crawl:04d}.json"
+
+def read_files(store: Store, crawls: int) -> list[dict]: # fingerprint, lineage, files, quarantine, ignored, sources of each
+    "What the crawls were made of; [] when one is not known."
+    keys = [files_key(i) for i in range(crawls)]
+    return [orjson.loads(store.read(k)) for k in keys] if all(map(store.exists, keys)) else []
+
+def write_crawl(store: Store, number: int, entry: dict, files: dict) -> None:
+    "Record a crawl; it counts when `publish` has been told of its parts."
+    store.write(CRAWLS, orjson.dumps([*read_crawls(store, number), entry], option=orjson.OPT_SORT_KEYS))
+    store.write(files_key(number), orjson.dumps(files))
+
+# %% ../../nbs/01f_prepare.ipynb #c086
+def prepare(ctx, stage, files: list[RawFile], ignored: list[str], sources: list[str], layout: int = 0) -> dict: # counts
+    "Fill dedup_ready/ and minhash_lsh/index/ anew. Raises `UserError` when nothing is left, `RuntimeError` when counts do not add up."
+    store, s, log = ctx.store, ctx.settings, getattr(ctx, "log", lambda text: None)
+    if not stage.parts:
+        for prefix in ("minhash_lsh/spill", "minhash_lsh/index/state", "ledger/crawls"): store.delete_prefix(prefix)
+    mapped, quarantine = take_in(ctx, stage, files)
+    ranged = sort_in(ctx, stage, mapped)
+    log(f"clean: {sum(t['read'] for m in mapped for t in m['tallies'].values()):,} lines of {len(files):,} files in {len(mapped):,} tasks, {sum(m['docs'] for m in mapped):,} documents kept, sorted in {len(ranged):,} ranges")
+    print_ = getattr(stage, "fingerprint", "")
+    write_crawl(store, 0, crawl_entry(mapped, sum(r["repeated_ids"] for r in ranged), s.clean.review_samples),
+                {"fingerprint": print_, "lineage": print_, "files": [[*f, None] for f in files], "quarantine": quarantine, "ignored": sorted(ignored), "sources": sources, "layout": layout, "removed": digest(read_removed(store))})
+    return publish(ctx, sorted_parts(ranged))
+
+# %% ../../nbs/01f_prepare.ipynb #c087
+def basis(s) -> str: # 16 hexadecimal digits
+    "What cleaned text depends on beside the raw text: crawls with another basis do not fit together."
+    return digest([s.clean, s.dedup.part_bytes, code_digest(("dedup.clean", "dedup.prepare"))])
+
+def publish(ctx, parts: list[dict], crawl: int = 0, renamed: dict | None = None) -> dict: # counts
+    "Check the counts; write parts.json, the manifest and the review samples; remove leftovers."
+    store, s, crawls = ctx.store, ctx.settings, read_crawls(ctx.store, crawl + 1)
+    domains, total = _sum_crawls(crawls)
     if total["kept"] != sum(p["docs"] for p in parts): raise RuntimeError(f"{total['kept']} documents kept, but {sum(p['docs'] for p in parts)} written")
+    files = read_files(store, crawl + 1); names, quarantine, ignored = [p["name"] for p in parts], *(sorted({x for f in files for x in f[k]}) for k in ("quarantine", "ignored"))
     if not parts:
         why = ", ".join(f"{k} {v:,}" for k, v in (total["filtered"] + total["quarantined"]).most_common(5)) or "the files are empty"
-        raise UserError(f"no document is left of {total['read']:,} lines in {len(files)} files ({why}); see dedup_ready/quarantine/ and the clean section of the config")
-    names = [p["name"] for p in parts]
-    manifest = {"total": total, "domains": {d: domains[d] for d in sorted(domains)}, "repeated_ids": sum(r["repeated_ids"] for r in ranged),
-                "sources": sources, "files": len(files), "ignored": sorted(ignored), "quarantine": quarantine, "parts": [f"dedup_ready/{n}.jsonl" for n in names]}
-    store.write("minhash_lsh/index/parts.json", orjson.dumps({"parts": parts}, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS))
-    store.write("dedup_ready/review_samples.md", review_markdown(mapped, settings.review_samples))
-    store.write("dedup_ready/manifest.json", orjson.dumps(manifest, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS))
-    own = ("manifest.json", "review_samples.md", "sources.json", "statistics.json")
-    sweep(store, "dedup_ready/", [f"dedup_ready/{n}" for n in own] + [f"dedup_ready/{n}.jsonl" for n in names] + quarantine)
-    sweep(store, "minhash_lsh/index/", ["minhash_lsh/index/parts.json"] + [f"minhash_lsh/index/{n}.parquet" for n in names])
+        raise UserError(f"no document is left of {total['read']:,} lines in {sum(len(f['files']) for f in files)} files ({why}); see dedup_ready/quarantine/ and the clean section of the config")
+    plain = lambda x: orjson.dumps(x, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS)
+    store.write(PARTS, plain({"parts": parts, "crawl": crawl, "renamed": {str(k): v for k, v in (renamed or {}).items()}, "basis": basis(s)}))
+    review = best_samples(crawls, s.clean.review_samples)
+    store.write("dedup_ready/review_samples.md", review_markdown(review, s.clean.review_samples))
+    store.write("dedup_ready/manifest.json", plain({"total": total, "domains": domains, "repeated_ids": sum(c["repeated_ids"] for c in crawls), "lineage": files[0]["lineage"], "crawls": crawl + 1,
+        "sources": files[-1]["sources"], "files": sum(len(f["files"]) for f in files), "ignored": ignored, "quarantine": quarantine, "parts": [f"dedup_ready/{n}.jsonl" for n in names]}))
+    _sweep_prepared(store, names, quarantine)
     return {k: total[k] for k in ("read", "kept")} | {"filtered": sum(total["filtered"].values()), "quarantined": sum(total["quarantined"].values()), "domains": domains, "total": total}
 
-# %% ../../nbs/01f_prepare.ipynb #c078
+def _sum_crawls(crawls: list[dict]) -> tuple[dict, dict]: # tallies by domain, total
+    domains, total = {}, new_tally()
+    for d in sorted({d for c in crawls for d in c["domains"]}):
+        domains[d] = new_tally()
+        for c in crawls: add_tally(domains[d], c["domains"].get(d, {}))
+        check_tally(d, domains[d]); add_tally(total, domains[d])
+    check_tally("total", total)
+    return domains, total
+
+def _sweep_prepared(store: Store, names: list[str], quarantine: list[str]) -> None:
+    "Remove parts, quarantine and reports that are none of the workspace's any more. What later stages keep in index/state/ is theirs."
+    own = ("manifest.json", "review_samples.md", "sources.json", "statistics.json", "crawls.json", "removed.json", "keepers_changed.csv")
+    sweep(store, "dedup_ready/", [f"dedup_ready/{n}" for n in own] + [f"dedup_ready/{n}.jsonl" for n in names] + quarantine)
+    state = [k for k in store.list("minhash_lsh/index/") if k.startswith("minhash_lsh/index/state/")]
+    sweep(store, "minhash_lsh/index/", [PARTS, *state] + [f"minhash_lsh/index/{n}.{end}" for n in names for end in ("parquet", "ids.json")])
+    store.delete_prefix("minhash_lsh/spill")
+
+# %% ../../nbs/01f_prepare.ipynb #c088
+def best_samples(
+    found: list[dict], # with `review`: results of `prepare_file`, or entries of CRAWLS
+    limit: int # pairs a domain
+) -> dict[str, list]: # domain -> pairs, best first
+    "The best before/after pairs of several files or crawls."
+    best: dict[str, list] = {}
+    for m in found:
+        for domain, rows in m["review"].items(): best[domain] = sorted(best.get(domain, []) + [r for r in rows if r not in best.get(domain, [])])[:limit]
+    return best
+
 def review_markdown(
-    mapped: list[dict], # results of `prepare_file`
+    best: dict[str, list], # from `best_samples`
     limit: int # pairs a domain
 ) -> str: # Markdown
     "The before/after pairs of all files as one page."
-    best: dict[str, list] = {}
-    for m in mapped:
-        for domain, rows in m["review"].items(): best[domain] = sorted(best.get(domain, []) + [r for r in rows if r not in best.get(domain, [])])[:limit]
     lines = ["# Before and after cleaning", "", f"{limit} documents a domain; those that changed most come first. `…` marks a cut.", ""]
     for domain in sorted(best):
         lines += [f"## {domain}", ""]
