@@ -1,7 +1,6 @@
 "Multiple choice: likelihoods, shapes of files, shuffling, intervals, and agreement with lm-evaluation-harness on the same items; toy models made on the spot."
 from __future__ import annotations
 import json, math, random, socket
-from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch, yaml
 from yunmin_efficientdata.core.settings import HarnessSettings, UserError, project_root
 from yunmin_efficientdata.core.store import open_store

@@ -2,7 +2,7 @@
 from __future__ import annotations
 import json, math
 import numpy as np, pandas as pd, pyarrow as pa, pyarrow.parquet as pq, pytest, torch
-from yunmin_efficientdata.core.settings import DataCurveSettings, EvaluationConfig, UserError
+from yunmin_efficientdata.core.settings import DataCurveSettings, UserError
 from yunmin_efficientdata.core.store import open_store
 from yunmin_efficientdata.evaluation import data_curve as dc, inputs
 

@@ -1,7 +1,7 @@
 "Prompts side by side: the shipped prompts and rubric, the rule, the page, points of people and judge."
 from __future__ import annotations
 import json, math, re
-import numpy as np, pandas as pd, pytest
+import pandas as pd, pytest
 from yunmin_efficientdata.core.settings import UserError, project_root
 from yunmin_efficientdata.core.store import open_store
 from yunmin_efficientdata.evaluation import inputs, prompts

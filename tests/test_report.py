@@ -1,11 +1,10 @@
 """Phase 5: the executive table, report.md in whole and in partial runs, and the site, on a fabricated workspace."""
 import csv, json, os, re
-from pathlib import Path
 
 import fabricated, nbformat, pytest, recompute
 from yunmin_efficientdata.core.settings import UserError, load_settings, project_root
 from yunmin_efficientdata.core.store import open_store
-from yunmin_efficientdata.report import facts as F, history as H, pages as P, phase, site as S
+from yunmin_efficientdata.report import facts as F, history as H, phase, site as S
 from yunmin_efficientdata.report.api import module_page, package_modules
 from yunmin_efficientdata.report.figures import PLOTS, drawable
 from yunmin_efficientdata.report.page import escape

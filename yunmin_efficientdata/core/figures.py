@@ -123,13 +123,13 @@ ENGLISH |= {   # phase 3
 # %% ../../nbs/00h_figures.ipynb #c023
 ENGLISH |= {   # phase 4
     "찍었을 때": "chance", "선다형 정답률: {}": "Multiple-choice accuracy: {}", "정답률 (문항 {}개)": "accuracy ({} questions)", "정답률 ({}), 막대는 95 % 구간": "accuracy ({}), bars are 95 % intervals",
-    "lm-evaluation-harness 과제별 정답률": "lm-evaluation-harness, accuracy by task", "멱법칙": "power law", "학습한 모델": "trained models", "데이터 {}배일 때 예측: 퍼플렉시티 {} %": "predicted with {}x the data: perplexity {} %",
+    "lm-evaluation-harness 과제별 정답률": "lm-evaluation-harness, accuracy by task", "멱법칙": "power law", "학습한 모델": "trained models", "데이터 {}배일 때 예측: 퍼플렉서티 {} %": "predicted with {}x the data: perplexity {} %",
     "마지막 두 점의 기울기로: {} %": "by the slope of the last two points: {} %", "학습 토큰 수": "training tokens", "시험 손실 (nat/토큰, 영역 평균)": "test loss (nats/token, mean of domains)", "데이터가 늘면 손실이 얼마나 줄어드는가": "How the loss falls with more data",
     "95 % 구간": "95 % interval", "{}만": "{}0k", "막대는 중앙값, 수염은 95번째 백분위. 한도: TTFT {} ms, TPOT {} ms (그림 범위 안이면 점선). 장치: {}": "bars: median, whiskers: 95th percentile. Limits: TTFT {} ms, TPOT {} ms (dashed where in view). Device: {}",
     "배치 크기": "batch size", "첫 토큰까지 (TTFT, ms)": "to the first token (TTFT, ms)", "토큰당 시간 (TPOT, ms)": "per token (TPOT, ms)", "처리량 (토큰/초)": "throughput (tokens/s)", "한도를 지킨 요청 (개/초)": "requests within limits (1/s)",
     "연산 이용률 MFU (%)": "MFU (%)", "대역폭 이용률 MBU (%)": "MBU (%)", "시험 영역": "test text", "이어쓰기와 원문의 겹침 ({}, 높을수록 좋음, 막대는 95 % 구간)": "Continuations against the original ({}, higher is better, 95 % intervals)",
-    "절반 이하": "half or less", "같음": "equal", "두 배 이상": "twice or more", "모델": "model", "모델과 영역별 퍼플렉시티 (낮을수록 좋음)": "Perplexity by model and test text (lower is better)", "기준 모델 대비 (로그 눈금)": "against the base (log scale)",
-    "{} 대비 퍼플렉시티 변화 (%), 막대는 95 % 구간": "change of perplexity against {} (%), bars are 95 % intervals", "같은 문서에서 본 모델의 차이 (왼쪽이 좋음)": "Models on the same documents (left is better)", "영역 평균": "mean of domains", "일반 글": "general text",
+    "절반 이하": "half or less", "같음": "equal", "두 배 이상": "twice or more", "모델": "model", "모델과 영역별 퍼플렉서티 (낮을수록 좋음)": "Perplexity by model and test text (lower is better)", "기준 모델 대비 (로그 눈금)": "against the base (log scale)",
+    "{} 대비 퍼플렉서티 변화 (%), 막대는 95 % 구간": "change of perplexity against {} (%), bars are 95 % intervals", "같은 문서에서 본 모델의 차이 (왼쪽이 좋음)": "Models on the same documents (left is better)", "영역 평균": "mean of domains", "일반 글": "general text",
     "글자당 로그우도의 변화 (nats, 오른쪽이 개선)": "change of log-likelihood per character (nats, right is better)", "base에서 merged로: 프롬프트 {}개 중 {}개 개선": "base to merged: of {} prompts, {} improved",
     "사람이 매긴 점수": "Points given by people", "심사 모델이 매긴 점수": "Points given by the judge model", "종합": "overall", "점": "points", "{} (세로선: 95 % 구간)": "{} (bars: 95 % intervals)",
     "정보성": "information", "논리성": "logic", "간결성": "brevity", "어조": "tone"}

@@ -4,11 +4,10 @@
 
 # %% ../../nbs/04j_data_curve.ipynb #c004
 from __future__ import annotations
-import json, math, time
+import math, time
 from itertools import islice
 from pathlib import Path
 import numpy as np, pandas as pd, torch
-from ..core.hub import load_config
 from ..core.settings import DataCurveSettings, UserError
 from ..core.store import Store
 from .inputs import quiet
@@ -55,14 +54,14 @@ def small_config(
     settings: DataCurveSettings # hidden_size, layers
 ): # a transformers config
     "The shape of the models. Raises `UserError` when the base is too large to be trained several times."
-    from transformers import AutoModelForCausalLM, Mamba2Config
+    from transformers import AutoConfig, AutoModelForCausalLM, Mamba2Config
     quiet()
     if settings.hidden_size:
         h = settings.hidden_size
         if h % 16: raise UserError(f"evaluation.data_curve.hidden_size: {h} is no multiple of 16")
         return Mamba2Config(vocab_size=vocab_size, hidden_size=h, num_hidden_layers=settings.layers, head_dim=32, num_heads=h//16, state_size=16, chunk_size=16, n_groups=1, tie_word_embeddings=True,
                             bos_token_id=0, eos_token_id=0, pad_token_id=0)
-    config = load_config(base)
+    config = AutoConfig.from_pretrained(base)
     with torch.device("meta"): size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     if size > SMALL: raise UserError(f"evaluation.data_curve: the base has {size:,} parameters, too many to train several times; give the small model a shape with data_curve.hidden_size=256")
     return config
@@ -203,7 +202,7 @@ def plot_curve(
     inside = x <= runs.tokens.max()
     ax.plot(x[inside], line[inside, 0], color=colour[0], label="멱법칙"); ax.plot(x[~inside], line[~inside, 0], "--", color=colour[0])
     ax.plot(runs.tokens, runs.nats, "o", color=colour[1], label="학습한 모델")
-    ax.plot(ahead.tokens, ahead.nats, "*", ms=13, color=colour[0], label=f"데이터 {ahead.share.iloc[0]:g}배일 때 예측: 퍼플렉시티 {ahead.change.iloc[0]:+.1f} %")
+    ax.plot(ahead.tokens, ahead.nats, "*", ms=13, color=colour[0], label=f"데이터 {ahead.share.iloc[0]:g}배일 때 예측: 퍼플렉서티 {ahead.change.iloc[0]:+.1f} %")
     ax.plot(careful.tokens, careful.nats, "v", ms=7, color=colour[2], label=f"마지막 두 점의 기울기로: {careful.change.iloc[0]:+.1f} %")
     axis_of_sizes(ax, np.unique(np.append(runs.tokens, ahead.tokens)))
     ax.set(xlabel="학습 토큰 수", ylabel="시험 손실 (nat/토큰, 영역 평균)", title="데이터가 늘면 손실이 얼마나 줄어드는가"); ax.legend(frameon=False, fontsize=9, loc="lower left"); fig.tight_layout()

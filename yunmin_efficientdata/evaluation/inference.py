@@ -242,7 +242,7 @@ def plot_inference(
     limits = [float(v.split("<=")[1].split("ms")[0]) for v in table["limits"].iloc[0].split(",")]
     share = table.assign(mfu_percent=100*table.mfu, mbu_percent=100*table.mbu)
     panels = (("ttft_ms", "첫 토큰까지 (TTFT, ms)", "ttft_p95_ms", limits[0]), ("tpot_ms", "토큰당 시간 (TPOT, ms)", "tpot_p95_ms", limits[1]), ("tokens_per_s", "처리량 (토큰/초)", None, None),
-              ("goodput", f"한도를 지킨 요청 (개/초)", None, None), ("mfu_percent", "연산 이용률 MFU (%)", None, None), ("mbu_percent", "대역폭 이용률 MBU (%)", None, None))
+              ("goodput", "한도를 지킨 요청 (개/초)", None, None), ("mfu_percent", "연산 이용률 MFU (%)", None, None), ("mbu_percent", "대역폭 이용률 MBU (%)", None, None))
     fig, axes = plt.subplots(2, 3, figsize=(10.4, 6))
     for ax, (column, title, far, limit) in zip(axes.flat, panels): _bars(ax, share, column, title, far, limit)
     handles, names = axes.flat[0].get_legend_handles_labels()

@@ -167,7 +167,7 @@ def ask(
 ) -> Answer:
     "One question with its retries. Raises `UserError` when the server refuses or stays away."
     import tenacity
-    sent, read, written, problem, messages = 0, 0, 0, "", list(body["messages"])
+    sent, read, written, messages = 0, 0, 0, list(body["messages"])
     backoff = tenacity.wait_exponential(multiplier=s.wait_seconds, max=s.max_wait_seconds) + tenacity.wait_random(0, s.wait_seconds)
     wait = lambda state: min(s.max_wait_seconds, max(backoff(state), getattr(state.outcome.exception(), "after", 0)))
     try:

@@ -247,7 +247,7 @@ def plot_perplexity(
                 cbar_kws={"label": "기준 모델 대비 (로그 눈금)"})
     bar = ax.collections[0].colorbar
     bar.ax.yaxis.labelpad = 10; bar.set_ticks([-1, 0, 1]); bar.set_ticklabels(["절반 이하", "같음", "두 배 이상"])
-    ax.set(xlabel="시험 영역", ylabel="모델", title="모델과 영역별 퍼플렉시티 (낮을수록 좋음)")
+    ax.set(xlabel="시험 영역", ylabel="모델", title="모델과 영역별 퍼플렉서티 (낮을수록 좋음)")
     ax.tick_params(axis="y", rotation=0); ax.tick_params(axis="x", rotation=0)
     fig.tight_layout()
     return fig
@@ -269,6 +269,6 @@ def plot_pairs(
         ax.errorbar(r.change, y, xerr=[r.change - r.low, r.high - r.change], fmt=marker, color=colour, capsize=2, ms=5, label=model)
     ax.axvline(0, color="#888888", lw=1)
     ax.set_yticks(range(len(domains)), [{"mean": "영역 평균", "general": "일반 글"}.get(d, d) for d in domains]); ax.invert_yaxis()
-    ax.set(xlabel=f"{against} 대비 퍼플렉시티 변화 (%), 막대는 95 % 구간", title="같은 문서에서 본 모델의 차이 (왼쪽이 좋음)")
+    ax.set(xlabel=f"{against} 대비 퍼플렉서티 변화 (%), 막대는 95 % 구간", title="같은 문서에서 본 모델의 차이 (왼쪽이 좋음)")
     ax.legend(ncols=len(shown) or 1, loc="upper center", bbox_to_anchor=(.5, -.55/(fig.get_figheight() - 1.1)), frameon=False); fig.tight_layout()
     return fig

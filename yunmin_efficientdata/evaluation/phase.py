@@ -7,12 +7,12 @@ from __future__ import annotations
 import io
 from functools import cached_property
 from typing import Callable, NamedTuple
-import numpy as np, pandas as pd, torch
+import numpy as np, pandas as pd
 from ..core.context import Context, open_phase
 from ..core.figures import korean_style, save_figure
 from ..core.ledger import digest
 from ..core.records import JsonlWriter
-from ..core.settings import DOMAINS, UserError
+from ..core.settings import DOMAINS
 from ..core.store import Store
 from . import choices as mc, inference as speed, inputs, judge as jd, overlap as ov, perplexity as ppl, prompts as pr, rating as rt
 
@@ -399,7 +399,7 @@ def performance_page(
     wide = table[(table.metric == "perplexity") & (table.domain != "general")].pivot_table(index="domain", columns="model", values="value", sort=False).dropna(subset=["base", "merged"])
     mean = 100*(np.exp(np.log(wide["merged"]/wide["base"]).mean()) - 1)
     lines = ["# 병합 전후의 성능", "", f"모든 값은 학습에 쓰지 않은 시험 문서에서 쟀습니다. `general`은 {general}입니다.", "",
-             "## 퍼플렉시티 (낮을수록 좋음)", "", *before_after(table, "perplexity", True), "", f"영역 {len(wide)}개의 기하평균으로 본 변화: **{mean:+.2f} %**", "",
+             "## 퍼플렉서티 (낮을수록 좋음)", "", *before_after(table, "perplexity", True), "", f"영역 {len(wide)}개의 기하평균으로 본 변화: **{mean:+.2f} %**", "",
              "## BLEU (글자 단위, 높을수록 좋음)", "", *before_after(table, "bleu_char", False), ""]
     signature = overlap[overlap.metric == "bleu_char"].signature.iloc[0] if len(overlap) else "-"
     lines += [f"sacrebleu 서명: `{signature}`", "", "문서 앞부분을 주고 이어 쓰게 한 글을 원문과 견주었습니다. 이어쓰기에는 정답이 하나가 아니므로 값 자체보다 모델 사이의 차이를 보십시오."]

@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from ..core.figures import korean_style, save_figure
-from .facts import BENCHMARK, COST_LEDGER, EXPECTATIONS, METHODS, Facts, cost_ledger, executive, loading, method_means, metric, of_merge, shown, stages
+from .facts import EXPECTATIONS, Facts, cost_ledger, executive, loading, method_means, metric, of_merge, shown, stages
 from .history import describe, kept_runs, plot_history, run_name, series
 
 # %% auto #0

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 from .. import __version__
 from ..core.ledger import code_digest, digest
-from .facts import ASKED, EXPECTATIONS, UNITS, Facts, executive, metric, shown, stages
+from .facts import EXPECTATIONS, UNITS, Facts, executive, metric, shown, stages
 from .page import Page, Raw
 
 # %% auto #0

@@ -5,11 +5,10 @@
 # %% ../../nbs/05g_models.ipynb #c004
 from __future__ import annotations
 import math
-from typing import Any
 import pandas as pd
-from .facts import COST_LEDGER, COSTS, GAINS, METHODS, SUMMARY, Facts, change, costs, domain_costs, method_means, metric, paired, PAIRS, tried_weights
+from .facts import COST_LEDGER, COSTS, GAINS, METHODS, SUMMARY, Facts, change, costs, method_means, metric, paired, PAIRS, tried_weights
 from .figures import ORDER, PARTS, merge_weights
-from .page import Page, Raw, plain
+from .page import Page, plain
 
 # %% auto #0
 __all__ = ['CONTAMINATION', 'SUBJECTS', 'HARNESS', 'CURVE', 'CURVE_KINDS', 'PROMPTS', 'CRITERIA', 'RATINGS', 'JUDGE', 'INFERENCE',

@@ -11,7 +11,7 @@ import yaml
 from .api import module_page, package_modules
 from .drawing import flow_svg, house_svg
 from .facts import Facts
-from .history import HISTORY, compare, history_table, kept_runs
+from .history import compare, history_table, kept_runs
 from .page import Page
 from .write import executive_rows, headline, warnings_part
 

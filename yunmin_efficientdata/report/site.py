@@ -4,7 +4,7 @@
 
 # %% ../../nbs/05c_site.ipynb #c004
 from __future__ import annotations
-import hashlib, os, re, shutil, subprocess, sys, tempfile
+import hashlib, re, shutil, subprocess, sys, tempfile
 from html.parser import HTMLParser
 from pathlib import Path, PurePosixPath
 from typing import Any
