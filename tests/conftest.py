@@ -54,7 +54,13 @@ class S3Server:
         self.log = open(self.folder/"log", "wb")
         # the catalogs' ports are fixed, so two test runs at once would collide; one volume for each new bucket in place of seven
         env = {k: v for k, v in os.environ.items() if not k.startswith("AWS_")} | {"WEED_MASTER_VOLUME_GROWTH_COPY_1": "1"}
-        self.process = subprocess.Popen(command, stdout=self.log, stderr=subprocess.STDOUT, cwd=self.folder, env=env)
+        self.start = lambda: subprocess.Popen(command, stdout=self.log, stderr=subprocess.STDOUT, cwd=self.folder, env=env)
+        self.process = self.start()
+
+    def again(self):
+        "Start it again after it was killed, on what it had stored."
+        self.process = self.start()
+        return self.wait()
 
     def client(self):
         import boto3

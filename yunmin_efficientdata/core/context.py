@@ -4,7 +4,7 @@
 
 # %% ../../nbs/00g_context.ipynb #c004
 from __future__ import annotations
-import fcntl, logging, os, secrets, socket, sys, threading, time, traceback
+import errno, fcntl, logging, os, secrets, socket, sys, threading, time, traceback
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator
@@ -27,14 +27,16 @@ class StoreHandler(logging.Handler):
     def emit(self, record) -> None:
         line = self.format(record) + "\n"
         if self.store.is_local:
-            path = Path(self.store.uri)/self.key
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8") as f: f.write(line)
+            try:
+                with (Path(self.store.uri)/self.key).open("a", encoding="utf-8") as f: f.write(line)
+            except OSError: pass  # a full disk: the console has the line, and the next file to be written says what is wrong
         else:
             if self._text is None: self._text = self.store.read_text(self.key) if self.store.exists(self.key) else ""
             self._text += line
     def flush(self) -> None:
-        if self._text is not None: self.store.write(self.key, self._text)
+        if self._text is None: return
+        try: self.store.write(self.key, self._text)
+        except UserError as e: print(f"{self.key} is not written: {e}", file=sys.stderr)  # what went wrong before counts more
 
 # %% ../../nbs/00g_context.ipynb #c007
 def open_log(
@@ -80,8 +82,17 @@ def _busy(store: Store, held: dict) -> UserError:
     who = f"process {held.get('pid')} on {held.get('host')}" if held else "another process"
     return UserError(f"workspace {store.uri} is in use by {who} (since {held.get('since', '?')}): wait until it ends, or stop it")
 
+def _boot() -> str: # where process numbers mean the same: this start of this machine, this container
+    try: return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + " " + os.readlink("/proc/self/ns/pid")
+    except OSError: return ""
+
+def _read_lock(store: Store) -> dict: # {} when there is none, or a torn one
+    try: held = orjson.loads(store.read(".lock"))
+    except (FileNotFoundError, orjson.JSONDecodeError): return {}
+    return held if isinstance(held, dict) else {}
+
 def _holder() -> dict:
-    return {"token": os.environ.get(_TOKEN) or secrets.token_hex(8), "pid": os.getpid(), "host": socket.gethostname(),
+    return {"token": os.environ.get(_TOKEN) or secrets.token_hex(8), "pid": os.getpid(), "host": socket.gethostname(), "boot": _boot(),
             "since": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())}
 
 # %% ../../nbs/00g_context.ipynb #c014
@@ -102,10 +113,10 @@ def _file_lock(store: Store, name: str, wait: float):
     except OSError as e: raise UserError(f"workspace {store.uri} cannot be written: {e.strerror}; choose a folder that you own") from None
     try:
         if not _try_flock(fd, wait):
-            try: held = orjson.loads(os.read(fd, 4096))
-            except orjson.JSONDecodeError: held = {}
-            raise _busy(store, held)
-        os.ftruncate(fd, 0); os.pwrite(fd, orjson.dumps(holder := _holder()), 0)
+            raise _busy(store, _read_lock(store))
+        holder = _holder()
+        try: os.ftruncate(fd, 0); os.pwrite(fd, orjson.dumps(holder), 0)
+        except OSError as e: raise UserError(f"workspace {store.uri} cannot be written: {e.strerror}; free some space") from None
         yield holder
     finally: os.close(fd)
 
@@ -116,25 +127,44 @@ class _Lease(threading.Thread):
     "Holds `.lock` on S3 by conditional puts and renews it until stopped."
     def __init__(self, store: Store, key: str = ".lock"):
         super().__init__(daemon=True)
-        self.store, self.key, self.holder, self.stopped, self.lost = store, key, _holder(), threading.Event(), False
-    def _body(self): return orjson.dumps(self.holder | {"renewed": time.time()})
+        self.store, self.key, self.holder, self.stopped, self.lost, self.beat = store, key, _holder(), threading.Event(), False, 0
+    def _body(self):
+        self.beat += 1
+        return orjson.dumps(self.holder | {"beat": self.beat})
     def acquire(self) -> None:
-        if not self.store.put_if_absent(self.key, self._body()):
-            stat, held = self.store.stat(self.key), orjson.loads(self.store.read(self.key))
-            dead = held["host"] == self.holder["host"] and not _alive(held["pid"])
-            if not dead and time.time() - held["renewed"] < LEASE_SECONDS: raise _busy(self.store, held)
-            if not self.store.replace_if(self.key, self._body(), stat.version): raise _busy(self.store, held)
+        if not self.store.put_if_absent(self.key, self._body()): self._take_over()
         self.version = self.store.stat(self.key).version
         self.start()
+    def _take_over(self) -> None:
+        "Take the lease of a run that is dead; raise `UserError` when it lives."
+        version, held = self.store.stat(self.key).version, _read_lock(self.store)
+        if held.get("token") == self.holder["token"] and held.get("pid") == self.holder["pid"]: return  # our own put, whose answer was lost
+        dead = held.get("boot") == self.holder["boot"] and not _alive(held.get("pid", 0))
+        if not dead:
+            if 0 <= self.store.age(self.key) < LEASE_SECONDS: raise _busy(self.store, held)
+            time.sleep(LEASE_SECONDS / 4 + 5)  # a server's clock can jump too: whoever lives renews in this time
+            if self.store.stat(self.key).version != version: raise _busy(self.store, held)
+        if not self.store.replace_if(self.key, self._body(), version): raise _busy(self.store, held)
     def run(self) -> None:
         while not self.stopped.wait(LEASE_SECONDS / 4):
             try:
-                if not self.store.replace_if(self.key, self._body(), self.version): self.lost = True; return
+                if not self.store.replace_if(self.key, self._body(), self.version) and _read_lock(self.store).get("token") != self.holder["token"]: self.lost = True; return
                 self.version = self.store.stat(self.key).version
             except Exception: continue  # the next renewal comes before the lease runs out
     def release(self) -> None:
         self.stopped.set(); self.join()
-        if not self.lost: self.store.delete(self.key)
+        try:
+            if not self.lost: self.store.delete(self.key)
+        except UserError: pass  # the server is gone: the lease runs out by itself
+
+class _Guard:
+    "Asks now and then whether the workspace on S3 is still ours; called before anything is recorded. A run that slept through its lease must not go on beside the one that took it."
+    def __init__(self, store: Store, token: str): self.store, self.token, self.asked = store, token, time.monotonic()
+    def __call__(self) -> None:
+        if self.store.is_local or time.monotonic() - self.asked < LEASE_SECONDS / 4: return
+        held, self.asked = _read_lock(self.store), time.monotonic()
+        if held and held.get("token") != self.token:
+            raise UserError(f"workspace {self.store.uri} was taken over by process {held.get('pid')} on {held.get('host')}, because this run was silent for more than {LEASE_SECONDS} s: wait until that one ends, then start again")
 
 def _alive(pid: int) -> bool:
     try: os.kill(pid, 0); return True
@@ -148,7 +178,8 @@ def workspace_lock(
 ) -> Iterator[dict]: # the holder's entry; its token lets child processes in
     "Hold the workspace for one run. Raises `UserError` when another run holds it."
     if store.is_local:
-        Path(store.uri).mkdir(parents=True, exist_ok=True)
+        try: Path(store.uri).mkdir(parents=True, exist_ok=True)
+        except OSError as e: raise UserError(f"workspace {store.uri} cannot be made: {e.strerror}; choose a folder that you own") from None
         with _file_lock(store, ".lock", 0) as holder: yield holder
         return
     lease = _Lease(store); lease.acquire()
@@ -157,14 +188,14 @@ def workspace_lock(
 
 # %% ../../nbs/00g_context.ipynb #c017
 @contextmanager
-def _phase_lock(store: Store) -> Iterator[None]:
+def _phase_lock(store: Store) -> Iterator[str]: # token of the lock
     "The lock of a phase: a run of its own, or part of the `yunmin run` whose token is in the environment."
     token = os.environ.get(_TOKEN)
-    held = orjson.loads(store.read(".lock")) if token and store.exists(".lock") else {}
+    held = _read_lock(store) if token else {}
     with ExitStack() as stack:
-        if not (token and held.get("token") == token): stack.enter_context(workspace_lock(store))
+        if not (token and held.get("token") == token): held = stack.enter_context(workspace_lock(store))
         if store.is_local: stack.enter_context(_file_lock(store, ".lock.phase", 15))
-        yield
+        yield held["token"]
 
 # %% ../../nbs/00g_context.ipynb #c020
 class Context:
@@ -197,6 +228,13 @@ def stage(self: Context, name: str, work: Callable, # work(stage) -> counts
     return entry["counts"]
 
 # %% ../../nbs/00g_context.ipynb #c022
+_ROOM = {errno.ENOSPC: "No space left on device", errno.EDQUOT: "Disk quota exceeded", errno.EFBIG: "File too large", errno.EROFS: "Read-only file system"}
+
+def _no_room(e: Exception) -> str | None: # what to tell; None when it is something else
+    "A full disk as libraries report it: by number, or in the text of an error of their own (Arrow, safetensors, DuckDB)."
+    text = next((t for n, t in _ROOM.items() if getattr(e, "errno", None) == n or t in str(e)), None)
+    return text and f"{text}{': ' + str(e.filename) if getattr(e, 'filename', None) else ''}; free some space (also in {os.environ.get('TMPDIR') or '/tmp'}), then start again"
+
 @contextmanager
 def open_phase(
     phase: str, # dedup, format, dem, evaluation or report
@@ -206,13 +244,14 @@ def open_phase(
 ) -> Iterator[Context]: # everything a driver needs
     "Open a workspace for one phase. An error is logged to pipeline_errors.log and raised again."
     settings, store = load_settings(config, list(overrides or ())), open_store(workspace)
-    with _phase_lock(store), make_executor(executor, workers) as ex:
+    with _phase_lock(store) as token, make_executor(executor, workers) as ex:
         logger = open_log(store, settings.logging, phase)
         store.clean()  # what dead runs left unfinished
         if ex.nodes > 1 and store.is_local: logger.warning(f"{ex.nodes} nodes and a workspace in a local folder: every node must see that folder under the same path; an s3:// workspace needs no shared disk")
-        try: yield Context(phase, store, settings, Ledger(store), ex, logger)
+        try: yield Context(phase, store, settings, Ledger(store, _Guard(store, token)), ex, logger)
         except UserError as e: logger.error(str(e)); raise
         except Exception as e:
+            if why := _no_room(e): logger.error(f"{type(e).__name__}: {e}"); raise UserError(f"{store.uri}: {why}") from None
             logger.error(f"{type(e).__name__}: {e}\n{traceback.format_exc()}"); raise
         finally:
             for h in list(logger.handlers): h.flush(); logger.removeHandler(h)

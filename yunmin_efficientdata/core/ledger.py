@@ -86,33 +86,44 @@ class Meter:
                 "cpu_seconds": round(self.cpu_seconds, 3), "peak_rss_mb": round(self.peak_rss_mb, 1), **({"requests": dict(sorted(self.requests.items()))} if self.requests else {})}
 
 # %% ../../nbs/00d_ledger.ipynb #c016
+def _entry(store: Store, key: str, fields: tuple) -> dict | None: # None: damaged or cut off, so it says nothing
+    "A record of the ledger, if it has these fields."
+    try: entry = orjson.loads(store.read(key))
+    except orjson.JSONDecodeError: return None
+    return entry if isinstance(entry, dict) and all(f in entry for f in fields) else None
+
 class Stage:
     "A stage that is being run: which parts a killed run already finished, and where to record the next."
     def __init__(self, store: Store, name: str, fingerprint: str, meter: Meter):
         self.store, self.name, self.fingerprint, self.meter = store, name, fingerprint, meter
         self._prefix = f"ledger/parts/{name}/"
         self.parts: dict[str, Any] = {}
+        self.discarded, self.guard = [], lambda: None
         for key in store.list(self._prefix):
-            entry = orjson.loads(store.read(key))
-            if entry["fingerprint"] == fingerprint: self.parts[entry["part"]] = entry["info"]
+            entry = _entry(store, key, ("fingerprint", "part", "info"))
+            if entry and entry["fingerprint"] == fingerprint: self.parts[entry["part"]] = entry["info"]
             else: store.delete(key)
     def done_part(self, part: str) -> bool: # True when an earlier, killed run finished it
         return part in self.parts
     def mark_part(self, part: str, info: Any = None) -> None:
         "Record a part as finished; its files must be published before."
+        self.guard()
         entry = {"fingerprint": self.fingerprint, "part": part, "info": info}
         self.store.write(f"{self._prefix}{digest(part)}.json", canonical(entry))
         self.parts[part] = info
+    def discard(self, prefix: str) -> None:
+        "Intermediate files that parts were made from: removed once the stage is recorded as done. Removed any earlier, a run killed in between would look for them in vain."
+        self.discarded.append(prefix)
 
 # %% ../../nbs/00d_ledger.ipynb #c018
 class Ledger:
     "The stages of one workspace, one small JSON file each in `ledger/`."
-    def __init__(self, store: Store): self.store = store
+    def __init__(self, store: Store, guard: Callable = lambda: None): # guard: called before anything is recorded; raises when the workspace is no longer ours
+        self.store, self.guard = store, guard
     def _key(self, name): return f"ledger/{name}.json"
     def read(self, name: str) -> dict | None: # the entry of a stage, None when it never ran
         key = self._key(name)
-        try: return orjson.loads(self.store.read(key)) if self.store.exists(key) else None
-        except orjson.JSONDecodeError: return None
+        return _entry(self.store, key, ("stage", "fingerprint", "status")) if self.store.exists(key) else None
     def entries(self) -> list[dict]: # all stages, in the order they were started
         names = [k[len("ledger/"):-len(".json")] for k in self.store.list("ledger/") if k.count("/") == 1 and k.endswith(".json")]
         found = [e for e in map(self.read, names) if e]
@@ -158,24 +169,59 @@ def run(self: Ledger, name: str, work: Callable[[Stage], dict], # called with a 
     "Run a stage unless it is already done. Raises what `work` raises, after recording the failure."
     print_ = fingerprint(self.store, name, settings, inputs, after, code)
     old = self.read(name)
-    if old and old["status"] == "done" and old["fingerprint"] == print_ and _sizes(self.store, old["outputs_asked"]) == old["outputs"]:
+    if old and old["status"] == "done" and old["fingerprint"] == print_ and "counts" in old and _sizes(self.store, old.get("outputs_asked", ())) == old.get("outputs"):
+        self._finish(name, old)
         return old, True
     entry = {"stage": name, "fingerprint": print_, "status": "running", "settings": orjson.loads(canonical(settings)),
              "after": sorted(after)}
     meter = Meter()
     with meter:
         entry["started"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(meter.started))
-        self.store.write(self._key(name), orjson.dumps(entry, option=orjson.OPT_INDENT_2))
+        self._write(entry)
         if on_start: on_start(meter)
         counts, error = None, None
         try:
-            counts = work(Stage(self.store, name, print_, meter))
-            entry["outputs_asked"], entry["outputs"] = sorted(outputs), _sizes(self.store, outputs)
+            stage = Stage(self.store, name, print_, meter)
+            stage.guard = self.guard
+            counts = self._work(stage, work)
+            entry["outputs_asked"], entry["outputs"], entry["discard"] = sorted(outputs), _sizes(self.store, outputs), stage.discarded
             if entry["outputs"] is None: raise RuntimeError(f"stage {name} ended without one of its outputs: {', '.join(outputs)}")
         except BaseException as e: error = e
     entry |= meter.asdict() | {"status": "failed" if error else "done", "counts": counts}
-    if error: entry["error"] = f"{type(error).__name__}: {error}"[:2000]
-    self.store.write(self._key(name), orjson.dumps(entry, option=orjson.OPT_INDENT_2))
-    if error: raise error
-    self.store.delete_prefix(f"ledger/parts/{name}/")
+    if error: self._failed(entry, error)
+    self._write(entry)
+    self._finish(name, entry)
     return entry, False
+
+@patch
+def _work(self: Ledger, stage: Stage, work: Callable) -> dict: # counts
+    "Work, resuming by part; from the beginning when files are missing that finished parts should have left (deleted, or lost with a disk)."
+    inherited = bool(stage.parts)
+    try: return work(stage)
+    except FileNotFoundError:
+        if not inherited: raise
+    self.store.delete_prefix(f"ledger/parts/{stage.name}/")
+    stage.parts, stage.discarded = {}, []
+    return work(stage)
+
+@patch
+def _write(self: Ledger, entry: dict) -> None:
+    self.guard()
+    self.store.write(self._key(entry["stage"]), orjson.dumps(entry, option=orjson.OPT_INDENT_2))
+
+@patch
+def _failed(self: Ledger, entry: dict, error: BaseException):
+    "Record a failure and raise it; where even that cannot be recorded (a full disk), the first error is the one that counts."
+    entry["error"] = f"{type(error).__name__}: {error}"[:2000]
+    try: self._write(entry)
+    except Exception: pass
+    raise error
+
+@patch
+def _finish(self: Ledger, name: str, entry: dict) -> None:
+    "Remove what a stage needs no more once it is recorded as done: its parts, and what it discarded. A run that was killed here does it when it is resumed."
+    if self.store.exists(f"ledger/parts/{name}/"): self.store.delete_prefix(f"ledger/parts/{name}/")
+    if not entry.get("discard"): return
+    for prefix in entry["discard"]: self.store.delete_prefix(prefix)
+    entry["discard"] = []
+    self._write(entry)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, NamedTuple
+import xxhash
 from fastcore.basics import patch
 from .settings import UserError
 
@@ -309,6 +310,7 @@ def fetch(
     "A real path of a key or folder: locally the thing itself. Raises `MissingKey`."
     with _os_errors(self, key):
         path = self._path(key.rstrip("/"))
+        if (path/COMMIT).is_file(): _check_commit(self, key.rstrip("/"), path)
         path.stat()
         return path
 
@@ -319,10 +321,30 @@ def _files(folder: Path) -> list[str]: # names relative to the folder, sorted, t
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     return sorted(names, key=lambda n: n == COMMIT)
 
+def _file_sum(path: Path) -> str: # 16 hexadecimal digits
+    "xxh3 of a file."
+    found = xxhash.xxh3_64()
+    with io.open(path, "rb") as f:
+        while data := f.read(1 << 20): found.update(data)
+    return found.hexdigest()
+
 def _commit(folder: Path):
-    "Write the marker: size and name of every file."
+    "Write the marker: size, checksum and name of every file."
     names = [n for n in _files(folder) if n != COMMIT]
-    (folder/COMMIT).write_text("".join(f"{(folder/n).stat().st_size} {n}\n" for n in names), encoding="utf-8")
+    (folder/COMMIT).write_text("".join(f"{(folder/n).stat().st_size} {_file_sum(folder/n)} {n}\n" for n in names), encoding="utf-8")
+
+_compared: set[tuple] = set() # folders that this process has compared with their markers, with the files' times and sizes
+
+def _check_commit(store: Store, key: str, folder: Path):
+    "Compare a folder with its marker, once for a process. Raises `UserError` naming the file that differs."
+    lines = [l.split(" ", 2) for l in (folder/COMMIT).read_text(encoding="utf-8", errors="replace").splitlines()]
+    found = [(n, int(size), digest) for size, digest, n in (l for l in lines if len(l) == 3) if size.isdigit() and len(digest) == 16]
+    try: state = (str(folder), *((n, (s := os.stat(folder/n)).st_size, s.st_mtime_ns, s.st_ino) for n, *_ in found))
+    except FileNotFoundError as e: raise UserError(f"{store.uri}: {key}: {Path(e.filename).name} is missing; remove the folder {key}, then start again: it is made anew") from None
+    if state in _compared: return
+    for n, size, digest in found:
+        if (folder/n).stat().st_size != size or _file_sum(folder/n) != digest: raise UserError(f"{store.uri}: {key}/{n}: damaged, it is not what was written (checksum in {COMMIT}); remove the folder {key}, then start again: it is made anew")
+    _compared.add(state)
 
 # %% ../../nbs/00b_store.ipynb #c033
 def _swap(temp: Path, path: Path):
@@ -410,15 +432,27 @@ def _count_request(request, event_name: str, **more) -> None: # called by botoco
     kind = "LIST" if ".List" in event_name else "PUT" if request.method == "POST" else request.method
     REQUESTS.update({kind: 1, "sent": int(request.headers.get("Content-Length") or 0)})
 
+_ARRIVED_DAMAGED = ("BadDigest", "MalformedXML", "InvalidDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch")
+
+def _send_again(response, attempts: int, **more) -> float | None: # called by botocore after each answer; seconds until the next try, None: decide as usual
+    "What arrived damaged at the server is sent again, which boto3 does not do by itself."
+    code = response[1].get("Error", {}).get("Code") if response else None
+    return 0.1 * 2**attempts if code in _ARRIVED_DAMAGED and attempts < 4 else None
+
+def _timeout() -> float: # seconds without a byte after which a request is tried again
+    text = os.environ.get("YUNMIN_S3_TIMEOUT") or "60"
+    try: return max(0.1, float(text))
+    except ValueError: raise UserError(f"YUNMIN_S3_TIMEOUT={text!r}: not a number of seconds, for example 60") from None
+
 def _client(
     quick: bool = False # give up within some 20 s
 ) -> Any: # boto3 S3 client
     "The S3 client for the current environment. Raises `UserError` for an endpoint that is no address."
-    which = (*sorted(kv for kv in os.environ.items() if kv[0].startswith("AWS_")), os.getpid(), quick)
+    which = (*sorted(kv for kv in os.environ.items() if kv[0].startswith(("AWS_", "YUNMIN_S3_"))), os.getpid(), quick)
     if which not in _clients:
         import boto3
         from botocore.config import Config
-        config = Config(connect_timeout=5, read_timeout=5 if quick else 60, retries={"mode": "standard", "total_max_attempts": 2 if quick else 4})
+        config = Config(connect_timeout=5, read_timeout=min(5, _timeout()) if quick else _timeout(), retries={"mode": "standard", "total_max_attempts": 2 if quick else 4})
         session = boto3.session.Session()
         try: client = session.client("s3", config=config)
         except ValueError as e: raise UserError(f"AWS_ENDPOINT_URL: {e}; write it as http://host:port") from None
@@ -426,6 +460,7 @@ def _client(
         if "storage.googleapis.com" in client.meta.endpoint_url: config = config.merge(Config(request_checksum_calculation="when_required", response_checksum_validation="when_required"))
         _clients[which] = session.client("s3", config=config)
         _clients[which].meta.events.register("before-send.s3", _count_request)
+        _clients[which].meta.events.register("needs-retry.s3", _send_again)
     return _clients[which]
 
 # %% ../../nbs/00b_store.ipynb #c045
@@ -435,6 +470,7 @@ _S3_WHY = [
     (("AccessDenied", "403", "Forbidden", "AllAccessDisabled"), "access is denied", "check the credentials and the permissions of the bucket"),
     (("PermanentRedirect", "301", "IllegalLocationConstraintException"), "the bucket is in another region", "set AWS_DEFAULT_REGION"),
     (("SlowDown", "ServiceUnavailable", "503", "InternalError", "500"), "the server fails or is overloaded", "try again later"),
+    (_ARRIVED_DAMAGED, "what was sent arrived damaged, four times", "check the network and the proxies on the way"),
     (("QuotaExceeded", "InsufficientStorage", "507", "EntityTooLarge"), "the server has no room", "free some space")]
 
 def _s3_why(e: Exception) -> tuple[str, str] | None: # (why, remedy); None when it is no error of S3
@@ -493,6 +529,13 @@ def stat(self: S3Store, key: str) -> Stat:
     return Stat(key, head["ContentLength"], head["ETag"].strip('"'))
 
 @patch
+def age(self: S3Store, key: str) -> float: # seconds
+    "Time since a key was written, by the server's clock alone. Raises `MissingKey`."
+    from email.utils import parsedate_to_datetime
+    with _s3_errors(self, key): head = _client().head_object(**self._at(key))
+    return (parsedate_to_datetime(head["ResponseMetadata"]["HTTPHeaders"]["date"]) - head["LastModified"]).total_seconds()
+
+@patch
 def stats(self: S3Store, prefix: str = "") -> list[Stat]:
     "Size and ETag of all keys with a prefix, 1,000 a request. Objects that only stand for a folder are passed over."
     if prefix.rpartition("/")[0]: check_key(prefix.rpartition("/")[0])
@@ -514,10 +557,42 @@ def exists(self: S3Store, key: str) -> bool:
     with _s3_errors(self, key): return _client().list_objects_v2(Bucket=self.bucket, Prefix=below, MaxKeys=1)["KeyCount"] > 0
 
 # %% ../../nbs/00b_store.ipynb #c051
+_md5_etags: dict[tuple, bool] = {}  # (endpoint, bucket): are its ETags MD5s of the content, as far as seen
+
+class _Sum:
+    "MD5 of a stream, made as S3 makes an ETag: of the whole, or of the MD5s of its parts."
+    def __init__(self, version: str, size: int): # of `Stat`
+        digest, dash, parts = version.partition("-")
+        self.version, self.size, self.part, self.done, self.sums = version, size, max(size, 1) if not dash else PART, 0, []
+        self.known = len(digest) == 32 and (not dash or parts == str(-(-size // PART)))  # other sizes of parts cannot be guessed
+    def update(self, data) -> None:
+        data = memoryview(data)
+        while self.known and len(data):
+            if self.done % self.part == 0: self.sums.append(hashlib.md5(usedforsecurity=False))
+            some = data[:self.part - self.done % self.part]
+            self.sums[-1].update(some); self.done += len(some); data = data[len(some):]
+    def etag(self) -> str:
+        sums = self.sums or [hashlib.md5(usedforsecurity=False)]
+        return sums[0].hexdigest() if "-" not in self.version else hashlib.md5(b"".join(x.digest() for x in sums), usedforsecurity=False).hexdigest() + f"-{len(sums)}"
+
+# %% ../../nbs/00b_store.ipynb #c052
+def _intact(store: S3Store, found: _Sum, before: str | None) -> bool: # is it what the server has
+    "Compare a sum with the ETag; `before` is the sum of an earlier look that differed too."
+    bucket = (_client().meta.endpoint_url, store.bucket)
+    if not found.known or _md5_etags.get(bucket) is False: return True
+    if found.etag() == found.version: _md5_etags[bucket] = True; return True
+    if bucket not in _md5_etags and found.etag() == before: _md5_etags[bucket] = False; return True
+    return False
+
+def _damaged(store: S3Store, key: str) -> UserError:
+    return UserError(f"{store.uri}: {key}: what arrives is not what the server has (ETag), several times; check the network and the proxies on the way, then run again")
+
+# %% ../../nbs/00b_store.ipynb #c054
 class _S3File(io.RawIOBase):
     "A seekable stream over one version of an object; a broken connection is resumed up to five times in a row."
     def __init__(self, store: S3Store, key: str):
         self.store, self.info, self.at, self.body = store, store.stat(key), 0, None
+        self.sum = _Sum(self.info.version, self.info.size)
     def readable(self): return True
     def seekable(self): return True
     def tell(self): return self.at
@@ -538,10 +613,12 @@ class _S3File(io.RawIOBase):
                 if attempt == 5 or self.gone: raise
                 time.sleep(0.2 * 2**attempt)
         buffer[:len(data)] = data
+        if self.at == self.sum.done: self.sum.update(data)
         self.at += len(data); REQUESTS["received"] += len(data)
+        if self.at == self.info.size == self.sum.done: self._compare()
         return len(data)
 
-# %% ../../nbs/00b_store.ipynb #c052
+# %% ../../nbs/00b_store.ipynb #c055
 @patch
 def _stream(self: _S3File):
     "The body from the current position on."
@@ -553,6 +630,14 @@ def _stream(self: _S3File):
     return self.body
 
 @patch
+def _compare(self: _S3File):
+    "Once all was read from the beginning: was it what the server has. Before the last bytes are given out, so that nobody takes the whole for good."
+    if _intact(self.store, self.sum, None): return
+    again = _S3File(self.store, self.info.key); again._compare = lambda: None
+    while again.readinto(memoryview(bytearray(1 << 20))): pass
+    if again.info != self.info or not _intact(self.store, self.sum, again.sum.etag()): raise _damaged(self.store, self.info.key)
+
+@patch
 def _drop(self: _S3File):
     if self.body is not None: self.body.close()
     self.body = None
@@ -562,40 +647,61 @@ def close(self: _S3File): self._drop(); io.RawIOBase.close(self)
 
 _S3File.gone = False
 
-# %% ../../nbs/00b_store.ipynb #c053
+# %% ../../nbs/00b_store.ipynb #c056
 @patch
 def open(self: S3Store, key: str) -> io.BufferedReader: # seekable binary file
-    "Open for streaming. Raises `MissingKey`."
-    return io.BufferedReader(_S3File(self, key), 1 << 18)
+    "Open for streaming. What fits into a part is read at once, compared, and read again when damaged. Raises `MissingKey`."
+    file = _S3File(self, key)
+    return io.BufferedReader(file if file.info.size > PART else io.BytesIO(_whole(self, key)), 1 << 18)
 
-# %% ../../nbs/00b_store.ipynb #c054
-def _get(store: S3Store, key: str, **request) -> bytes:
+# %% ../../nbs/00b_store.ipynb #c057
+def _get(store: S3Store, key: str, **request) -> tuple[bytes, dict]: # body and the answer's other fields
     "One request and its whole body, asked again when the connection breaks in the body, where boto3 does not retry."
     for attempt in range(4):
-        with _s3_errors(store, key): body = _client().get_object(**store._at(key), **request)["Body"]
+        with _s3_errors(store, key): got = _client().get_object(**store._at(key), **request)
         try:
-            with _s3_errors(store, key): data = body.read()
+            with _s3_errors(store, key): data = got["Body"].read()
             REQUESTS["received"] += len(data)
-            return data
+            return data, got
         except UserError:
             if attempt == 3: raise
             time.sleep(0.2 * 2**attempt)
 
+def _whole(store: S3Store, key: str) -> bytes:
+    "A whole object, asked for again when it is not what the ETag says."
+    before = None
+    for _ in range(4):
+        data, got = _get(store, key)
+        found = _Sum("" if got.get("SSEKMSKeyId") or got.get("SSECustomerAlgorithm") else got["ETag"].strip('"'), len(data)); found.update(data)
+        if _intact(store, found, before): return data
+        before = found.etag()
+    raise _damaged(store, key)
+
 @patch
 def read(self: S3Store, key: str) -> bytes:
     "The whole key. Raises `MissingKey`."
-    return _get(self, key)
+    return _whole(self, key)
+
+# %% ../../nbs/00b_store.ipynb #c058
+def _range(store: S3Store, key: str, span: str) -> bytes:
+    "A range; over plain http until two answers in a row are equal."
+    once = _client().meta.endpoint_url.startswith("https:") or os.environ.get("YUNMIN_S3_RANGES") == "once"
+    data, before = _get(store, key, Range=span)[0], None
+    for _ in range(4):
+        if once or data == before: return data
+        data, before = _get(store, key, Range=span)[0], data
+    raise UserError(f"{store.uri}: {key}: the same bytes arrive differently each time; check the network and the proxies on the way, then run again")
 
 @patch
 def read_range(self: S3Store, key: str, start: int, length: int) -> bytes:
     "A byte range; what is beyond the end is not there. Raises `MissingKey`."
     if length <= 0: return b""
-    try: return _get(self, key, Range=f"bytes={start}-{start+length-1}")
+    try: return _range(self, key, f"bytes={start}-{start+length-1}")
     except UserError as e:
         if "InvalidRange" in str(e) or "416" in str(e): return b""
         raise
 
-# %% ../../nbs/00b_store.ipynb #c056
+# %% ../../nbs/00b_store.ipynb #c060
 PART = 8 << 20  # bytes of the first parts
 
 class _S3Writer(io.BufferedIOBase):
@@ -618,7 +724,7 @@ class _S3Writer(io.BufferedIOBase):
         del self.buffer[:length]
         self.parts.append({"PartNumber": number} | {k: v for k, v in got.items() if k == "ETag" or k.startswith("Checksum") and k != "ChecksumType"})
 
-# %% ../../nbs/00b_store.ipynb #c057
+# %% ../../nbs/00b_store.ipynb #c061
 @patch
 def complete(self: _S3Writer):
     "Make the object visible."
@@ -634,7 +740,7 @@ def discard(self: _S3Writer):
     try: _client().abort_multipart_upload(**self.at, UploadId=self.upload)
     except Exception: pass
 
-# %% ../../nbs/00b_store.ipynb #c058
+# %% ../../nbs/00b_store.ipynb #c062
 @patch
 @contextmanager
 def writer(self: S3Store, key: str) -> Iterator[io.BufferedIOBase]:
@@ -648,7 +754,7 @@ def write(self: S3Store, key: str, data: bytes | str):
     "Write a whole key atomically."
     with self.writer(key) as f: f.write(_bytes(data))
 
-# %% ../../nbs/00b_store.ipynb #c060
+# %% ../../nbs/00b_store.ipynb #c064
 def _each(fn: Callable, items: Iterable):
     "Call `fn` on each item in eight threads; the first error is raised."
     with ThreadPoolExecutor(8) as pool:
@@ -665,7 +771,7 @@ def delete_prefix(self: S3Store, prefix: str):
     prefix = check_key(prefix.rstrip("/"))
     _each(self.delete, [prefix, *self.list(prefix + "/")])
 
-# %% ../../nbs/00b_store.ipynb #c061
+# %% ../../nbs/00b_store.ipynb #c065
 @patch
 def put_if_absent(self: S3Store, key: str, data: bytes | str) -> bool:
     "Create a key unless it exists (`If-None-Match: *`); of several writers exactly one gets True."
@@ -687,7 +793,7 @@ def _put_if(self: S3Store, key: str, data: bytes, **condition) -> bool:
             # a retried request may find what its own first attempt wrote before the answer was lost
             return e.response["ResponseMetadata"].get("RetryAttempts", 0) > 0 and self.read(key) == data
 
-# %% ../../nbs/00b_store.ipynb #c065
+# %% ../../nbs/00b_store.ipynb #c069
 def scratch_folder() -> Path: # exists, belongs to this user
     "The folder for downloads and for outputs on their way to S3."
     folder = Path(os.environ.get("YUNMIN_SCRATCH") or Path(tempfile.gettempdir())/f"yunmin-scratch-{os.getuid()}").expanduser().absolute()
@@ -701,7 +807,7 @@ def _scratch_limit() -> int: # bytes
     try: return int(float(text))
     except ValueError: raise UserError(f"YUNMIN_SCRATCH_BYTES={text!r}: not a number of bytes, for example 20e9") from None
 
-# %% ../../nbs/00b_store.ipynb #c066
+# %% ../../nbs/00b_store.ipynb #c070
 _held: OrderedDict[str, int] = OrderedDict()  # entries in use by this process: path, descriptor with a shared lock
 _fetching = threading.RLock()  # threads of a process fetch one after the other; each download is parallel in itself
 
@@ -723,7 +829,7 @@ def _let_go(entry: str):
     fd = _held.pop(entry, None)
     if fd is not None: os.close(fd)
 
-# %% ../../nbs/00b_store.ipynb #c067
+# %% ../../nbs/00b_store.ipynb #c071
 def _entry_bytes(entry: Path) -> int: # of an entry, or what a download in progress has reserved
     if entry.name.startswith(TEMP): return next((p.stat().st_size for p in entry.glob("reserve")), 0)
     return sum(p.stat().st_size for p in entry.rglob("*") if p.is_file())
@@ -735,7 +841,7 @@ def _evict(entry: Path) -> bool: # is it gone
     _remove(str(entry)); os.close(fd)
     return True
 
-# %% ../../nbs/00b_store.ipynb #c068
+# %% ../../nbs/00b_store.ipynb #c072
 def _make_room(folder: Path, need: int, what: str):
     "Remove entries, those used longest ago first, until `need` bytes fit. Raises `UserError` when they cannot."
     limit = _scratch_limit()
@@ -750,7 +856,27 @@ def _make_room(folder: Path, need: int, what: str):
             if e.exists() and _evict(e): used -= entries[e]
     if used + need > limit: raise UserError(f"{what}: the scratch folder is full of files that other processes use; set YUNMIN_SCRATCH_BYTES above {limit}")
 
-# %% ../../nbs/00b_store.ipynb #c069
+# %% ../../nbs/00b_store.ipynb #c073
+def _download_file(store: S3Store, s: Stat, path: Path):
+    "One object to a file, fetched again when it is not what the ETag says."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    before = None
+    for attempt in range(4):
+        try:
+            with _s3_errors(store, s.key), _os_errors(store, s.key): _client().download_file(**store._at(s.key), Filename=str(path))
+        except UserError as e:
+            if attempt == 3 or "checksum" not in str(e): raise  # boto3 compares, but does not ask again
+            continue
+        REQUESTS["received"] += s.size
+        if path.stat().st_size != s.size or store.stat(s.key) != s: raise UserError(f"{store.uri}: {s.key}: changed while it was fetched; run again")
+        found = _Sum(s.version, s.size)
+        with io.open(path, "rb") as f:
+            while data := f.read(1 << 20): found.update(data)
+        if _intact(store, found, before): return
+        before = found.etag()
+    raise _damaged(store, s.key)
+
+# %% ../../nbs/00b_store.ipynb #c074
 def _download(store: S3Store, stats: list[Stat], base: str, entry: Path):
     "Fill a scratch entry with these keys, whole or not at all."
     folder, need = entry.parent, sum(s.size for s in stats)
@@ -760,18 +886,12 @@ def _download(store: S3Store, stats: list[Stat], base: str, entry: Path):
             _make_room(folder, need, f"{store.uri}: {base}")
             with io.open(temp/"reserve", "wb") as f: f.truncate(need)
         made = temp/"entry"
-        def get(s):
-            path = made/(s.key[len(base)+1:] or base.rpartition("/")[2])
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with _s3_errors(store, s.key), _os_errors(store, s.key): _client().download_file(**store._at(s.key), Filename=str(path))
-            REQUESTS["received"] += s.size
-            if path.stat().st_size != s.size or store.stat(s.key) != s: raise UserError(f"{store.uri}: {s.key}: changed while it was fetched; run again")
-        _each(get, stats)
+        _each(lambda s: _download_file(store, s, made/(s.key[len(base)+1:] or base.rpartition("/")[2])), stats)
         try: os.rename(made, entry)
         except OSError:
             if not entry.is_dir(): raise
 
-# %% ../../nbs/00b_store.ipynb #c070
+# %% ../../nbs/00b_store.ipynb #c075
 @patch
 def fetch(self: S3Store, key: str) -> Path: # to read, never to write
     "A local copy of a key or folder, downloaded only when this version is not in scratch. Raises `MissingKey`."
@@ -785,7 +905,7 @@ def fetch(self: S3Store, key: str) -> Path: # to read, never to write
         while not _hold(entry): _download(self, stats, key, entry)
     return entry/key.rpartition("/")[2] if is_file else entry
 
-# %% ../../nbs/00b_store.ipynb #c071
+# %% ../../nbs/00b_store.ipynb #c076
 @patch
 def publish(self: S3Store, local_path: str | Path, key: str):
     "Upload a file, or the files of a folder over what is there, `_COMMIT` last; large files in parallel parts."
@@ -813,7 +933,7 @@ def output(self: S3Store, key: str) -> Iterator[Path]:
             _each(self.delete, set(self.list(key + "/")) - {f"{key}/{n}" for n in _files(made)})
         self.publish(made, key)
 
-# %% ../../nbs/00b_store.ipynb #c074
+# %% ../../nbs/00b_store.ipynb #c079
 @patch
 def clean(
     self: LocalStore,
@@ -836,7 +956,7 @@ def clean(
                 _client().abort_multipart_upload(Bucket=self.bucket, Key=u["Key"], UploadId=u["UploadId"]); count += 1
     return count
 
-# %% ../../nbs/00b_store.ipynb #c076
+# %% ../../nbs/00b_store.ipynb #c081
 def open_store(
     uri: str | Path | Store # folder, s3://bucket/prefix, or a store that is passed through
 ) -> Store:
@@ -852,7 +972,7 @@ def open_store(
     if store.root.exists() and not store.root.is_dir(): raise UserError(f"{uri}: is a file; a folder is needed here")
     return store
 
-# %% ../../nbs/00b_store.ipynb #c078
+# %% ../../nbs/00b_store.ipynb #c083
 def split_source(
     uri: str | Path # folder, file, s3://bucket/prefix, or one object
 ) -> tuple[Store, str]: # (store, prefix): one key if `store.exists(prefix)`, else all of `store.list(prefix)`
