@@ -210,15 +210,18 @@ class World:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lines = make_raw(self.clean)["read"]
         self.points, self.end = {}, {}
-        for phase in self.phases:
-            file = self.folder/f"points.{phase}"
-            shutil.copytree(self.clean, self.folder/"before"/phase)
-            done = run(phase, self.clean, Points(self.clean, note_points(file)).install)
+    def advance(self, phase: str) -> None:
+        "Run the phases up to this one without faults, each once."
+        for name in self.phases[:self.phases.index(phase) + 1]:
+            if name in self.end: continue
+            file = self.folder/f"points.{name}"
+            shutil.copytree(self.clean, self.folder/"before"/name)
+            done = run(name, self.clean, Points(self.clean, note_points(file)).install)
             assert done.code == 0, done.out + done.err
-            self.points[phase], self.end[phase] = noted(file), digests(self.clean)
-            say(f"clean {phase}: {len(self.points[phase])} points, {done.cpu:.1f} CPU s")
-        self.account = account(self.clean)
+            self.points[name], self.end[name], self.account = noted(file), digests(self.clean), account(self.clean)
+            say(f"clean {name}: {len(self.points[name])} points, {done.cpu:.1f} CPU s")
     def copy(self, phase: str, name: str) -> Path:  # a workspace as it was before a phase
+        self.advance(phase)
         ws = self.folder/name
         shutil.rmtree(ws, ignore_errors=True); shutil.copytree(self.folder/"before"/phase, ws)
         return ws
@@ -234,20 +237,21 @@ class World:
 def say(text): print(text, flush=True)
 
 
-def kill_everywhere(world: World, every: int = 1) -> list[dict]: # a row for each phase
+def kill_everywhere(world: World, rows: list, every: int = 1, save: Callable = lambda: None) -> None: # a row for each phase
     "One workspace walks through all phases and is killed at every point, also in the runs that resume it."
-    rows, ws = [], world.copy(world.phases[0], "chain")
+    ws = world.copy(world.phases[0], "chain")
     for phase in world.phases:
+        world.advance(phase)
         file, cpu, last = world.folder/f"killed.{phase}", 0., None
         while True:
             last = run(phase, ws, lambda: Points(ws, die_at_new(file, every)).install()); cpu += last.cpu
             if last.code != -signal.SIGKILL: break
         points = noted(file); stages = {}
         for stage, _ in points: stages[stage.removeprefix("after ")] = stages.get(stage.removeprefix("after "), 0) + 1
-        rows.append({"phase": phase, "kills": len(points), "stages": stages, "code": last.code, "said": last.said(), "differs": world.differs(phase, ws) if last.code == 0 else ["not finished"], "cpu": cpu})
+        rows.append({"phase": phase, "kills": len(points), "stages": stages, "code": last.code, "said": last.said(), "differs": world.differs(phase, ws) if last.code == 0 else ["not finished"], "account": account(ws) if last.code == 0 else "", "cpu": cpu})
         say(f"{phase}: killed {len(points)} times, {cpu:.0f} CPU s, exit {last.code}, differs {rows[-1]['differs'][:5]}, {rows[-1]['said'][:200]}")
+        save()
         if last.code: break
-    return rows
 
 
 def kill_once(world: World, phase: str, stage: str, what: str) -> dict:
@@ -544,6 +548,7 @@ def machine(world: World, rows: list, phases=("dedup", "format")) -> None:
     "Disk, clock, second run, permissions, on local workspaces."
     def add(*args, **kwargs): rows.append(trial(world, *args, **kwargs)); say(json.dumps(rows[-1], ensure_ascii=False)[:700])
     for phase in phases:
+        world.advance(phase)
         total = sum(w.startswith("begin") for _, w in world.points[phase])
         for share in (.02, .5, .95): add(f"disk full from {share:.0%} of the files on", phase, full_disk(max(1, int(total * share))))
         add("no file above 8 KB (RLIMIT_FSIZE)", phase, small_files(8192))
@@ -590,6 +595,7 @@ def flip(path, where: float = .5) -> None:
 
 def ledgers(world: World, rows: list, phase: str = "dedup", stage: str = "dedup.near") -> None:
     "A ledger that is ahead of the files, behind them, cut off, or not JSON."
+    world.advance(phase)
     stage_points = [(s, w) for s, w in world.points[phase] if s == stage]
     at = stage_points[len(stage_points) * 2 // 3]
     def killed(name):
@@ -697,13 +703,68 @@ def s3_doors(world: S3World, rows: list, phase: str) -> None:
     for days in (1, -1): door(f"the same with this machine's clock {days:+d} day", ws, jump(86400 * days))
 
 
+# ---------------------------------------------------------------- the table
+def cell(text) -> str: # for a Markdown table; paths of the trial are nobody's business
+    import re
+    text = re.sub(r"/(?:dev/shm|tmp)/faults-[^/ ]*/\S*?(?=[:/ ]|$)", "WS", re.sub(r"\x1b\[[0-9;]*m", "", str(text)))
+    return " ".join(re.sub(r"WS(?:/(?:clean|chain|trial|once|two|ledger|foreign|jumped|ws|disk))+", "WS", text).replace("|", "\\|").split())[:260]
+
+
+def ending(row: dict) -> str:
+    if row.get("traceback"): return "**traceback**"
+    if row.get("end") == "not run" or "code" in row and row["code"] in (0, None): return "went on by itself"
+    return "refused with one line, exit 2" if row.get("refused") else f"exit {row.get('code')}"
+
+
+def table(found: dict) -> str:
+    "reports/faults.md from what the trials found."
+    lines = ["# Faults injected", "", "Written by `scripts/run_faults.sh` from what its trials found; nothing here was typed by hand. Digests are SHA-256 of every data file, compared with a run in which nothing went wrong.", ""]
+    if found.get("chain"):
+        lines += ["## kill -9 at every checkpoint", "", "Before each file that is begun, published or deleted, the process is killed, also in the runs that resume; then one more run goes to the end.", "",
+                  "| phase | kills | stages killed in | last run | data files after it | account |", "|---|---|---|---|---|---|"]
+        lines += [f"| {r['phase']} | {r['kills']} | {len(r['stages'])} | {'exit 0' if not r['code'] else cell(r['said'])} | {'identical' if not r['differs'] else 'differ: ' + cell(', '.join(r['differs'][:5]))} | {cell(r.get('account', ''))} |" for r in found["chain"]]
+        lines += [f"| all | {sum(r['kills'] for r in found['chain'])} | {sum(len(r['stages']) for r in found['chain'])} | | | |", ""]
+    for key, title in (("ledgers", "A ledger that disagrees with the files"), ("machine", "Disk, clock, a second run, permissions"), ("s3", "S3 through a proxy before SeaweedFS")):
+        if not found.get(key): continue
+        lines += [f"## {title}", "", "| fault | what the user saw | how the run ended | data files, resumed where refused | counts add up |", "|---|---|---|---|---|"]
+        for r in found[key]:
+            name = f"{r['fault']} ({r['phase']})" if "phase" in r else r["fault"] + (f" ({r['hits']:,} of {r['requests']:,} requests)" if "requests" in r else "")
+            end = ending(r) if key != "s3" or "code" in r else "**traceback**" if r["traceback"] else "refused with one line, exit 2" if r["refused"] else "went on by itself"
+            same = "identical" if not r["differs"] else "differ: " + cell(", ".join(r["differs"][:4]))
+            if "end" in r and r["end"] == 0 and r["fault"].startswith("a second run") or "requests" not in r and key == "s3" and r.get("code") and not r["differs"] and "kill" not in r["fault"].lower(): same = "untouched"
+            lines.append(f"| {cell(name)} | {cell(r['said']) if r.get('code') or r.get('refused') or r.get('traceback') else 'the usual lines'} | {end} | {same} | {'yes' if r.get('account', True) else '**no**'} |")
+        lines.append("")
+    if found.get("verbs"):
+        verbs_, faults_ = list(dict.fromkeys(r["verb"] for r in found["verbs"])), list(dict.fromkeys(r["fault"] for r in found["verbs"]))
+        ends = {(r["verb"], r["fault"]): ("-" if not r["hits"] else r["end"]) for r in found["verbs"]}
+        lines += ["## Each verb of the store, when the first try of every request meets a fault", "", "`right`: the result is right, after another try; `refused`: one line; `silent`: a wrong result (`twice`: a proxy that sends a conditional write twice, so that the second finds the first one's object: told as `not mine`, which a lease recognises as its own).", "",
+                  "| verb | " + " | ".join(faults_) + " |", "|---" * (len(faults_) + 1) + "|"] + [f"| {v} | " + " | ".join(ends.get((v, f), "") for f in faults_) + " |" for v in verbs_] + [""]
+    return "\n".join(lines)
+
+
+def write_table(found_file: str, new_file: str) -> None:
+    "Join new trials to those of earlier runs, kept in a JSON file beside the table."
+    found = json.loads(Path(found_file).read_text(encoding="utf-8")) if Path(found_file).exists() else {}
+    found |= json.loads(Path(new_file).read_text(encoding="utf-8"))
+    text = json.dumps(found, ensure_ascii=False, indent=1)
+    Path(found_file).write_text("\n".join(cell_paths(l) for l in text.splitlines()) + "\n", encoding="utf-8")
+    Path(found_file).with_suffix(".md").write_text(table(found), encoding="utf-8")
+
+
+def cell_paths(line: str) -> str:
+    import re
+    return re.sub(r"/(?:dev/shm|tmp)/faults-[^/ \"]*/w?", "WS", line)
+
+
 def main(argv=None):
     "Run trials and write what came of them as JSON."
     import argparse
     ap = argparse.ArgumentParser(description=main.__doc__)
-    ap.add_argument("what", help="some of chain, once, machine, ledgers, verbs, s3"); ap.add_argument("--phases", default=",".join(PHASES)); ap.add_argument("--every", type=int, default=1)
+    ap.add_argument("what", help="some of chain, once, machine, ledgers, verbs, s3; or table"); ap.add_argument("--phases", default=",".join(PHASES)); ap.add_argument("--every", type=int, default=1)
+    ap.add_argument("--found", help="with `table`: JSON of all trials so far")
     ap.add_argument("--only", default="", help="part of the names of S3 plans or verbs"); ap.add_argument("--out")
     a = ap.parse_args(argv)
+    if a.what == "table": return write_table(a.found, a.out)
     wanted, phases, found = a.what.split(","), a.phases.split(","), {}
     def save():
         if a.out: Path(a.out).write_text(json.dumps(found, ensure_ascii=False, indent=1), encoding="utf-8")
@@ -713,9 +774,9 @@ def main(argv=None):
             try: found["verbs"] = probe(world.proxy, store_of("s3://faults/p"), folder, only=a.only.split(",") if a.only else None)
             finally: world.stop(); save()
         if {*wanted} & {"chain", "once", "machine", "ledgers"}:
-            preload(phases); world = World(Path(folder)/"w", phases); found["clean"] = {"points": {p: len(x) for p, x in world.points.items()}, "account": world.account}
-            if "chain" in wanted: found["chain"] = kill_everywhere(world, a.every); save()
-            if "once" in wanted: found["once"] = [kill_once(world, p, s, w) for p in phases for s, w in world.points[p][a.every//2::a.every]]; save()
+            preload(phases); world = World(Path(folder)/"w", phases)
+            if "chain" in wanted: kill_everywhere(world, found.setdefault("chain", []), a.every, save)
+            if "once" in wanted: world.advance(phases[-1]); found["once"] = [kill_once(world, p, s, w) for p in phases for s, w in world.points[p][a.every//2::a.every]]; save()
             if "ledgers" in wanted: ledgers(world, found.setdefault("ledgers", [])); save()
             if "machine" in wanted: machine(world, found.setdefault("machine", []), phases); save()
         if "s3" in wanted:
