@@ -131,13 +131,14 @@ def numbers(page: Page, before: dict, now: dict) -> None:
 
 # %% ../../nbs/05h_history.ipynb #c019
 def history_table(page: Page, runs: list[dict], linked: bool = False) -> None: # linked: names lead to the pages of the kept reports
-    "One row a run, newest first: seeds, settings, verdicts, perplexity, time."
+    "One row a run, newest first: seeds that a measurement depends on, verdicts, perplexity, time, settings, corpus."
     value = lambda r, i: (r["expectations"].get(i) or {}).get("value")
-    seeds = lambda r: ", ".join(f"{k.removesuffix('.seed')} {v}" for k, v in r["seeds"].items()) or None
-    rows = [[Raw(f"[`{r['run']}`](history/{r['run']}.md)" if linked else f"`{r['run']}`"), r["time"][:16].replace("T", " "), Raw(f"`{r['settings_fingerprint'][:8] or '–'}`"), Raw(f"`{r['corpus_fingerprint'][:8] or '–'}`"), seeds(r),
-             f"{sum(e['met'] == 'yes' for e in r['expectations'].values())} / {len(r['expectations'])}", *(None if value(r, i) is None else f"{value(r, i):+.1f} %" for i in ("data", "ppl")),
-             f"{sum(r['seconds'].values()):,.0f}"] for r in reversed(runs)]
-    page.table([page.t(*h) for h in (("실행", "Run"), ("끝난 때 (UTC)", "Ended (UTC)"), ("설정", "Settings"), ("말뭉치", "Corpus"), ("시드", "Seeds"), ("충족", "Met"), ("데이터 감소", "Data gone"), ("PPL 감소", "PPL below base"), ("시간 (초)", "Seconds"))], rows, left=5)
+    differ = {k for r in runs for k in r["seeds"] if any(k in o["seeds"] and o["seeds"][k] != r["seeds"][k] for o in runs)}
+    told = lambda k: k in differ or (k.endswith(".seed") and k != "sample.seed")   # a number of seeds is no seed, and the sample corpus is seldom the corpus
+    seeds = lambda r: ", ".join(f"{k.removesuffix('.seed')} {v}" for k, v in sorted(r["seeds"].items()) if told(k)) or None
+    rows = [[Raw(f"[`{r['run']}`](history/{r['run']}.md)" if linked else f"`{r['run']}`"), r["time"][:16].replace("T", " "), seeds(r), f"{sum(e['met'] == 'yes' for e in r['expectations'].values())} / {len(r['expectations'])}",
+             *(None if value(r, i) is None else f"{value(r, i):+.1f} %" for i in ("data", "ppl")), f"{sum(r['seconds'].values()):,.0f}", *(Raw(f"`{r[k][:8] or '–'}`") for k in ("settings_fingerprint", "corpus_fingerprint"))] for r in reversed(runs)]
+    page.table([page.t(*h) for h in (("실행", "Run"), ("끝난 때 (UTC)", "Ended (UTC)"), ("시드", "Seeds"), ("충족", "Met"), ("데이터 감소", "Data gone"), ("PPL 감소", "PPL below base"), ("시간 (초)", "Seconds"), ("설정", "Settings"), ("말뭉치", "Corpus"))], rows, left=3)
 
 def history_section(page: Page) -> None:
     "The difference from the run before, the table of the last runs, and the trend."

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/05g_models.ipynb #c004
 from __future__ import annotations
-import math
+import math, re
 import pandas as pd
 from .facts import COST_LEDGER, COSTS, GAINS, METHODS, SUMMARY, Facts, change, costs, method_means, metric, paired, PAIRS, tried_weights
 from .figures import ORDER, PARTS, merge_weights
@@ -132,6 +132,7 @@ def part_name(page: Page, part: str) -> str: # for a reader
     "A part of phase 3 in words; a domain's training keeps its domain."
     for start, ko, en in (("lora.", *PARTS["lora"]), ("control.", "대조군", "control"), ("measure.", "측정 작업", "measuring")):
         if part.startswith(start): return f"{page.t(ko, en)}: {part[len(start):]}"
+    if part == "measure": return page.t("병합 방법의 측정", "measuring the merges")
     return page.t(*PARTS["estimate" if part == "mixture_search_estimate" else part]) if part in PARTS or part == "mixture_search_estimate" else part
 
 def cost_table(page: Page) -> None:
@@ -266,7 +267,8 @@ def rule_sentence(page: Page, g: dict) -> None:
 
 def gain_row(item: dict, width: int = 120) -> list: # cells
     "A sentence as cells of the table; long texts are cut."
-    short = lambda text: None if text is None else "∅" if not str(text).strip() else (str(text)[:width] + "…" if len(str(text)) > width else str(text))
+    cut = lambda text: text[:width] + "…" if len(text) > width else text
+    short = lambda text: None if text is None else re.sub(r"(\S{24})\S+", r"\1…", cut(str(text))) if str(text).strip() else "∅"   # a small model writes words without end, which would push the other columns aside
     gain = item.get("gain")
     return [*(short(item.get(k)) for k in ("prompt", "reference", "base", "merged")), None if gain is None else f"{gain:+.3f}"]
 
