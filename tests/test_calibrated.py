@@ -1,5 +1,9 @@
 """RegMean and SeqMean: the closed form by hand, every family of models, and what must be refused."""
 import json
+import signal
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from yunmin_efficientdata.core.settings import BaseSettings, UserError
 from yunmin_efficientdata.dem.base import demo_config, load_model, quiet, save_model
-from yunmin_efficientdata.dem.calibrated import Walk, calibrated_tensors, fill, linear_groups, writes_residual, _first_call
+from yunmin_efficientdata.dem.calibrated import Walk, calibrated_tensors, fill, linear_groups, writes_residual
 from yunmin_efficientdata.dem.vectors import difference
 
 quiet()
@@ -121,3 +125,101 @@ def test_through_merge_the_model_loads_and_answers_better(tmp_path):
     def distance(folder): return np.mean([(load_model(folder)(torch.from_numpy(w)).logits - load_model(tmp_path/d)(torch.from_numpy(w)).logits).pow(2).mean().item() for d, w in windows.items()])
     merge(base, tmp_path/"linear", vectors); merge(base, tmp_path/"seqmean", vectors, method="seqmean", calibration=windows)
     assert distance(tmp_path/"seqmean") < .8*distance(tmp_path/"linear") and json.loads((tmp_path/"seqmean"/"merge_recipe.json").read_text())["method"] == "seqmean"
+
+
+# -- the fit of a layer --
+
+@pytest.mark.parametrize("family", ["mamba2", "llama"])
+def test_a_fit_brings_every_layer_nearer_and_is_the_same_every_time(tmp_path, family):
+    "What a fitted layer answers on the merged stream is nearer to the domains' own answers; no step more than asked for is taken."
+    base, vectors, windows = make(tmp_path, family)
+    def gap(values):
+        "Mean squared distance of the hidden states to each domain's own."
+        model = load_model(base); named = dict(model.named_parameters()); total = 0.
+        with torch.no_grad():
+            for k, x in values.items(): named[k].copy_(torch.from_numpy(x))
+            for d, w in windows.items():
+                ids = torch.from_numpy(w); total += (model.base_model(ids).last_hidden_state - load_model(tmp_path/d).base_model(ids).last_hidden_state).pow(2).mean().item()
+        return total
+    plain, fitted = (dict(calibrated_tensors(base, vectors, windows, fit_steps=n)) for n in (0, 30)); twice = dict(calibrated_tensors(base, vectors, windows, fit_steps=30))
+    assert gap(fitted) < .95*gap(plain) and all(np.array_equal(x, twice[k]) for k, x in fitted.items())
+
+
+def test_one_domain_stays_itself_under_a_fit(tmp_path):
+    base, vectors, windows = make(tmp_path, "mamba2", same=True); truth = load_file(tmp_path/"a"/"model.safetensors")
+    for k, x in calibrated_tensors(base, vectors, windows, fit_steps=5, fit_rate=1e-4): np.testing.assert_allclose(x, truth[k].numpy(), atol=2e-3)
+
+
+# -- killed, resumed, types, devices --
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import numpy as np
+from yunmin_efficientdata.dem import calibrated, merge as m
+d, left, put = Path(sys.argv[1]), int(sys.argv[2]), m._put
+def counting(*a):
+    global left; left -= 1
+    if left < 0: os.kill(os.getpid(), signal.SIGKILL)
+    put(*a)
+m._put = counting; w = np.load(d/"windows.npz")
+m.merge(d/"base", d/"out", {d/f"diff_{x}.npy": 1. for x in w}, "seqmean", calibration=dict(w), fit_steps=3)
+"""
+
+
+@pytest.fixture(scope="module")
+def walked(tmp_path_factory):
+    "Base, vectors, windows, the undisturbed merge, and what a merge left that was killed behind the first layer and one tensor."
+    import shutil
+    from yunmin_efficientdata.dem.merge import merge
+    d = tmp_path_factory.mktemp("walked"); base, vectors, windows = make(d, "mamba2"); np.savez(d/"windows.npz", **windows)
+    keys = [k for k, _ in calibrated_tensors(base, vectors, windows, fit_steps=3)]; behind = 1 + max(i for i, k in enumerate(keys) if ".layers.0." in k)
+    merge(base, d/"whole", vectors, "seqmean", calibration=windows, fit_steps=3)
+    def kill(writes): p = subprocess.run([sys.executable, "-c", KILLED, str(d), str(writes)], capture_output=True, text=True); assert p.returncode == -signal.SIGKILL, p.stderr
+    kill(behind + 1); assert not (d/"out").exists(); shutil.move(d/".out.partial", d/"kept")
+    return d, base, vectors, windows, keys, behind
+
+
+def again(walked, spoil, windows=None, taken=None, **more):
+    "The merge is started again on what the killed one had left; the lines that it said."
+    import shutil
+    from yunmin_efficientdata.dem.merge import merge
+    d, base, vectors, seen, *_ = walked; part, lines = d/".out.partial", []; shutil.rmtree(d/"out", ignore_errors=True); shutil.copytree(d/"kept", part); spoil(part)
+    merge(base, d/"out", vectors, "seqmean", calibration=windows or seen, **{"fit_steps": 3} | more, log=lines.append)
+    assert not part.exists() and lines == ([f"{taken} tensors taken over from a killed merge"] if taken else []), lines
+    return {f.name: f.read_bytes() for f in (d/"out").iterdir()}
+
+
+def test_a_killed_walk_goes_on_behind_its_last_layer(walked, monkeypatch):
+    from yunmin_efficientdata.dem import calibrated
+    d, *_, behind = walked; whole = {f.name: f.read_bytes() for f in (d/"whole").iterdir()}
+    solved, solve = [], calibrated._solve_group; monkeypatch.setattr(calibrated, "_solve_group", lambda w, i, *a: (solved.append(i), solve(w, i, *a))[1])
+    assert again(walked, lambda part: None, taken=behind + 1) == whole and set(solved) == {1}
+
+
+def test_what_a_killed_walk_left_is_checked(walked):
+    from yunmin_efficientdata.dem.vectors import Weights
+    d, base, _, windows, keys, behind = walked; whole = {f.name: f.read_bytes() for f in (d/"whole").iterdir()}
+    def change(work):
+        def spoil(part): f = part/"model.safetensors"; x = bytearray(f.read_bytes()); work(x); f.write_bytes(x)
+        return spoil
+    def flip(x): x[Weights(base).tensors[keys[0]].start] ^= 1
+    def between(x): x[Weights(base).tensors[keys[-1]].start] ^= 1 # in a tensor that had not been written
+    assert again(walked, change(flip), taken=behind) == whole and again(walked, change(between), taken=behind + 1) == whole
+    assert again(walked, change(lambda x: x.__delitem__(slice(-5, None)))) == whole and again(walked, lambda part: (part/"merge_state.json").write_text("{")) == whole
+    for other in ({"windows": {k: w[::-1].copy() for k, w in windows.items()}}, {"ridge": .2}, {"fit_steps": 4}): assert again(walked, lambda part: None, **other) != whole
+
+
+def test_the_walk_sees_what_a_half_precision_model_will_hold(tmp_path):
+    "Merged tensors are rounded before the windows go on: written and read again they are the same numbers."
+    base, vectors, windows = make(tmp_path, "mamba2")
+    for f in (base, *(tmp_path/d for d in windows)): state = {k: x.bfloat16() for k, x in load_file(f/"model.safetensors").items()}; save_file(state, f/"model.safetensors")
+    for v in vectors: difference(base, tmp_path/v.stem.removeprefix("diff_"), v)
+    for k, x in calibrated_tensors(base, vectors, windows, fit_steps=2): np.testing.assert_array_equal(x, torch.from_numpy(x).bfloat16().float().numpy())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("method", ["regmean", "seqmean"])
+def test_a_gpu_gives_what_the_cpu_gives(tmp_path, method):
+    base, vectors, windows = make(tmp_path, "mamba2"); cpu, gpu = (dict(calibrated_tensors(base, vectors, windows, method, device=d)) for d in ("cpu", "cuda"))
+    for k, x in cpu.items(): np.testing.assert_allclose(gpu[k], x, atol=2e-3)

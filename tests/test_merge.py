@@ -9,7 +9,7 @@ from safetensors.torch import load_file as load_torch, save_file as save_torch
 
 from yunmin_efficientdata.core.settings import UserError
 from yunmin_efficientdata.dem import merge as module
-from yunmin_efficientdata.dem.merge import Combine, merge, merge_tensors, merge_with, threshold
+from yunmin_efficientdata.dem.merge import merge, merge_tensors, merge_with, threshold
 from yunmin_efficientdata.dem.vectors import Vector, Weights, difference, manifest_file
 
 
@@ -148,7 +148,7 @@ def test_merge_with_any_function_and_merge_tensors(pair):
 def test_calibrated_methods_get_their_windows(pair, monkeypatch):
     import types
     d, base, diffs = pair; seen = {}
-    def calibrated_tensors(base_dir, vectors, calibration, method, ridge, shrink): seen.update(vectors=vectors, calibration=calibration, method=method, ridge=ridge); yield "layers.0.w", base["layers.0.w"] + 2
+    def calibrated_tensors(base_dir, vectors, calibration, method, ridge, **more): seen.update(vectors=vectors, calibration=calibration, method=method, ridge=ridge); yield "layers.0.w", base["layers.0.w"] + 2
     monkeypatch.setitem(sys.modules, "yunmin_efficientdata.dem.calibrated", types.SimpleNamespace(calibrated_tensors=calibrated_tensors))
     windows = {n: np.zeros((4, 8), np.int64) for n in "ab"}
     recipe = merge(d/"base", d/"out", {d/"diff_a.npy": 1, d/"diff_b.npy": 1}, "seqmean", calibration=windows, ridge=.1)

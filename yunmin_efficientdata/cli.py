@@ -16,8 +16,8 @@ from .core.settings import UserError
 # %% auto #0
 __all__ = ['app', 'console', 'Workspace', 'Raw', 'Config', 'Set', 'Kind', 'Workers', 'DEMO', 'bench', 'Repeats', 'Report', 'run',
            'dedup', 'compact', 'remove', 'format_', 'dem', 'evaluate', 'report', 'table', 'status', 'show_frame',
-           'profile', 'plan', 'show_plan', 'sample', 'parse_pair', 'parse_diff', 'read_calibration', 'merge',
-           'show_bench', 'bench_dedup', 'bench_loader', 'bench_dem', 'bench_merge', 'share', 'serve_site', 'main']
+           'profile', 'plan', 'show_plan', 'sample', 'parse_pair', 'read_calibration', 'merge', 'show_bench',
+           'bench_dedup', 'bench_loader', 'bench_dem', 'bench_merge', 'share', 'serve_site', 'main']
 
 # %% ../nbs/07_cli.ipynb #c005
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False,
@@ -199,14 +199,12 @@ def sample(ws: Workspace, docs: Annotated[int, typer.Option(min=20, help="Docume
 # %% ../nbs/07_cli.ipynb #c017
 def parse_pair(
     text: str, # FILE=WEIGHT
-    option: str # --diff or --model, for the message
+    option: str = "--diff" # or --model, for the message
 ) -> tuple[str, float]:
     "Read one `--diff a.npy=0.5`."
     path, eq, weight = text.rpartition("=")
     try: return path, float(weight)
     except ValueError: raise UserError(f"{option} {text}: expected {'DIR' if option == '--model' else 'FILE.npy'}=WEIGHT, for example {'models/web' if option == '--model' else 'diff_web.npy'}=0.3") from None
-
-def parse_diff(text: str) -> tuple[str, float]: return parse_pair(text, "--diff")
 
 # %% ../nbs/07_cli.ipynb #c019
 def read_calibration(
@@ -247,7 +245,7 @@ def merge(base: Annotated[str, typer.Argument(help="HF folder of the base model.
           ridge: Annotated[float, typer.Option(min=0, help="seqmean: ridge in units of the mean diagonal.")] = 0.05, shrink: Annotated[float, typer.Option(min=0, max=1, help="regmean: factor of the off-diagonal.")] = 0.9,
           threads: Annotated[int, typer.Option(min=0, help="0: as many as cores, at most 4. The bytes do not depend on it.")] = 0):
     "Merge difference vectors into a base model, streaming. A killed merge goes on where it stopped when it is started again."
-    pairs = [parse_diff(d) for d in diff] + [parse_pair(m, "--model") for m in model]
+    pairs = [parse_pair(d) for d in diff] + [parse_pair(m, "--model") for m in model]
     if not pairs: raise UserError("merge needs at least one --diff FILE.npy=WEIGHT or --model DIR=WEIGHT")
     if len({p for p, _ in pairs}) < len(pairs): raise UserError("merge: the same --diff or --model is given twice; add its weights into one")
     for path, _ in pairs[len(diff):]:
@@ -307,10 +305,11 @@ def bench_dem(corpus: Annotated[str, typer.Option(help="Workspace with parquet_r
               seeds: Annotated[int, typer.Option(min=1, help="How often everything is done, each time from another base.")] = 3,
               out: Annotated[str, typer.Option("--out", help="Folder for results, tables and figures; a second start continues there.")] = "bench-dem",
               quick: Annotated[bool, typer.Option("--quick", help="60 steps in place of 1,000, to see that it runs.")] = False):
-    "Merged against mixed: what share of one mixed run's gain each merge reaches, over seeds. About 25 CPU minutes a seed."
+    "Merged against mixed: what share of one mixed run's gain each merge reaches, over seeds. About 25 CPU minutes a seed; started a second time, it takes the next seed."
     from yunmin_efficientdata.bench.dem import bench_dem as run
     tables = run(corpus, out, seeds, quick, say=console.print)
-    table("merged against mixed", tables["study"].round(3).to_dict("records")); show_bench(tables, out, "dem")
+    columns = {"name": "name", "seeds": "seeds", "perplexity": "PPL", "share": "share", "share_spread": "spread", "general_percent": "general, %", "cpu_seconds": "CPU-s"}
+    table("merged against mixed", tables["study"][list(columns)].rename(columns=columns).round(3).to_dict("records")); show_bench(tables, out, "dem")
 
 # %% ../nbs/07_cli.ipynb #c030
 @bench.command("merge")

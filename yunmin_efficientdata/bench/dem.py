@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 from .harness import goal, machine, write_report
+from ..core.hub import load_weights
 from ..core.settings import BaseSettings, LoraSettings, UserError
 from ..core.store import open_store
 from ..dem.accounts import share_of_mixed
@@ -27,7 +28,7 @@ from ..dem.weights import Mixture, best, frozen_head_loss, mean, search_weights
 from ..format.loader import TokenPages
 
 # %% auto #0
-__all__ = ['ARMS', 'CONTROLS', 'QUICK', 'GENERAL', 'study_workspace', 'Text', 'Lesson', 'adapted', 'put', 'learn',
+__all__ = ['ARMS', 'CONTROLS', 'QUICK', 'GENERAL', 'FITS', 'study_workspace', 'Text', 'Lesson', 'adapted', 'put', 'learn',
            'pretrain_base', 'Arm', 'arm_steps', 'Cost', 'counted', 'losses_on', 'Study', 'read_results', 'kept',
            'train_mixed', 'train_arm', 'write_vectors', 'merge_by', 'run_arm', 'run_seed', 'claimed', 'measures',
            'study_table', 'domain_tables', 'chosen', 'study_goals', 'plot_study', 'read_study', 'study_tables',
@@ -59,6 +60,9 @@ class Text:
         kept = {d: held("validation", d, calibration + choice) for d in self.pages}; every = (calibration + choice)/choice
         chosen = {d: np.unique((np.arange(0, len(w), every) + every - 1).astype(int).clip(max=len(w) - 1)) for d, w in kept.items()}
         self.choice = {d: w[chosen[d]] for d, w in kept.items()}; self.calibration = {d: np.delete(w, chosen[d], 0) for d, w in kept.items()}; self.test = {d: held("test", d, test) for d in self.pages}
+        known = {d: {row.tobytes() for row in w} for d, w in kept.items()}
+        more = {d: np.array([row for row in held("validation", d, 3*(calibration + choice)) if row.tobytes() not in known[d]], np.int64).reshape(-1, seq_len) for d in self.pages}
+        self.wide = {d: np.concatenate([w, more[d][::max(1, len(more[d])//calibration)][:calibration]]) for d, w in self.calibration.items()}
         short = [d for d in self.pages if not all(len(w[d]) for w in (self.test, self.choice, self.calibration))]
         if short or len(self.pages) < 2: raise UserError(f"bench dem: {short[0] if short else 'the corpus'} has too little held-out text; two domains with a few windows of {seq_len} tokens each are needed")
     @property
@@ -129,7 +133,7 @@ def pretrain_base(text: Text, shares: dict[str, float], steps: int, seed: int, s
     for i in range(steps):
         optimizer.param_groups[0]["lr"] = 6e-3*cosine(i, steps, max(1, steps//20)); ids = text.batch([(shares, 8)], rng)
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss; optimizer.zero_grad(); loss.backward(); torch.nn.utils.clip_grad_norm_(model.parameters(), 1.); optimizer.step()
-        if i % 200 == 0: say(f"seed {seed}: base, step {i} of {steps}, loss {loss.item():.3f}")
+        if i % 200 == 0: say(f"base, step {i} of {steps}, loss {loss.item():.3f}")
     return model.eval()
 
 # %% ../../nbs/06g_bench_dem.ipynb #c013
@@ -141,10 +145,11 @@ class Arm:
     mixed: float = 0. # share of each adapter's batch that is drawn from all domains
     replay: float = 0. # share of each adapter's batch that is drawn from what the base was pretrained on
     seed: float = 0. # share of the steps in a common mixed training
+    rate: float = 5e-3 # of the adapters
 
-ARMS = (Arm("own text", ("uniform", "searched", "by tensor", "ties", "dare", "regmean", "seqmean", "seqmean+")), Arm("half mixed", ("uniform", "searched", "regmean", "seqmean", "seqmean+"), .5),
-        Arm("seeded", mixed=.5, seed=.3), Arm("seeded, replay", mixed=.25, replay=.25, seed=.3))
-CONTROLS = (.1, .2, .3)
+ARMS = (Arm("own text", ("uniform", "searched", "by tensor", "ties", "dare", "regmean", "seqmean", "seqmean+")), Arm("half mixed", ("uniform", "searched", "regmean", "seqmean", "seqmean+", "fit"), .5),
+        Arm("half mixed, fast", ("uniform", "seqmean+", "fit", "long fit", "anchored fit"), .5, rate=1e-2), Arm("seeded", ("uniform", "seqmean+", "fit"), .5, seed=.3), Arm("seeded, replay", ("uniform", "seqmean+", "fit", "long fit", "anchored fit"), .25, .25, .3))
+CONTROLS = (.1, .2, .3, 1.4)
 QUICK = (Arm("half mixed", mixed=.5), Arm("seeded", ("seqmean+",), .5, seed=.3))
 
 def arm_steps(
@@ -183,10 +188,9 @@ class Study:
         self.model = self._base(pretraining); self.base = adapted(self.model); self.rows = {r["name"]: r for r in read_results(self.file)}
         self.step_flops = batch*text.seq_len*training_flops(self.model.config, LoraSettings(r=16, target_modules=["in_proj", "out_proj"], seq_len=text.seq_len))[0]
     def _base(self, steps: int):
-        from transformers import AutoModelForCausalLM
         folder = self.folder/"base"
         if not (folder/"model.safetensors").is_file(): save_model(pretrain_base(self.text, self.general, steps, self.seed, self.say), folder)
-        return AutoModelForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
+        return load_weights(folder).requires_grad_(False)
     def done(self, name: str) -> bool: return name in self.rows
     def record(self, name: str, weights: dict, cost: Cost, note: str = "") -> None: # domain -> matrices for routing
         routed = weights if name == "routing" else dict.fromkeys(self.mix, weights); found = {"losses": {}, "choice": {}}
@@ -231,7 +235,7 @@ def train_arm(s: Study, arm: Arm) -> tuple[dict, Cost]: # domain -> matrices, wh
     if steps: _, start, cost = kept(s, f"seed_{steps}", Lesson([(s.mix, s.batch)], steps, schedule="constant"), s.seed*100 + 5)
     for i, d in enumerate(s.mix):
         parts = [(p, k) for p, k in (({d: 1.}, s.batch - n - r), (s.mix, n), (s.general, r)) if k]
-        found[d], _, more = kept(s, f"{arm.name.replace(', ', '_').replace(' ', '_')}-{d}", Lesson(parts, each, start=start), s.seed*1000 + 10*i); cost += more
+        found[d], _, more = kept(s, f"{arm.name.replace(', ', '_').replace(' ', '_')}-{d}", Lesson(parts, each, arm.rate, start=start), s.seed*1000 + 10*i); cost += more
     return found, cost
 
 # %% ../../nbs/06g_bench_dem.ipynb #c020
@@ -250,21 +254,25 @@ def _searched(s: Study, files: dict, by_tensor: bool, windows: int = 16) -> tupl
     return {k: state[k].detach().clone() for k in s.base}, "" if by_tensor else ", ".join(f"{d} {w:.2f}" for d, w in found.items())
 
 def _sparse(s: Study, files: dict, method: str, windows: int = 16) -> tuple[dict, str]:
-    "TIES or DARE: of two densities and three scales the best on calibration windows."
+    "TIES or DARE: of three densities and four scales of the change the best on calibration windows."
     some, tried = {d: w[::max(1, len(w)//windows)][:windows] for d, w in s.text.calibration.items()}, []
-    for density in (.2, .5):
+    for density in (.2, .5, .8):
         merge(s.folder/"base", s.folder/"merged", dict.fromkeys(files.values(), 1.), method, density=density, threads=1); state = load_file(s.folder/"merged"/"model.safetensors")
-        for scale in (1., 1.5, 2.5):
+        for scale in (.25, .5, 1., 1.5):
             w = {k: x + scale*(state[k] - x) for k, x in s.base.items()}; put(s.model, w); tried.append((mean(losses_on(s.model, some)), f"density {density}, scale {scale}", w))
     _, note, w = min(tried, key=lambda t: t[0])
     return w, note
+
+FITS = {"fit": dict(ridge=.01, fit_steps=40, fit_rate=1e-3), "long fit": dict(ridge=.01, fit_steps=80, fit_rate=2e-3), "anchored fit": dict(ridge=.01, fit_steps=80, fit_rate=2e-3, base_weight=.6)}
 
 def merge_by(s: Study, adapters: dict, files: dict, method: str) -> tuple[dict, str]: # matrices, note
     "One merge."
     if method == "uniform": return {k: sum(w[k] for w in adapters.values())/len(adapters) for k in s.base}, ""
     if method in ("searched", "by tensor"): return _searched(s, files, method == "by tensor")
     if method in ("ties", "dare"): return _sparse(s, files, method)
-    found = calibrated_tensors(s.folder/"base", dict.fromkeys(files.values(), 1.), s.text.calibration, method.rstrip("+"), residual=method.endswith("+"))
+    how = FITS.get(method, {}); windows = s.text.wide if how.get("fit_steps", 0) > 40 else s.text.calibration
+    if "base_weight" in how: windows = windows | {"base": np.concatenate([windows[g] for g in s.general])}
+    found = calibrated_tensors(s.folder/"base", dict.fromkeys(files.values(), 1.), windows, "seqmean" if how else method.rstrip("+"), residual=bool(how) or method.endswith("+"), **how)
     return {k: torch.from_numpy(x) for k, x in found if k in s.base}, ""
 
 # %% ../../nbs/06g_bench_dem.ipynb #c021
@@ -329,8 +337,8 @@ def chosen(
     joint: bool, # with or without a common training of all domains
     limit: float = math.inf # of choice_general, percent
 ) -> str | None: # name of the recipe
-    "The recipe with the highest share on choice windows, by the mean over seeds; test windows have no say."
-    t = table[table.name.str.contains(": ") & (table.name.str.startswith("seeded") == joint) & (table.choice_general <= limit) & table.choice_share.notna()]
+    "The recipe with the highest share on choice windows, by the mean over seeds; test windows have no say. One that some seeds still lack is not chosen."
+    t = table[table.name.str.contains(": ") & (table.name.str.startswith("seeded") == joint) & (table.choice_general <= limit) & table.choice_share.notna() & (table.seeds == table.seeds.max())]
     return None if t.empty else t.loc[t.choice_share.idxmax(), "name"]
 
 def study_goals(table: pd.DataFrame) -> pd.DataFrame: # goal, wanted, got, result

@@ -147,6 +147,7 @@ class TokenizerSettings(Section):
     "Byte-level BPE trained on the training part, or a tokenizer that exists."
     path: str | None = Field(None, description="folder or hub id of a tokenizer to use instead of training one")
     vocab_size: int = Field(4096, ge=300, description="entries of the trained vocabulary, special tokens included")
+    keep: bool = Field(True, description="an append or a removal keeps the tokenizer that the first crawl made; false: it is trained again whenever text changes, and everything after it")
     sample_bytes: int = Field(100 << 20, ge=1 << 16, description="text read for training, over all domains; training holds its words, about 13 bytes of memory for each byte of Korean text read (1.8 GB in all by default)")
 
 # %% ../../nbs/00a_settings.ipynb #c018
@@ -250,6 +251,10 @@ class MergeSettings(Section):
     density: float = Field(0.2, gt=0, le=1, description="share of elements that ties and dare keep")
     calibration_windows: int = Field(64, ge=1, description="validation windows a domain that regmean and seqmean read")
     ridge: float = Field(0.05, ge=0, description="of seqmean, in units of the mean diagonal: how strongly the plain average pulls")
+    fit_steps: int = Field(0, ge=0, description="of seqmean: steps of Adam on each merged layer after it was solved, towards what the domains' own layers answer; 0: none")
+    fit_rate: float = Field(2e-3, gt=0, description="of seqmean: highest rate of those steps")
+    anchor: float = Field(0.0, ge=0, description="of regmean and seqmean: weight of the base's own answers on text of evaluation.general_domains, where a domain's mean weight is 1; keeps general text")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where regmean and seqmean walk through the layers; auto: a GPU where there is one")
     shrink: float = Field(0.9, ge=0, le=1, description="of regmean: what is left of the Gram matrices' off-diagonal elements")
     search: bool = Field(True, description="search the weights of the linear merge on validation text; for method linear the result is the delivered model")
     search_steps: int = Field(16, ge=1, description="evaluations with gradients, at most")
@@ -416,7 +421,7 @@ def config_folder(
     raise UserError(f"config folder {config!r} does not exist; configs/demo and configs/yunmin-3b come with the project")
 
 # %% ../../nbs/00a_settings.ipynb #c037
-class _Loader(yaml.SafeLoader):
+class _OnceSafeLoader(yaml.SafeLoader):
     "YAML without Python objects, in which a key may stand once only: PyYAML would keep the last one without a word."
     def construct_mapping(self, node, deep=False):
         seen = set()
@@ -442,7 +447,7 @@ def parse_yaml(
 ) -> Any: # plain values
     "Read YAML. Raises `UserError` with the name for broken, doubled, or endless content."
     with reading(name, remedy):
-        try: value = yaml.load(text.decode("utf-8-sig") if isinstance(text, bytes) else text, Loader=_Loader)
+        try: value = yaml.load(text.decode("utf-8-sig") if isinstance(text, bytes) else text, Loader=_OnceSafeLoader)
         except (yaml.YAMLError, UnicodeDecodeError) as e: raise UserError(f"{name}: not readable as YAML: {e}; {remedy}") from None
         if _count(value, {}) > 1_000_000: raise UserError(f"{name}: aliases make more than a million values; write them out")
     return value

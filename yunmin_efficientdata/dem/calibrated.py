@@ -9,15 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
+from ..core.hub import load_config
 from ..core.settings import UserError
-from .base import quiet
-from .vectors import Weights, domain_of, open_vector
+from .base import cosine, quiet
+from .vectors import FLOATS, Weights, domain_of, open_vector
 
 # %% auto #0
 __all__ = ['skeleton', 'layer_list', 'fill', 'drop', 'Tensors', 'Stream', 'linear_groups', 'Normal', 'writes_residual', 'solve',
-           'Walk', 'solve_layer', 'calibration_windows', 'calibrated_tensors']
+           'Walk', 'fit_layer', 'solve_layer', 'calibration_windows', 'calibrated_tensors']
 
 # %% ../../nbs/03f_calibrated.ipynb #c006
 def skeleton(
@@ -25,7 +26,7 @@ def skeleton(
 ): # a causal LM whose parameters are on the meta device; buffers are real
     "The model's structure, with nothing allocated."
     from accelerate import init_empty_weights
-    quiet(); config = AutoConfig.from_pretrained(base)
+    quiet(); config = load_config(base)
     kinds = set(getattr(config, "layer_types", None) or ())
     if len(kinds) > 1: raise UserError(f"{Path(base)/'config.json'}: layers of several kinds ({', '.join(sorted(kinds))}) take different masks, which regmean and seqmean do not follow; use linear or ties")
     with init_empty_weights(include_buffers=False): model = AutoModelForCausalLM.from_config(config)
@@ -45,14 +46,15 @@ def layer_list(
 def fill(
     module: nn.Module, # part of a skeleton
     prefix: str, # its name in the model, with a final dot
-    read # key -> float32 array of the tensor's shape
+    read, # key -> float32 array of the tensor's shape
+    device: str = "cpu" # where they go
 ):
     "Give every parameter of the module its values."
     for name, owner in module.named_modules():
         for attr in list(owner._parameters):
             if owner._parameters[attr] is not None:
                 key = f"{prefix}{name}{'.' if name else ''}{attr}"
-                owner._parameters[attr] = nn.Parameter(torch.from_numpy(np.ascontiguousarray(read(key))), requires_grad=False)
+                owner._parameters[attr] = nn.Parameter(torch.from_numpy(np.ascontiguousarray(read(key))).to(device), requires_grad=False)
 
 def drop(module: nn.Module): # part of a skeleton
     "Give the memory of its parameters back."
@@ -75,7 +77,9 @@ class Tensors:
         shape = self.base.shape(key); n = math.prod(shape); x = self.base.read(key, 0, n)
         for d, v in self.vectors.items():
             if v.changed(key): x = x + np.float32(self.weights[d])*v.read(key, 0, n)
-        return x.reshape(shape)
+        return self.rounded(key, torch.from_numpy(x)).numpy().reshape(shape)
+    def rounded(self, key: str, x: torch.Tensor) -> torch.Tensor: # float32, as the base's type holds it
+        return x.to(FLOATS[self.base.tensors[key].dtype]).float()
 
 # %% ../../nbs/03f_calibrated.ipynb #c011
 @dataclass
@@ -143,8 +147,8 @@ class Normal:
         self.gram += weight*gram
         for n in cross: self.cross[n] += weight*cross[n]
 
-def _normal(width: int, outputs: dict[str, int]) -> Normal:
-    return Normal(torch.zeros(width, width, dtype=torch.float64), {n: torch.zeros(width, o, dtype=torch.float64) for n, o in outputs.items()})
+def _normal(width: int, outputs: dict[str, int], device="cpu") -> Normal:
+    return Normal(torch.zeros(width, width, dtype=torch.float64, device=device), {n: torch.zeros(width, o, dtype=torch.float64, device=device) for n, o in outputs.items()})
 
 # %% ../../nbs/03f_calibrated.ipynb #c015
 def _seen(layer, name: str, hidden: torch.Tensor, call) -> tuple[torch.Tensor, torch.Tensor]: # [tokens, inputs], [tokens, width]
@@ -177,7 +181,7 @@ def _seq_sums(own, merged, group: list[str], s: Stream, residual: bool) -> Norma
     for a, b, call in zip(s.own, s.merged, s.calls):
         if residual: (x, r), (z, q) = _seen(own, group[0], a, call), _seen(merged, group[0], b, call)
         else: x, z = _input_of(own, group[0], a, call), _input_of(merged, group[0], b, call)
-        if sums is None: sums = _normal(x.shape[1], {n: len(_matrix(m)) for n, m in modules.items()})
+        if sums is None: sums = _normal(x.shape[1], {n: len(_matrix(m)) for n, m in modules.items()}, x.device)
         wanted = {n: x @ _matrix(m).T + _bias(m, merged.get_submodule(n)) for n, m in modules.items()}
         if residual: wanted[group[0]] += r - q
         sums.add((z.T @ z).double(), {n: (z.T @ y).double() for n, y in wanted.items()}, 1.)
@@ -203,26 +207,27 @@ def solve(
 ) -> dict[str, torch.Tensor]: # module -> float32 [outputs, inputs]
     "Solve `(G + r I) W^T = C + r M^T` by Cholesky; r is at least 1e-6 of the mean diagonal."
     n = len(sums.gram); r = max(ridge, 1e-6)*sums.gram.diagonal().mean().clamp_min(1e-30)
-    factor = torch.linalg.cholesky(sums.gram + r*torch.eye(n, dtype=torch.float64))
+    factor = torch.linalg.cholesky(sums.gram + r*torch.eye(n, dtype=torch.float64, device=sums.gram.device))
     return {name: torch.cholesky_solve(c + r*towards[name].double().T, factor).T.float() for name, c in sums.cross.items()}
 
 # %% ../../nbs/03f_calibrated.ipynb #c021
 class Walk:
     "The state of a walk through the layers."
-    def __init__(self, base: Path, vectors: dict, method: str, ridge: float, shrink: float, residual: bool):
-        self.tensors, self.model = Tensors(base, vectors), skeleton(base)
+    def __init__(self, base: Path, vectors: dict, method: str, ridge: float, shrink: float, residual: bool, device: str = "cpu", finished=lambda key: None, fit: tuple[int, float] = (0, 0.)):
+        self.tensors, self.model, self.device, self.finished = Tensors(base, vectors), skeleton(base), device, finished
+        for m in self.model.modules(): m._buffers.update({n: b.to(device) for n, b in m._buffers.items() if b is not None})
         self.prefix, self.layers = layer_list(self.model)
-        self.method, self.ridge, self.shrink, self.residual = method, ridge, shrink, residual and method == "seqmean"
+        self.method, self.ridge, self.shrink, self.residual = method, ridge, shrink, residual and method == "seqmean"; self.fit_steps, self.fit_rate = fit if method == "seqmean" else (0, 0.)
         self.streams: list[Stream] = []
     def outside(self, domain: str | None, average: bool = False):
         "Fill everything under the base model but the layers."
         inner = self.model.base_model; own, name = self.prefix.rsplit(".", 1); read = self.tensors.average if average else lambda k: self.tensors.read(k, domain)
         for child, module in inner.named_children():
-            if child != name: fill(module, f"{own}.{child}.", read)
+            if child != name: fill(module, f"{own}.{child}.", read, self.device)
     @torch.no_grad()
     def enter(self, domain: str | None, weight: float, windows: np.ndarray, batch: int):
         "Send a domain's windows through the embeddings, its own and the merged ones."
-        s = Stream(domain, weight, [], [], []); parts = [torch.from_numpy(windows[i:i + batch]) for i in range(0, len(windows), batch)]
+        s = Stream(domain, weight, [], [], []); parts = [torch.from_numpy(windows[i:i + batch]).to(self.device) for i in range(0, len(windows), batch)]
         self.outside(domain)
         for ids in parts: hidden, call = _first_call(self.model, self.layers, ids); s.own.append(hidden); s.calls.append(call)
         self.outside(None, average=True)
@@ -239,40 +244,71 @@ def _solve_group(walk: Walk, i: int, own, merged, group: list[str], residual: bo
     "Sum up over the domains and solve."
     at, sums = f"{walk.prefix}.{i}.", None
     for s in walk.streams:
-        fill(own, at, lambda k: walk.tensors.read(k, s.domain))
+        fill(own, at, lambda k: walk.tensors.read(k, s.domain), walk.device)
         part = _seq_sums(own, merged, group, s, residual) if walk.method == "seqmean" else _reg_sums(own, group, s, walk.shrink)
-        if sums is None: sums = _normal(len(part.gram), {n: c.shape[1] for n, c in part.cross.items()})
+        if sums is None: sums = _normal(len(part.gram), {n: c.shape[1] for n, c in part.cross.items()}, walk.device)
         sums.add(part.gram, part.cross, s.weight)
     return solve(sums, {n: _matrix(merged.get_submodule(n)) for n in group}, walk.ridge if walk.method == "seqmean" else 0.)
 
 @torch.no_grad()
-def _advance(walk: Walk, i: int, own, merged):
-    "Both streams of every domain through the layer."
+def _advance(walk: Walk, i: int, own, merged, names: list[str] | None = None): # names: of the matrices that are fitted
+    "Both streams of every domain through the layer; with `names`, the merged layer is fitted to what the domains' own made of their windows."
+    answers = []
     for s in walk.streams:
-        fill(own, f"{walk.prefix}.{i}.", lambda k: walk.tensors.read(k, s.domain))
-        for b, call in enumerate(s.calls):
-            s.own[b] = _run(own, s.own[b], call)
-            if walk.method == "seqmean": s.merged[b] = _run(merged, s.merged[b], call)
+        fill(own, f"{walk.prefix}.{i}.", lambda k: walk.tensors.read(k, s.domain), walk.device)
+        answers.append([_run(own, a, call) for a, call in zip(s.own, s.calls)])
+    if names and walk.fit_steps: fit_layer(walk, i, merged, names, answers)
+    for s, found in zip(walk.streams, answers):
+        if walk.method == "seqmean": s.merged = [_run(merged, b, call) for b, call in zip(s.merged, s.calls)]
+        s.own = found
 
-# %% ../../nbs/03f_calibrated.ipynb #c023
+# %% ../../nbs/03f_calibrated.ipynb #c024
+@torch.enable_grad()
+def fit_layer(
+    walk: Walk, # streams at the layer's entrance
+    i: int, merged, # the layer's number; the layer as it was solved
+    names: list[str], # of its matrices
+    answers: list[list[torch.Tensor]] # of each stream: what the domain's own layer makes of each batch
+):
+    "Lower `sum_d w_d |merged layer(merged stream) - own layer(own stream)|^2 / |what the own layer adds|^2`, one batch of each domain a step; the rate falls as a cosine."
+    rng, params = np.random.default_rng([walk.fit_steps, i]), [merged.get_submodule(n).weight.requires_grad_(True) for n in names]
+    scale = [s.weight/float(np.mean([(y - a).pow(2).mean().item() for y, a in zip(found, s.own)])) for s, found in zip(walk.streams, answers)]
+    optimizer = torch.optim.Adam(params, lr=walk.fit_rate, betas=(.9, .95))
+    for step in range(walk.fit_steps):
+        optimizer.param_groups[0]["lr"] = walk.fit_rate*cosine(step, walk.fit_steps, 3); optimizer.zero_grad()
+        for s, found, c in zip(walk.streams, answers, scale):
+            b = int(rng.integers(len(found))); (c*(_run(merged, s.merged[b], s.calls[b]) - found[b]).pow(2).mean()).backward()
+        optimizer.step()
+    with torch.no_grad():
+        for n, p in zip(names, params): p.requires_grad_(False).copy_(walk.tensors.rounded(f"{walk.prefix}.{i}.{n}.weight", p))
+
+# %% ../../nbs/03f_calibrated.ipynb #c025
 def solve_layer(
     walk: Walk, # streams at the layer's entrance; at its exit afterwards
     i: int # number of the layer
 ) -> dict[str, np.ndarray]: # key -> merged tensor, of every changed tensor of the layer
     "Merge one layer: changed linear weights are solved for, what else changed is averaged."
     from copy import deepcopy
-    at, own = f"{walk.prefix}.{i}.", walk.layers[i]; merged = deepcopy(own)
-    fill(merged, at, walk.tensors.average); fill(own, at, walk.tensors.read)
+    at, own = f"{walk.prefix}.{i}.", walk.layers[i]; merged = deepcopy(own); taken = _taken_over(walk, at, own)
+    if taken is not None:
+        fill(merged, at, lambda k: taken[k] if k in taken else walk.tensors.average(k), walk.device); _advance(walk, i, own, merged); drop(own)
+        return {}
+    fill(merged, at, walk.tensors.average, walk.device); fill(own, at, walk.tensors.read, walk.device)
     s = walk.streams[0]; groups = linear_groups(own, _linear_names(walk, i), s.own[0][:1], s.calls[0])
     for group in groups:
         last = walk.residual and group == groups[-1] and len(group) == 1 and writes_residual(own, group[0], s.own[0][:1], s.calls[0])
         for name, w in _solve_group(walk, i, own, merged, group, last).items():
             module = merged.get_submodule(name)
-            module.weight.copy_(w.T if isinstance(module, Conv1D) else w)
-    _advance(walk, i, own, merged); drop(own)
-    return {f"{at}{n}": p.numpy() for n, p in merged.named_parameters() if walk.tensors.changed(f"{at}{n}")}
+            module.weight.copy_(walk.tensors.rounded(f"{at}{name}.weight", w.T if isinstance(module, Conv1D) else w))
+    _advance(walk, i, own, merged, [n for g in groups for n in g]); drop(own)
+    return {f"{at}{n}": p.cpu().numpy() for n, p in merged.named_parameters() if walk.tensors.changed(f"{at}{n}")}
 
-# %% ../../nbs/03f_calibrated.ipynb #c025
+def _taken_over(walk: Walk, at: str, layer) -> dict[str, np.ndarray] | None: # key -> merged tensor; None: something is missing
+    "The layer as a killed merge had finished it."
+    found = {k: walk.finished(k) for n, _ in layer.named_parameters() if walk.tensors.changed(k := f"{at}{n}")}
+    return None if any(x is None for x in found.values()) else found
+
+# %% ../../nbs/03f_calibrated.ipynb #c027
 def calibration_windows(
     vectors: dict, # diff_<domain> file -> weight
     calibration: dict[str, np.ndarray], # domain (or "base") -> int64 [n, tokens]
@@ -287,7 +323,7 @@ def calibration_windows(
         if len(w) and int(w.max()) >= vocab_size: raise UserError(f"merge: calibration windows of {d!r} hold token {int(w.max())}, the base knows {vocab_size}: they were made with another tokenizer")
     return {d: np.asarray(w, np.int64) for d, w in calibration.items() if len(w)}
 
-# %% ../../nbs/03f_calibrated.ipynb #c026
+# %% ../../nbs/03f_calibrated.ipynb #c028
 @torch.no_grad()
 def calibrated_tensors(
     base: Path, # HF folder
@@ -298,16 +334,20 @@ def calibrated_tensors(
     shrink: float = .9, # of regmean's off-diagonal elements
     residual: bool = True, # seqmean: the last matrix of a layer makes good what the residual stream lacks
     base_weight: float = 1., # of the windows named "base", where a domain's mean weight is 1
-    batch_tokens: int = 4096 # tokens at a time
-): # yields (key, float32 array of the tensor's shape) of every changed tensor
+    batch_tokens: int = 4096, # tokens at a time
+    fit_steps: int = 0, fit_rate: float = 1e-3, # seqmean: steps of Adam on each solved layer, and their highest rate
+    fit_windows: int = 8, # of each domain a step
+    device: str = "cpu", # where layers and windows are while they are worked on
+    finished=lambda key: None # key -> float32 array of a tensor that a killed merge had written, or None
+): # yields (key, float32 array of the tensor's shape) of every changed tensor that is not finished
     "RegMean or SeqMean, layer by layer. Raises `UserError` for missing windows, negative weights, models it cannot walk through."
     if method not in ("regmean", "seqmean"): raise UserError(f"merge: unknown method {method!r}; choose regmean or seqmean")
     if min(vectors.values()) < 0 or math.fsum(vectors.values()) <= 0: raise UserError(f"merge: {method} takes weights as importance: none may be negative, and one must be positive")
-    used = {f: w for f, w in vectors.items() if w > 0}; walk = Walk(base, used, method, ridge, shrink, residual)
+    used = {f: w for f, w in vectors.items() if w > 0}; walk = Walk(base, used, method, ridge, shrink, residual, device, finished, (fit_steps, fit_rate))
     windows = calibration_windows(used, {d: w for d, w in calibration.items() if d == "base" or d in map(domain_of, used)}, walk.model.config.vocab_size)
     for d, w in windows.items():
         weight = base_weight/len(used) if d == "base" else walk.tensors.weights[d]
-        if weight > 0: walk.enter(None if d == "base" else d, weight, w, max(1, batch_tokens//w.shape[1]))
+        if weight > 0: walk.enter(None if d == "base" else d, weight, w, max(1, min(batch_tokens//w.shape[1], fit_windows if walk.fit_steps else len(w))))
     for key in walk.tensors.base.keys():
         if not key.startswith(f"{walk.prefix}.") and walk.tensors.changed(key): yield key, walk.tensors.average(key)
     for i in range(len(walk.layers)): yield from solve_layer(walk, i).items()

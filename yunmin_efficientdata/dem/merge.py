@@ -13,7 +13,7 @@ from numba import njit
 from xxhash import xxh3_64_hexdigest, xxh3_128_hexdigest
 from ..core.settings import UserError
 from ..core.store import _commit
-from .vectors import BLOCK, FLOATS, ModelVector, Source, Tensor, Vector, Weights, disk_error, domain_of, fingerprint, manifest_file, open_vector, read_header, read_into, read_native, shards, thin_product, tied_keys
+from .vectors import BLOCK, FLOATS, Source, Tensor, Weights, disk_error, domain_of, fingerprint, manifest_file, open_vector, read_header, read_into, read_native, shards, thin_product, tied_keys
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'OURS', 'METHODS', 'CALIBRATED', 'merge_weights', 'threshold', 'Combine', 'merged_chunk', 'write_shard',
@@ -246,7 +246,7 @@ def model_card(
     rows = "\n".join(f"| {name} | {w:.6f} |" for name, w in recipe.get("weights", {}).items())
     left = ", ".join(f"`{k}`" for k in recipe.get("left_out", ())) or "none"
     notes = "".join(f"\n- warning: {w}" for w in recipe.get("warnings", ()))
-    extra = "".join(f", {k} {recipe[k]}" for k in ("density", "seed", "ridge", "shrink", "windows") if k in recipe)
+    extra = "".join(f", {k} {recipe[k]}" for k in ("density", "seed", "ridge", "shrink", "fit_steps", "fit_rate", "base_weight", "windows") if k in recipe)
     how = "`base + sum of weight x difference vector` (DEM)" if recipe["method"] in METHODS else "tensors solved from the activations of calibration windows, starting from `base + difference vector` of each domain"
     return (f"---\nlibrary_name: transformers\ntags: [merge, dem]\n---\n\n# Merged model\n\n{how}, method `{recipe['method']}`{extra}.\n\n"
             f"| difference vector | weight |\n|---|---|\n{rows}\n\n- weights divided by their sum: {'yes' if recipe.get('normalize') else 'no'}\n- fingerprint of the base: `{recipe['base']}`\n"
@@ -275,8 +275,8 @@ class Unfinished:
         file, noted = self.part/name, self.shards.get(name)
         try: return bool(noted) and file.stat().st_size == noted["bytes"] and shard_sum(file, chunk) == noted["sum"]
         except (OSError, UserError): return False
-    def mark(self, name: str, sum_: str):
-        self.shards[name] = {"bytes": (self.part/name).stat().st_size, "sum": sum_}
+    def mark(self, name: str, sum_: str, size: int | None = None): # a shard, or a tensor with its bytes
+        self.shards[name] = {"bytes": (self.part/name).stat().st_size if size is None else size, "sum": sum_}
         temporary = self.notes.with_suffix(".new"); _synced(temporary, json.dumps({"key": self.key, "shards": self.shards})); os.replace(temporary, self.notes)
 
 # %% ../../nbs/03d_merge.ipynb #c026
@@ -357,22 +357,51 @@ def merge_with(
 def merge_tensors(
     base: Path, # the base, HF folder
     out: Path, # folder of the merged model; replaced as a whole if it holds a model
-    tensors, # iterator of (key, the whole merged tensor as a float array), in any order
-    recipe: dict | None = None # for card and merge_recipe.json
+    tensors, # iterator of (key, the whole merged tensor as a float array), in any order; or function of `finished` (key -> float32 array or None) that gives one without the finished
+    recipe: dict | None = None, # for card and merge_recipe.json
+    resume_key: str | None = None, # digest of all that the bytes depend on; None: a killed merge starts anew
+    log=None # called with a line where tensors are taken over
 ) -> dict: # the recipe; `changed` counts the tensors
     "Copy the base's shards and write each merged tensor at its place. Raises `UserError` naming the key."
-    base, out = Path(base), Path(out); model = Weights(base); recipe = _complete(recipe, model) | {"changed": 0}; _check_out(out, base)
-    with Unfinished(out, None) as made:
-        for shard in shards(base): shutil.copyfile(shard, made.part/shard.name)
-        for key, x in tensors:
+    base, out = Path(base), Path(out); model = Weights(base); recipe = _complete(recipe, model)
+    with Unfinished(out, resume_key) as made:
+        _check_out(out, base, done=sum((made.part/s.name).stat().st_size for s in shards(base) if (made.part/s.name).exists())); written = _restore(made, model)
+        if log and written: log(f"{len(written)} tensors taken over from a killed merge")
+        for key, x in tensors(lambda k: _tensor_at(made, model.tensors[k]) if k in written else None) if callable(tensors) else tensors:
             if key not in model.tensors or model.tensors[key].dtype not in FLOATS or np.size(x) != model.tensors[key].size: raise UserError(f"merge: {key} of {np.size(x)} elements is no tensor of {base}")
-            t = model.tensors[key]
-            try: y = _checked(torch.from_numpy(np.ascontiguousarray(x)).reshape(-1), t.dtype)
-            except ValueError: raise UserError(f"merge: {key} holds NaN or infinity, or leaves the range of {t.dtype}, after merging by {recipe['method']}; more calibration windows or a larger ridge may help") from None
-            with open(made.part/t.file.name, "rb+", buffering=0) as f: _write_at(f.fileno(), y.view(torch.uint8).numpy(), t.start)
-            recipe["changed"] += 1
-        _finish(made, base, recipe)
-    return recipe
+            _put(made, key, model.tensors[key], x, recipe["method"]); written.add(key)
+        _finish(made, base, recipe | {"changed": len(written)})
+    return recipe | {"changed": len(written)}
+
+def _put(made: Unfinished, key: str, t: Tensor, x, method: str):
+    "Write a tensor at its place and note its checksum."
+    try: y = _checked(torch.from_numpy(np.ascontiguousarray(x)).reshape(-1), t.dtype).view(torch.uint8).numpy()
+    except ValueError: raise UserError(f"merge: {key} holds NaN or infinity, or leaves the range of {t.dtype}, after merging by {method}; more calibration windows or a larger ridge may help") from None
+    with open(made.part/t.file.name, "rb+", buffering=0) as f: _write_at(f.fileno(), y, t.start); os.fsync(f.fileno())
+    if made.key is not None: made.mark(key, xxh3_64_hexdigest(y), len(y))
+
+def _raw(made: Unfinished, t: Tensor) -> np.ndarray: # uint8
+    return read_into(made.part/t.file.name, t.start, np.empty(t.stop - t.start, np.uint8))
+
+def _tensor_at(made: Unfinished, t: Tensor) -> np.ndarray: # float32, of the tensor's shape
+    return torch.from_numpy(_raw(made, t)).view(FLOATS[t.dtype]).float().numpy().reshape(t.shape)
+
+def _restore(made: Unfinished, model: Weights) -> set[str]: # names of tensors that a killed merge had written
+    "The base's shards in the hidden folder, with the noted tensors whose checksum is right; whatever else is there comes from the base."
+    sizes = {s.name: s.stat().st_size for s in shards(model.folder)}; written = {k for k in made.shards if k in model.tensors and _sound(made, k, model.tensors[k], sizes)}
+    for name, size in sizes.items():
+        source, at = model.folder/name, 0; kept = sorted((t.start, t.stop) for k, t in model.tensors.items() if k in written and t.file.name == name)
+        if not kept: shutil.copyfile(source, made.part/name); continue
+        with open(made.part/name, "rb+", buffering=0) as f:
+            for start, stop in [*kept, (size, size)]:
+                for i in range(at, start, 4*BLOCK): _write_at(f.fileno(), read_into(source, i, np.empty(min(start, i + 4*BLOCK) - i, np.uint8)), i)
+                at = stop
+    return written
+
+def _sound(made: Unfinished, key: str, t: Tensor, sizes: dict) -> bool:
+    "Is the tensor in the hidden folder what was noted?"
+    try: return (made.part/t.file.name).stat().st_size == sizes[t.file.name] and made.shards[key] == {"bytes": t.stop - t.start, "sum": xxh3_64_hexdigest(_raw(made, t))}
+    except (OSError, UserError, KeyError): return False
 
 # %% ../../nbs/03d_merge.ipynb #c032
 METHODS, CALIBRATED = ("linear", "ties", "dare"), ("regmean", "seqmean")
@@ -415,6 +444,9 @@ def merge(
     threads: int = 0, # 0: as many as cores, at most 4; the bytes do not depend on it
     calibration: dict | None = None, # regmean, seqmean: domain -> int64 [windows, tokens]
     ridge: float = .05, shrink: float = .9, # of seqmean and regmean
+    fit_steps: int = 0, fit_rate: float = 1e-3, # of seqmean: training of each merged layer
+    base_weight: float = 1., # of calibration windows named "base"
+    device: str = "cpu", # of regmean and seqmean
     log=None # called with a line for each shard
 ) -> dict: # the recipe: weights, method, left_out, warnings, ...
     "Write `base + sum w_i diff_i` as a model folder, streaming, resumable, atomic. Raises `UserError` naming file and key."
@@ -423,12 +455,15 @@ def merge(
     _check_out(out, base, [f for f in vectors if Path(f).is_dir()], done=1 << 62); found = check_vectors(model, opened)
     recipe = _complete({"method": method, "normalize": normalize, **({"density": density} if method != "linear" else {}), **({"seed": seed} if method == "dare" else {}), "weights": {names[f]: w for f, w in weights.items()},
         "changed": sum(any(v.changed(k) for v in opened) for k in model.keys()), **found}, model)
-    if method in CALIBRATED: return _merge_calibrated(base, out, weights, calibration, ridge, shrink, recipe)
+    if method in CALIBRATED: return _merge_calibrated(base, out, weights, calibration, recipe, {"ridge": ridge, "shrink": shrink} | ({"fit_steps": fit_steps, "fit_rate": fit_rate} if fit_steps and method == "seqmean" else {}) | ({"base_weight": base_weight} if "base" in calibration else {}), device, log)
     key = _resume_key(model, weights, {"method": method, "normalize": normalize, "density": density, "seed": seed, "chunk": chunk})
     return merge_with(base, out, Combine(list(zip(opened, weights.values())), method, normalize, density, seed, chunk), recipe, chunk, threads, key, log)
 
-def _merge_calibrated(base: Path, out: Path, weights: dict, calibration: dict, ridge: float, shrink: float, recipe: dict) -> dict:
-    "RegMean and SeqMean, layer by layer."
+def _merge_calibrated(base: Path, out: Path, weights: dict, calibration: dict, recipe: dict, how: dict, device: str, log) -> dict:
+    "RegMean and SeqMean, layer by layer; a killed walk goes on behind the last layer that was written."
     from yunmin_efficientdata.dem.calibrated import calibrated_tensors
-    recipe = {k: v for k, v in recipe.items() if k != "density"} | {"ridge": ridge, "shrink": shrink, "windows": {d: int(len(w)) for d, w in calibration.items()}}
-    return merge_tensors(base, out, calibrated_tensors(base, weights, calibration, recipe["method"], ridge, shrink), recipe)
+    recipe = {k: v for k, v in recipe.items() if k != "density"} | how | {"windows": {d: int(len(w)) for d, w in calibration.items()}}
+    text = {d: hashlib.sha256(np.ascontiguousarray(w, np.int64).tobytes()).hexdigest() for d, w in calibration.items()}
+    key = _resume_key(Weights(base), weights, {"method": recipe["method"], "device": device, "text": text, **how})
+    def tensors(finished): return calibrated_tensors(base, weights, calibration, recipe["method"], device=device, finished=finished, **how)
+    return merge_tensors(base, out, tensors, recipe, key, log)

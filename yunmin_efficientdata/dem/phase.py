@@ -194,7 +194,7 @@ def _adapter_stage(ctx, corpus: Corpus, stage: str, t: Training, after: list[str
 
 def adapter_stages(ctx, corpus: Corpus, steps: Steps, only: str | None) -> dict:
     "Stages dem.seed, dem.lora.<domain>, dem.mixed, dem.control.<percent>."
-    s, domains, seeded = ctx.settings.dem, list(corpus.files), {}
+    s, domains = ctx.settings.dem, list(corpus.files)
     costs = {"seed": _adapter_stage(ctx, corpus, "dem.seed", Training("seed", steps.shares(), steps.seed), ["dem.base"], only)} if steps.seed else {}
     start, after = ("checkpoints/lora_seed/", ["dem.base", "dem.seed"]) if steps.seed else (None, ["dem.base"])
     costs["domains"] = {d: _adapter_stage(ctx, corpus, f"dem.lora.{d}", Training(d, domain_shares(d, domains, s.mix_share, s.replay_share, s.base.domains), n, start), after, only) for d, n in steps.domains.items()}
@@ -331,12 +331,20 @@ def check_merged(ctx, folder: Path) -> dict:
     return {"loads": True, "parameters": sum(p.numel() for p in model.parameters()), "prompts": len(rows), "answered": sum(bool(r["answer"].strip()) for r in rows), "answers": rows}
 
 # %% ../../nbs/03_dem.ipynb #c031
+def _calibration(ctx, domains: list[str]) -> dict[str, np.ndarray]: # domain (and "base") -> int64 [n, tokens]
+    "Validation windows of each domain, and with an anchor those on which the base's own answers count."
+    s = ctx.settings.dem.merge; found = {d: _heldout(ctx, "validation", d, s.calibration_windows) for d in domains}
+    general = [found.get(g, w) for g in ctx.settings.evaluation.general_domains if len(w := _heldout(ctx, "validation", g, s.calibration_windows))] if s.anchor else []
+    return found | ({"base": np.concatenate(general)} if general else {})
+
+def _device(name: str) -> str: return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
 def _merge_by(ctx, domains: list[str], out: Path, method: str, weights: dict[str, float]) -> dict: # the recipe
     "One merge. Linear weights are used as they are; TIES, DARE and the calibrated methods normalise by themselves."
     s, store = ctx.settings.dem.merge, ctx.store; plain = method == "linear"; calibrated = method in ("regmean", "seqmean"); more = {}
     if calibrated:
         make_deterministic(ctx.settings.dem.lora.seed, ctx.settings.dem.threads)
-        more = {"calibration": {d: _heldout(ctx, "validation", d, s.calibration_windows) for d in domains}, "ridge": s.ridge, "shrink": s.shrink}
+        more = {"calibration": _calibration(ctx, domains), "ridge": s.ridge, "shrink": s.shrink, "fit_steps": s.fit_steps, "fit_rate": s.fit_rate, "base_weight": s.anchor, "device": _device(s.device)}
     files = {store.fetch("diff_vectors/")/Path(vector_key(ctx, d)).name: weights[d] for d in domains}
     return merge(store.fetch("models/base/"), out, files, method, normalize=not plain and (s.normalize or calibrated), density=s.density, **more)
 
@@ -352,7 +360,7 @@ def polish_stages(ctx, corpus: Corpus, steps: Steps, only: str | None) -> dict:
     "Stages dem.unpolished and dem.polish; nothing when no polish is asked for."
     if not steps.polish: return {}
     s, domains = ctx.settings.dem, list(corpus.files)
-    merged = ctx.stage("dem.unpolished", lambda stage: _unpolished(ctx, domains), settings=[s.merge, s.lora.seq_len, s.threads, domains], inputs=[k for d in domains for k in corpus.validation[d]], after=["dem.base", "dem.vectors", "dem.weights"],
+    merged = ctx.stage("dem.unpolished", lambda stage: _unpolished(ctx, domains), settings=[s.merge, s.lora.seq_len, s.threads, domains, ctx.settings.evaluation.general_domains], inputs=[k for d in domains for k in corpus.validation[d]], after=["dem.base", "dem.vectors", "dem.weights"],
         outputs=["models/unpolished/"], code=["dem.merge", "dem.vectors", "dem.calibrated"])
     return {"unpolished": merged, "polish": _adapter_stage(ctx, corpus, "dem.polish", Training("polish", steps.shares(), steps.polish, base="models/unpolished/", rate=s.polish_rate), ["dem.unpolished"], only)}
 
@@ -381,7 +389,7 @@ def _merge(ctx, domains: list[str]) -> dict:
 def merge_stage(ctx, corpus: Corpus, domains: list[str]) -> dict:
     "Stage dem.merge."
     s = ctx.settings.dem; polish = ["dem.unpolished", "dem.polish"] if s.polish_steps else []
-    return ctx.stage("dem.merge", lambda stage: _merge(ctx, domains), settings=[s.merge, s.lora.seq_len, s.threads, s.polish_steps, domains, ctx.settings.evaluation.prompts], inputs=[k for d in domains for k in corpus.validation[d]],
+    return ctx.stage("dem.merge", lambda stage: _merge(ctx, domains), settings=[s.merge, s.lora.seq_len, s.threads, s.polish_steps, domains, ctx.settings.evaluation.general_domains, ctx.settings.evaluation.prompts], inputs=[k for d in domains for k in corpus.validation[d]],
         after=["dem.base", "dem.vectors", "dem.weights", *polish], outputs=["models/uniform/", "merged_model/", "results/merge_check.json"], code=["dem.merge", "dem.vectors", "dem.calibrated"])
 
 # %% ../../nbs/03_dem.ipynb #c034
