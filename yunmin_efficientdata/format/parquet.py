@@ -24,9 +24,9 @@ __all__ = ['COLUMNS', 'TEXT_COLUMNS', 'TOKENS', 'SCHEMA', 'WRITE_BATCH', 'LONG',
            'RULE', 'CLUSTERS', 'MANIFEST', 'SPILLS', 'BOM', 'schema_text', 'as_text', 'writer_options', 'ColumnHash',
            'FileWriter', 'verify_file', 'column_sizes', 'file_layout', 'cut_points', 'encode_long', 'batches',
            'encode_rows', 'write_rows', 'cluster_hash', 'threshold', 'smallest', 'Heldout', 'choose_heldout',
-           'domain_keys', 'pieces', 'documents', 'write_clusters', 'Splitter', 'scan', 'shared_clusters',
-           'bytes_per_char', 'file_key', 'read_manifest', 'parquet_files', 'FileTask', 'plan_files', 'task_documents',
-           'write_training', 'write_heldout', 'parse_block', 'text_tables', 'convert']
+           'domain_keys', 'pieces', 'documents', 'write_clusters', 'Splitter', 'document_hash', 'scan',
+           'shared_clusters', 'bytes_per_char', 'file_key', 'read_manifest', 'parquet_files', 'FileTask', 'plan_files',
+           'task_documents', 'write_training', 'write_heldout', 'parse_block', 'text_tables', 'convert']
 
 # %% ../../nbs/02b_parquet.ipynb #c006
 COLUMNS = ("id", "text", "source", "tokens", "lang", "domain", "date")
@@ -456,17 +456,23 @@ class Splitter:
             for code, doc in zip(self.codes(domain, batch), batch): yield SPLITS[code], doc
 
 # %% ../../nbs/02b_parquet.ipynb #c049
+def document_hash(
+    doc: dict, cluster: int # a document and its cluster's hash
+) -> int: # 64 bits
+    "What a document adds to the sum that tells whether the documents of a domain, in whatever order, are still the same."
+    return xxhash.xxh3_64_intdigest("\0".join(as_text(doc.get(c)) for c in TEXT_COLUMNS).encode("utf-8", "surrogatepass"), seed=cluster)
+
 def scan(
     task: tuple # (uri of the workspace, domain, piece, HeldoutSettings)
-) -> dict: # documents, bytes, characters, hashes, clusters
+) -> dict: # documents, bytes, characters, sum of document hashes, hashes, clusters
     "Count the documents of a piece, and hash their clusters."
     uri, domain, piece, settings = task
     store = open_store(uri); splitter = Splitter(store)
-    out, hashes, met = {"documents": 0, "bytes": 0, "chars": 0}, np.zeros(0, np.uint64), []
+    out, hashes, met = {"documents": 0, "bytes": 0, "chars": 0, "sum": 0}, np.zeros(0, np.uint64), []
     for batch in batches(documents(store, [piece], domain), rows=8192):
         h, twin = splitter.hashes([d["id"] for d in batch])
         hashes = smallest(np.concatenate([hashes, h]), settings)
-        met.append(np.unique(h[twin]))
+        met.append(np.unique(h[twin])); out["sum"] += sum(map(document_hash, batch, h.tolist()))
         out["documents"] += len(batch)
         out["chars"] += sum(len(d["text"]) for d in batch)
         out["bytes"] += sum(len(d["text"].encode()) for d in batch)

@@ -11,20 +11,22 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from ..core.context import open_phase
+from ..core.ledger import code_digest, digest
 from ..core.figures import korean_style, save_figure
 from ..core.records import JsonlWriter, read_jsonl
 from ..core.settings import UserError
-from ..core.store import open_store
+from ..core.store import Store, open_store
 from .parquet import (CLUSTERS, MANIFEST, RULE, SPILLS, SPLITS, FileTask, Splitter, bytes_per_char, choose_heldout, column_sizes, documents, domain_keys,
                                                  file_layout, parquet_files, pieces, plan_files, read_manifest, scan, schema_text, shared_clusters, smallest, write_clusters,
                                                  write_heldout, write_training)
 from .tokenizer import Encoder, as_pretrained, fertility, load_tokenizer, sample_plan, sampled, save_tokenizer, shortened, tokenizer_hash, train_bpe
 
 # %% auto #0
-__all__ = ['SMALL', 'SAMPLE', 'INSTRUCTIONS', 'READING', 'spread', 'all_pieces', 'split_work', 'sample_piece', 'sample_texts',
-           'bytes_per_token', 'tokenizer_work', 'file_tasks', 'run_parts', 'write_domains', 'parquet_work',
-           'benchmark_job', 'benchmark_work', 'fertility_table', 'plot_columns', 'layout_work', 'profile_work',
-           'instruction_stage', 'write_stages', 'run']
+__all__ = ['SMALL', 'SAMPLE', 'WRITTEN', 'PARQUET_CODE', 'INSTRUCTIONS', 'READING', 'DECIDED', 'spread', 'all_pieces',
+           'split_work', 'sample_piece', 'sample_texts', 'bytes_per_token', 'tokenizer_work', 'file_tasks', 'run_parts',
+           'unchanged', 'write_domains', 'parquet_work', 'benchmark_job', 'benchmark_work', 'fertility_table',
+           'plot_columns', 'layout_work', 'profile_work', 'instruction_stage', 'lineage', 'tokenizer_stage',
+           'write_stages', 'run']
 
 # %% ../../nbs/02_format.ipynb #c005
 SMALL = 32 << 20  # bytes of JSONL that are not worth starting workers for
@@ -42,11 +44,11 @@ def all_pieces(ctx, keys: dict[str, list[str]]) -> list[tuple[str, tuple]]: # (d
 def split_work(ctx, keys: dict[str, list[str]]) -> dict:
     "Choose the held-out documents of every domain; returns documents, bytes and characters by domain."
     twins, parts, settings = write_clusters(ctx.store), all_pieces(ctx, keys), ctx.settings.heldout
-    sizes = {d: {"documents": 0, "bytes": 0, "chars": 0, "pieces": []} for d in keys}
+    sizes = {d: {"documents": 0, "bytes": 0, "chars": 0, "sum": 0, "pieces": []} for d in keys}
     hashes, met = ({d: [np.zeros(0, np.uint64)] for d in keys} for _ in range(2))
     tasks = [(ctx.store.uri, domain, piece, settings) for domain, piece in parts]
     for (domain, _), found in zip(parts, spread(ctx, scan, tasks, keys, "split")):
-        for k in ("documents", "bytes", "chars"): sizes[domain][k] += found[k]
+        for k in ("documents", "bytes", "chars", "sum"): sizes[domain][k] += found[k]
         sizes[domain]["pieces"].append(found["chars"])
         hashes[domain] = [smallest(np.concatenate([*hashes[domain], found["hashes"]]), settings)]
         met[domain].append(found["clusters"])
@@ -55,6 +57,7 @@ def split_work(ctx, keys: dict[str, list[str]]) -> dict:
     shared = shared_clusters({d: np.unique(np.concatenate(m)) for d, m in met.items()})
     rule = choose_heldout({d: h[0] for d, h in hashes.items()}, shared, settings, {d: s["documents"] for d, s in sizes.items()})
     ctx.store.write(RULE, rule.to_json())
+    for d, s in sizes.items(): s["mark"] = digest([s.pop("sum") % 2**64, s["documents"], rule.bounds[d], sorted((c, rule.moved[c]) for c in np.intersect1d(np.fromiter(rule.moved, np.uint64, len(rule.moved)), np.concatenate([np.zeros(0, np.uint64), *met[d]])).tolist())])
     return {"documents": sum(s["documents"] for s in sizes.values()), "with_duplicates": twins, "moved_clusters": len(rule.moved), "domains": sizes}
 
 # %% ../../nbs/02_format.ipynb #c009
@@ -130,23 +133,41 @@ def _total(infos) -> dict:
     infos = list(infos)
     return {"files": [f for i in infos for f in i["files"]], **{k: sum(i[k] for i in infos) for k in ("rows", "tokens", "bytes")}}
 
-# %% ../../nbs/02_format.ipynb #c014
+# %% ../../nbs/02_format.ipynb #c015
+WRITTEN, PARQUET_CODE = "parquet_ready/heldout/written.json", ("format.parquet", "format.pages", "format.tokenizer", "format.phase")
+
+def unchanged(
+    store: Store,
+    marks: dict[str, str] # domain -> digest of everything that its files depend on
+) -> dict[str, dict]: # domain -> its entries by split
+    "Domains whose files can stay."
+    if not store.exists(WRITTEN): return {}
+    old = json.loads(store.read(WRITTEN))
+    return {d: old[d] for d, mark in marks.items() if d in old and old[d]["mark"] == mark and all(store.exists(f) and store.size(f) == n for f, n in old[d]["sizes"].items())}
+
+# %% ../../nbs/02_format.ipynb #c016
 def write_domains(ctx, stage, keys: dict[str, list[str]], sizes: dict, tokenizer: dict) -> dict: # split -> domain -> files, rows, tokens, bytes
     "All Parquet files; checks that every document went into exactly one."
-    tasks = file_tasks(ctx, keys, sizes, {k: tokenizer[k] for k in ("hash", "vocab_size", "eos_id")})
+    marks = {d: digest([sizes[d]["mark"], tokenizer["hash"], ctx.settings.format, code_digest(PARQUET_CODE)]) for d in keys}
+    kept = unchanged(ctx.store, marks)
+    if kept: ctx.log(f"parquet: {', '.join(sorted(set(keys) - set(kept))) or 'nothing'} to write; {', '.join(sorted(kept))} as before")
+    tasks = file_tasks(ctx, {d: k for d, k in keys.items() if d not in kept}, sizes, {k: tokenizer[k] for k in ("hash", "vocab_size", "eos_id")})
     wanted = {f"{SPILLS}{t.domain}/{t.number:05d}.jsonl" for ts in tasks.values() for t in ts}
     for key in set(ctx.store.list(SPILLS)) - wanted: ctx.store.delete(key)
     training = run_parts(ctx, stage, write_training, {f"{t.domain}/{t.number}": t for ts in tasks.values() for t in ts}, keys, "parquet")
     held = run_parts(ctx, stage, write_heldout, {f"{d}/{s}": (ts[0], SPLITS.index(s)) for d, ts in tasks.items() for s in SPLITS[1:]}, keys, "held out")
     found = {s: {d: _total(held[f"{d}/{s}"] for _ in tasks.get(d, ())[:1]) for d in keys} for s in SPLITS[1:]}
     found["training"] = {d: _total(training[f"{d}/{t.number}"] for t in tasks.get(d, ())) for d in keys}
+    for d, entry in kept.items():
+        for s in SPLITS: found[s][d] = entry[s]
     for d in keys:
         rows = sum(found[s][d]["rows"] for s in SPLITS)
         if rows != sizes[d]["documents"]: raise RuntimeError(f"{d}: {sizes[d]['documents']} documents were read, {rows} written")
         if rows and not found["training"][d]["rows"]: ctx.log(f"{d}: all {rows} documents are held out; it has no training file")
+    ctx.store.write(WRITTEN, json.dumps({d: {"mark": marks[d], "sizes": {f: ctx.store.size(f) for s in SPLITS for f in found[s][d]["files"]}, **{s: found[s][d] for s in SPLITS}} for d in keys}, ensure_ascii=False, indent=1, sort_keys=True))
     return found
 
-# %% ../../nbs/02_format.ipynb #c016
+# %% ../../nbs/02_format.ipynb #c018
 INSTRUCTIONS = "parquet_ready/instructions/"  # another stage's
 
 def parquet_work(ctx, stage, keys: dict[str, list[str]], sizes: dict, tokenizer: dict, outputs: list[str]) -> dict:
@@ -163,7 +184,7 @@ def parquet_work(ctx, stage, keys: dict[str, list[str]], sizes: dict, tokenizer:
     total = lambda split, k: sum(e[k] for e in found[split].values())
     return {**{k: total("training", k) for k in ("rows", "tokens", "bytes")}, "validation": total("validation", "rows"), "test": total("test", "rows"), "files": len(wanted)}
 
-# %% ../../nbs/02_format.ipynb #c018
+# %% ../../nbs/02_format.ipynb #c020
 READING = "reports/figures/format_reading.png"
 
 def benchmark_job(ctx, keys, tokenizer: dict, folder: Path) -> dict:
@@ -185,7 +206,7 @@ def _rows_of(path) -> int:
     import pyarrow.parquet as pq
     return pq.read_metadata(path).num_rows
 
-# %% ../../nbs/02_format.ipynb #c019
+# %% ../../nbs/02_format.ipynb #c021
 def benchmark_work(ctx, keys, tokenizer: dict) -> dict:
     "Write benchmark/io_speed_comparison.csv and its figure."
     from yunmin_efficientdata.format.benchmark import benchmark, plot_readings
@@ -202,7 +223,7 @@ def benchmark_work(ctx, keys, tokenizer: dict) -> dict:
     seconds = table.groupby("format").seconds.median()
     return {"rows": int(sum(job["rows"])), "text_speedup": float(seconds["jsonl"] / seconds["parquet"]), "window_speedup": float(seconds["jsonl, tokenized"] / seconds["parquet, windows"])}
 
-# %% ../../nbs/02_format.ipynb #c021
+# %% ../../nbs/02_format.ipynb #c023
 def fertility_table(ctx, keys, per_domain: int = 200) -> pd.DataFrame:
     "Fertility of our tokenizer, and of those the config names, on validation text (training text where a domain has none)."
     splitter, texts = Splitter(ctx.store), {}
@@ -216,7 +237,7 @@ def fertility_table(ctx, keys, per_domain: int = 200) -> pd.DataFrame:
     names = {"ours": str(ctx.store.fetch("tokenizer")), **{Path(p).name: p for p in ctx.settings.format.compare_tokenizers}}
     return fertility({name: load_tokenizer(path) for name, path in names.items()}, texts)
 
-# %% ../../nbs/02_format.ipynb #c022
+# %% ../../nbs/02_format.ipynb #c024
 def plot_columns(
     columns: pd.DataFrame # from `column_sizes`
 ):
@@ -230,7 +251,7 @@ def plot_columns(
     ax.grid(False); fig.tight_layout()
     return fig
 
-# %% ../../nbs/02_format.ipynb #c023
+# %% ../../nbs/02_format.ipynb #c025
 def layout_work(ctx) -> None:
     "Write results/profile/files.csv and columns.csv, and the figure of columns."
     paths = [p for split in SPLITS for p in parquet_files(ctx.store, split=split)]
@@ -247,7 +268,7 @@ def profile_work(ctx, keys) -> dict:
     layout_work(ctx)
     return counts
 
-# %% ../../nbs/02_format.ipynb #c025
+# %% ../../nbs/02_format.ipynb #c027
 def instruction_stage(ctx) -> dict: # counts; empty when off
     "Make parquet_ready/instructions/."
     s = ctx.settings.instructions
@@ -261,21 +282,38 @@ def instruction_stage(ctx) -> dict: # counts; empty when off
     return ctx.stage("format.instructions", lambda stage: write_instructions(ctx, stage), settings=layout, inputs=instruction_inputs(s.path)[1], after=["format.tokenizer"],
                      outputs=[INSTRUCTIONS], code=["format.instructions", "format.tokenizer", "format.pages", "format.parquet"])
 
-# %% ../../nbs/02_format.ipynb #c027
+# %% ../../nbs/02_format.ipynb #c030
+DECIDED = ("dedup.contamination", "dedup.exact", "dedup.near", "dedup.semantic", "dedup.spans", "dedup.write")
+
+def lineage(ctx) -> list | None: # None: not known
+    "What a corpus keeps through appends, removals and compactions: its first crawl, and the settings of its deduplication."
+    key = "dedup_ready/manifest.json"
+    first = json.loads(ctx.store.read(key)).get("lineage") if ctx.store.exists(key) else None
+    return first and [first, [(ctx.ledger.read(n) or {}).get("settings") for n in DECIDED]]
+
+def tokenizer_stage(ctx, keys: dict[str, list[str]]) -> dict:
+    "The stage format.tokenizer."
+    s, born, now = ctx.settings, lineage(ctx), ctx.ledger.read("format.split")["fingerprint"]
+    keep = s.tokenizer.keep and born is not None
+    done = ctx.stage("format.tokenizer", lambda stage: tokenizer_work(ctx, keys) | {"split": now}, settings=[s.tokenizer, *([s.heldout, born] if keep else [])], after=[] if keep else ["format.split"],
+                     outputs=["tokenizer/"], code=["format.tokenizer", "format.parquet", "format.phase"])
+    if keep and done["split"] != now: ctx.log("tokenizer: kept as the first crawl made it, though text has changed since; --set tokenizer.keep=false trains it, and everything after it, anew")
+    return done
+
+# %% ../../nbs/02_format.ipynb #c031
 def write_stages(ctx, keys: dict[str, list[str]]) -> dict: # split, tokenizer, parquet: counts of each
     "Held-out rule, tokenizer and Parquet files."
     s, f = ctx.settings, ctx.settings.format
     inputs = [k for files in keys.values() for k in files] + ctx.store.list("minhash_lsh/clusters/")
     split = ctx.stage("format.split", lambda stage: split_work(ctx, keys), settings=[s.heldout], inputs=inputs, after=["dedup.write"], outputs=[RULE, CLUSTERS], code=["format.parquet", "format.phase"])
-    tokenizer = ctx.stage("format.tokenizer", lambda stage: tokenizer_work(ctx, keys), settings=[s.tokenizer], after=["format.split"], outputs=["tokenizer/"],
-                          code=["format.tokenizer", "format.parquet", "format.phase"])
+    tokenizer = tokenizer_stage(ctx, keys)
     layout = [f.file_bytes, f.page_bytes, f.zstd_level, f.row_group_rows, f.row_group_bytes]
     outputs = [MANIFEST, "parquet_ready/schema.txt"]
     parquet = ctx.stage("format.parquet", lambda stage: parquet_work(ctx, stage, keys, split["domains"], tokenizer, outputs), settings=layout, after=["format.split", "format.tokenizer"],
-                        outputs=outputs, code=["format.parquet", "format.pages", "format.tokenizer", "format.phase"])
+                        outputs=outputs, code=list(PARQUET_CODE))
     return {"split": split, "tokenizer": tokenizer, "parquet": parquet}
 
-# %% ../../nbs/02_format.ipynb #c028
+# %% ../../nbs/02_format.ipynb #c032
 def run(
     workspace: str = "workspace", # folder or s3://bucket/prefix
     config: str = "configs/demo", # config folder
