@@ -56,13 +56,15 @@ def truth(raw, tmp_path_factory) -> dict[str, str]:
 
 class Cluster:
     "Nodes of one CPU each, started as on different machines: `ray start --head`, then `ray start --address`. Every process of it is known by the folder in its command line."
-    def __init__(self, python: Path, folder: Path, nodes: int = 1):
+    def __init__(self, python: Path, folder: Path):
         self.ray, self.folder = python.parent/"ray", folder
         port, self.client = free_ports(2)
         self.address = f"127.0.0.1:{port}"
         self.start("--head", f"--port={port}", "--include-dashboard=false", "--no-monitor", "--include-log-monitor=false", f"--ray-client-server-port={self.client}", f"--temp-dir={folder}")
-        for _ in range(nodes - 1): self.start(f"--address={self.address}")
-    def start(self, *arguments, tries: int = 3) -> None:
+    def second(self) -> "Cluster":
+        if len(self.raylets()) < 2: self.start(f"--address={self.address}")
+        return self
+    def start(self, *arguments, tries: int = 5) -> None:
         "A node; its own processes have some 15 s to answer, which a busy machine may not give them, so it is tried again."
         agents = [f"--{n}={p}" for n, p in zip(("metrics-export-port", "dashboard-agent-grpc-port", "dashboard-agent-listen-port", "runtime-env-agent-port"), free_ports(4))]
         known = {p.pid for p in self.processes()}
@@ -99,9 +101,9 @@ def free_ports(n: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def cluster(python, tmp_path_factory):
-    "Two nodes for all tests; the last of them kills one."
+    "A node for all tests; those that need a second one start it, and the last kills it."
     folder = Path("/tmp")/f"r{secrets.token_hex(3)}"  # a socket's path must be short
-    made = Cluster(python, folder, 2)
+    made = Cluster(python, folder)
     yield made
     made.stop(); shutil.rmtree(folder, ignore_errors=True)
 
@@ -111,14 +113,6 @@ def test_one_node(python, raw, truth, tmp_path):
     "A Ray of this machine that the run starts and ends itself."
     yunmin(python, str(tmp_path/"ws"), raw, "--executor", "ray", "--workers", "2", **PATIENT)
     assert digests(str(tmp_path/"ws")) == truth
-
-def test_two_nodes_share_nothing_but_s3(python, raw, truth, s3, cluster):
-    done = yunmin(python, s3.uri, raw, "--executor", "ray", **patient(cluster))
-    assert digests(s3.uri) == truth and "shared disk" not in done.stdout + done.stderr
-
-def test_a_client_outside_the_cluster(python, raw, truth, s3, cluster):
-    yunmin(python, s3.uri, raw, "--executor", "ray", **PATIENT | {"RAY_ADDRESS": f"ray://127.0.0.1:{cluster.client}"})
-    assert digests(s3.uri) == truth
 
 KILLER = """
 import json, os, signal, sys
@@ -172,9 +166,17 @@ def test_errors_are_one_line(python, raw, tmp_path, cluster):
     local = yunmin(sys.executable, str(tmp_path/"c"), tmp_path/"raw", check=False)
     assert done.returncode == local.returncode == 2 and done.stderr.strip().splitlines()[-1] == local.stderr.strip().splitlines()[-1]
 
+def test_a_client_outside_the_cluster(python, raw, truth, s3, cluster):
+    yunmin(python, s3.uri, raw, "--executor", "ray", **PATIENT | {"RAY_ADDRESS": f"ray://127.0.0.1:{cluster.client}"})
+    assert digests(s3.uri) == truth
+
+def test_two_nodes_share_nothing_but_s3(python, raw, truth, s3, cluster):
+    done = yunmin(python, s3.uri, raw, "--executor", "ray", **patient(cluster.second()))
+    assert digests(s3.uri) == truth and "shared disk" not in done.stdout + done.stderr
+
 def test_a_node_dies(python, raw, truth, tmp_path, cluster):
     "The second raylet is killed while its tasks run; they run again on the first. Last, for the cluster is not whole afterwards."
-    c, ws, over = cluster, tmp_path/"ws", threading.Event()
+    c, ws, over = cluster.second(), tmp_path/"ws", threading.Event()
     def strike():
         while not over.wait(0.01):
             if c.workers(): c.raylets()[-1].kill(); return

@@ -16,10 +16,10 @@ from .core.settings import Settings, UserError, project_root
 from .core.store import Store, open_store, source_keys
 
 # %% auto #0
-__all__ = ['NEAR', 'FOLDERS', 'CHUNK', 'SPILL', 'DOC', 'PARTITION', 'EXACT', 'TASKS', 'PER_TASK', 'PART_RAM', 'BASE', 'ID_BYTES',
-           'KINDS', 'SLICE', 'ALONE', 'PRICES', 'SCRATCH', 'GLUE', 'QUICK', 'LIMIT', 'stage_costs', 'read_point',
-           'cuts', 'features', 'fit', 'proportion', 'predict', 'growth', 'corpus', 'component_bytes', 'memory',
-           'driver_rates', 'requests', 'slices_of', 'stage_row', 'disk_rows', 'parse_prices', 'check_sizes',
+__all__ = ['NEAR', 'FOLDERS', 'CHUNK', 'SPILL', 'DOC', 'PARTITION', 'EXACT', 'TASKS', 'PER_TASK', 'COUNTED', 'PART_RAM', 'BASE',
+           'ID_BYTES', 'KINDS', 'SLICE', 'ALONE', 'PRICES', 'SCRATCH', 'GLUE', 'QUICK', 'LIMIT', 'stage_costs',
+           'read_point', 'cuts', 'features', 'fit', 'proportion', 'predict', 'growth', 'corpus', 'component_bytes',
+           'memory', 'driver_rates', 'requests', 'slices_of', 'stage_row', 'disk_rows', 'parse_prices', 'check_sizes',
            'make_plan', 'moved', 'warnings', 'thin', 'run_point', 'slice_seconds', 'calibrate', 'describe', 's3_points',
            'from_workspace', 'bundled', 'load_calibration', 'save_calibration', 'to_json', 'sample_corpus',
            'calibration_of', 'plan_tables']
@@ -82,16 +82,18 @@ def cuts(
             "dedup.prepare": ranges * spills, "dedup.exact": parts * exact, "dedup.near.build": parts * partitions, "dedup.near.query": verify * partitions}
 
 # %% ../nbs/06h_capacity.ipynb #c014
+COUNTED = ("dedup.exact", "dedup.near.build", "dedup.near.decide", "dedup.audit")  # look at rows of tables, not at text
+
 def features(
     stage: str, at: dict, # a point, or a corpus to come: documents, bytes, candidates
     settings: Settings
 ) -> np.ndarray: # constant, documents, bytes, on the scale that matters to the stage
     "What the cost of a stage follows."
     n, size = at["documents"], at["bytes"]
-    if stage == "format.tokenizer": size = min(size, settings.tokenizer.sample_bytes); n = n * size / at["bytes"]
+    if stage == "format.tokenizer": return np.array([1.0, 0.0, math.sqrt(min(size, settings.tokenizer.sample_bytes) / 1e9)])
     if stage == "format.benchmark": n, size = min(n, settings.format.benchmark_rows), size / n * min(n, settings.format.benchmark_rows)
-    if stage == "dedup.near.query": n, size = at["candidates"], at["candidates"] * size / max(1, n)
-    return np.array([1.0, n / 1e6, size / 1e9])
+    if stage == "dedup.near.query": return np.array([0.0, 0.0, at["candidates"] * size / max(1, n) / 1e9])
+    return np.array([1.0, n / 1e6, 0.0 if stage in COUNTED else size / 1e9])
 
 def fit(
     rows: np.ndarray, # float [points, k]: features
@@ -381,7 +383,7 @@ def calibrate(
     return made | (s3_points(source, at, 4 * every, config, overrides, made, say) if at else {})
 
 def describe(points: list[dict]) -> str:
-    top = max(points, key=lambda p: p["bytes"])
+    top = max(points, key=lambda p: p["documents"])
     return f"{top['documents']:,} documents, {top['bytes'] / 1e6:.1f} MB of text, {top['clustered'] / top['documents']:.1%} with a duplicate"
 
 # %% ../nbs/06h_capacity.ipynb #c037
@@ -389,8 +391,8 @@ def s3_points(
     source: str, at: str, every: int, config: str, overrides: tuple, calibration: dict, say=print
 ) -> dict: # points (those before, and two on S3), request_cpu
     "The same on S3 with parts of two sizes: what is a part's, and CPU time of a request."
-    found = []
-    for part in (1 << 20, 1 << 22):
+    found, size = [], min(p["bytes"] for p in calibration["points"])
+    for part in (max(1 << 16, int(size * 2 / n)) for n in (16, 4)):
         place = f"{at.rstrip('/')}/calibration-{part}"
         found.append(run_point(place, source, every, 1, (*overrides, f"dedup.part_bytes={part}"), config))
         open_store(at).delete_prefix(f"calibration-{part}")
