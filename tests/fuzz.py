@@ -381,11 +381,127 @@ def tokenizer():
 
 # -- Parquet --
 
+def documents(n=60):
+    for i in range(n): yield {"id": f"d{i}", "text": sentence(i), "source": "s", "lang": "ko", "domain": "web", "date": "2024-01-01"}
+
 def our_parquet(d):
+    import numpy as np
     from yunmin_efficientdata.core.settings import FormatSettings
-    import inspect
-    from yunmin_efficientdata.format.parquet import ParquetWriter
-    return ParquetWriter, FormatSettings, inspect
+    from yunmin_efficientdata.format.parquet import FileWriter
+    with FileWriter(d/"web.parquet", FormatSettings(page_bytes=4096, row_group_rows=25), {}) as w:
+        for i, doc in enumerate(documents()): w.add(doc, np.arange(i, i + 140, dtype=np.int32))
+
+def all_tokens(d):
+    from yunmin_efficientdata.format.loader import TokenPages
+    pages = TokenPages([d/"web.parquet"], check=True)
+    return len(pages), pages.take([0], len(pages)).tolist()
+
+@target("parquet", ["web.parquet"], strict=True, weight=4)
+def parquet(): return our_parquet, all_tokens
+
+@target("foreign_parquet", ["web.parquet"], weight=2)
+def foreign():
+    def make(d):
+        import pyarrow as pa, pyarrow.parquet as pq
+        pq.write_table(pa.table({"text": [sentence(i) for i in range(60)], "id": [str(i) for i in range(60)], "tokens": [list(range(i, i + 40)) for i in range(60)]}, schema=pa.schema([("text", pa.string()), ("id", pa.string()), ("tokens", pa.list_(pa.int32()))])), d/"web.parquet", row_group_size=25)
+    return make, all_tokens
+
+@target("text_rows", ["web.parquet"], weight=2)
+def text_rows():
+    def read(d):
+        from yunmin_efficientdata.format.loader import TextRows
+        return [b["text"] for b in TextRows([d/"web.parquet"], batch_size=7)]
+    return our_parquet, read
+
+@target("heldout", ["parquet_ready/heldout/test/web.parquet"], weight=2)
+def heldout():
+    def make(d): our_parquet(d); (d/"parquet_ready/heldout/test").mkdir(parents=True); (d/"web.parquet").rename(d/"parquet_ready/heldout/test/web.parquet")
+    def read(d):
+        from yunmin_efficientdata.core.settings import EvaluationConfig
+        from yunmin_efficientdata.core.store import open_store
+        from yunmin_efficientdata.evaluation.inputs import sample_documents, test_domains
+        store = open_store(d); return [sample_documents(store, keys, EvaluationConfig(max_documents=20)) for keys in test_domains(store).values()]
+    return make, read
+
+@target("profile", ["web.parquet"], weight=2)
+def profile():
+    def read(d): return command("profile", d/"web.parquet", "--only", "totals" if "totals" in _queries() else _queries()[0])
+    return our_parquet, read
+
+def _queries():
+    from yunmin_efficientdata.format.profile import QUERIES
+    return list(QUERIES)
+
+@target("embeddings", ["v/a.npy", "v/a.ids.txt", "v/b.parquet"], weight=3)
+def embeddings():
+    def make(d):
+        import numpy as np, pyarrow as pa, pyarrow.parquet as pq
+        (d/"v").mkdir(); x = np.random.default_rng(0).normal(size=(20, 8)).astype("f4"); np.save(d/"v/a.npy", x); (d/"v/a.ids.txt").write_text("".join(f"d{i}\n" for i in range(20)))
+        pq.write_table(pa.table({"id": [f"e{i}" for i in range(20)], "embedding": pa.array(x.tolist(), pa.list_(pa.float32()))}), d/"v/b.parquet")
+    def read(d):
+        import numpy as np
+        from yunmin_efficientdata.dedup.semantic import list_embeddings, read_ids, read_vectors
+        return [([i for ids in read_ids(f) for i in ids], [x.tolist() for x in read_vectors(f)]) for f in list_embeddings(str(d/"v"))]
+    return make, read
+
+@target("contamination", ["sets/quiz.jsonl"])
+def contamination():
+    def make(d): (d/"sets").mkdir(); (d/"sets/quiz.jsonl").write_bytes(lines({"id": i, "question": sentence(i), "choices": ["가", "나"], "answer": 0} for i in range(12)))
+    def read(d):
+        from yunmin_efficientdata.core.settings import ContaminationSettings
+        from yunmin_efficientdata.dedup.contamination import find_sets, read_set
+        s = ContaminationSettings(sets=[str(d/"sets")]); return [read_set(f, s) for f in find_sets(s)]
+    return make, read
+
+@target("ratings", ["results/ratings/a.csv"])
+def ratings():
+    def make(d):
+        (d/"results/ratings").mkdir(parents=True)
+        (d/"results/ratings/a.csv").write_text("rater,id,domain,model,answer,information,logic,brevity,tone,note\n" + "".join(f"a,web-{i},web,{m},key,3,4,5,2,ok\n" for i in range(6) for m in ("base", "merged")))
+    def read(d):
+        from yunmin_efficientdata.core.store import open_store
+        from yunmin_efficientdata.evaluation.rating import read_ratings
+        return read_ratings(open_store(d), "results/ratings/a.csv").to_csv()
+    return make, read
+
+
+# -- a workspace's own records --
+
+def recorded(d):
+    "A workspace as phases 1 to 4 leave it, with made-up numbers."
+    sys.path.insert(0, str(Path(__file__).parent))
+    import fabricated
+    from yunmin_efficientdata.core.store import open_store
+    fabricated.workspace(open_store(d), parts=("dedup", "format", "dem", "evaluation", "ledger", "extras", "notebooks"))
+
+def records_of(*patterns): return lambda d: [f for p in patterns for f in d.glob(p) if f.is_file()]
+
+@target("status", records_of("ledger/*.json"), weight=2)
+def status(): return recorded, lambda d: command("status", d)
+
+@target("report", records_of("ledger/*.json", "results/*.json", "results/*.csv", "*.csv", "dedup_ready/*.json", "parquet_ready/*.json", "diff_stats/*.json", "benchmark/*.csv"), weight=4)
+def report():
+    def read(d): command("report", d, "--set", "report.site=false"); return re.sub(r"\d{4}-\d\d-\d\d[ T0-9:.ZUTC]*", "", (d/"reports/report.md").read_text())
+    return recorded, read
+
+@target("resume", ["ledger/x.json", "ledger/parts/x/p.json"], weight=2)
+def resume():
+    def make(d):
+        from yunmin_efficientdata.core.ledger import Ledger, digest as part_digest
+        from yunmin_efficientdata.core.store import open_store
+        store = open_store(d)
+        def work(stage): stage.mark_part("a", {"n": 1}); store.write("out.txt", "x"); return {"n": 1}
+        Ledger(store).run("x", work, outputs=["out.txt"]); entry = json.loads(store.read("ledger/x.json"))
+        store.write("ledger/parts/x/p.json", json.dumps({"fingerprint": entry["fingerprint"], "part": "a", "info": {"n": 1}}))
+    def read(d):
+        from yunmin_efficientdata.core.ledger import Ledger
+        from yunmin_efficientdata.core.store import open_store
+        store = open_store(d)
+        def work(stage):
+            n = stage.parts["a"]["n"] if stage.done_part("a") and isinstance(stage.parts["a"], dict) and "n" in stage.parts["a"] else 1
+            store.write("out.txt", "x"); return {"n": n}
+        Ledger(store).run("x", work, outputs=["out.txt"]); return store.read("out.txt")
+    return make, read
 
 
 def main(argv=None):

@@ -8,7 +8,7 @@ import hashlib
 from pathlib import Path
 from typing import Iterator, NamedTuple
 import numpy as np, pyarrow as pa, pyarrow.parquet as pq
-from ..core.settings import DedupSettings, UserError
+from ..core.settings import DedupSettings, UserError, reading
 from ..core.store import Stat, Store, open_store
 from .contamination import jit, locate, mix
 from .prepare import Corpus, load_array, load_fate, resumable, sweep, write_table
@@ -57,9 +57,14 @@ def _ids_key(key: str) -> str: return key.removesuffix(".npy") + ".ids.txt"
 # %% ../../nbs/01i_semantic.ipynb #c008
 READ_ROWS = 4096  # vectors in memory at once
 
+def _batches(file: VectorFile, column: str) -> Iterator[pa.Array]:
+    "A column of a Parquet file, READ_ROWS at a time. A page that is damaged is a `UserError`."
+    with reading(f"dedup.semantic.embeddings: {file.key}", "write it again"):
+        for batch in _open_parquet(file).iter_batches(READ_ROWS, columns=[column], use_threads=False): yield batch[column]
+
 def _open_npy(file: VectorFile) -> np.ndarray: # memory map [documents, dimensions]
-    try: x = np.load(open_store(file.uri).fetch(file.key), mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError): raise _wrong(file.key, "is no array that numpy reads without unpickling", "save it with numpy.save as float32 [documents, dimensions]") from None
+    with reading(f"dedup.semantic.embeddings: {file.key}: no array that numpy reads without unpickling", "save it with numpy.save as float32 [documents, dimensions]"):
+        x = np.load(open_store(file.uri).fetch(file.key), mmap_mode="r", allow_pickle=False)
     if x.ndim != 2 or x.dtype.kind != "f": raise _wrong(file.key, f"holds {x.dtype}{list(x.shape)}", "save float32 [documents, dimensions]")
     return x
 
@@ -79,7 +84,7 @@ def read_ids(
 ) -> Iterator[list[str]]: # in batches, in the order of the rows
     "The ids of a file. Raises `UserError` when an .npy file has another number of rows than ids."
     if file.key.endswith(".parquet"):
-        for batch in _open_parquet(file).iter_batches(READ_ROWS, columns=["id"], use_threads=False): yield [str(i) for i in batch["id"].to_pylist()]
+        for batch in _batches(file, "id"): yield [str(i) for i in batch.to_pylist()]
         return
     count, ids = 0, []
     with open_store(file.uri).open(_ids_key(file.key)) as f:
@@ -103,7 +108,7 @@ def read_vectors(
     "The vectors of a file. Raises `UserError` that names file and row for what is no vector."
     x = None if file.key.endswith(".parquet") else _open_npy(file)
     if x is not None: batches = (x[i:i + READ_ROWS] for i in range(0, len(x), READ_ROWS))
-    else: batches = (b["embedding"] for b in _open_parquet(file).iter_batches(READ_ROWS, columns=["embedding"], use_threads=False))
+    else: batches = _batches(file, "embedding")
     first, size = 0, None
     for batch in batches:
         batch = np.asarray(batch, np.float64) if x is not None else _matrix(batch, file, first).astype(np.float64)
