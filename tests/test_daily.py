@@ -253,6 +253,81 @@ def test_killed_anywhere(tmp_path, small_hot, what):
         step += 9
     assert points >= 8
 
+# ---- what phase 2 makes of it
+
+FORMAT = ["tokenizer.vocab_size=400", "heldout.minimum_from=20", "heldout.minimum=4"]
+
+def parquet(ws, *sets) -> dict[str, dict]:
+    "The stages of phase 2 that write text; what each counted."
+    from yunmin_efficientdata.format.phase import domain_keys, open_phase, write_stages
+    with open_phase("format", str(ws), overrides=[*FORMAT, *sets], workers=1) as ctx: return write_stages(ctx, domain_keys(ctx.store))
+
+def written(ws) -> dict[str, bytes]: return {k: open_store(ws).read(k) for p in ("parquet_ready/", "tokenizer/") for k in open_store(ws).list(p)}
+
+def texts_in_parquet(ws) -> set[str]:
+    import pyarrow.parquet as pq
+    return {t for p in (Path(ws)/"parquet_ready").rglob("*.parquet") for t in pq.read_table(p)["text"].to_pylist()}
+
+def fresh_lines(domain: str, n: int, seed: int) -> list[str]:
+    rng = random.Random(seed)
+    return [json.dumps({"id": f"{domain}{seed}-{i}", "text": " ".join(rng.choices(WORDS, k=40)), "domain": domain}, ensure_ascii=False) for i in range(n)]
+
+@pytest.fixture
+def two_days(tmp_path):
+    "A workspace after phases 1 and 2 of a first day, and phase 1 of a second one, which brought text to one of its domains and a new one."
+    days = days_of(tmp_path, [*fresh_lines("web", 40, 1), *fresh_lines("뉴스", 40, 2), *fresh_lines("web", 20, 3), *fresh_lines("책", 30, 4)], [0] * 80 + [1] * 50, 2)
+    dedup(tmp_path/"ws", days[0]); parquet(tmp_path/"ws"); dedup(tmp_path/"ws", days[1], append=True)
+    return tmp_path/"ws"
+
+def test_format_writes_only_domains_that_changed(two_days, tmp_path, capsys):
+    "The others stay, with their times; all of it is what a format from nothing makes with this tokenizer."
+    ws = two_days; before, times = written(ws), {p: p.stat().st_mtime_ns for p in (ws/"parquet_ready").rglob("*.parquet")}
+    capsys.readouterr(); parquet(ws); said = capsys.readouterr().out; after = written(ws)
+    assert "parquet: web, 책 to write; 뉴스 as before" in said and "tokenizer: kept as the first crawl made it" in said
+    assert {k for k in after if k.startswith("tokenizer/") and after[k] != before[k]} == set()
+    for p, t in times.items(): assert (p.stat().st_mtime_ns == t) == ("뉴스" in p.name), p
+    assert len(texts_in_parquet(ws)) == 130
+    for folder in ("deduped", "dedup_ready", "minhash_lsh"): shutil.copytree(ws/folder, tmp_path/"fresh"/folder)
+    parquet(tmp_path/"fresh", f"tokenizer.path={ws/'tokenizer'}")
+    assert written(tmp_path/"fresh") == after
+    parquet(ws); assert written(ws) == after
+    parquet(ws, "format.zstd_level=5"); assert all(p.stat().st_mtime_ns != t for p, t in times.items())   # another layout: everything
+    hashes = {s: parquet(ws, *s)["tokenizer"]["hash"] for s in ((), ("tokenizer.keep=false",))}
+    assert len(set(hashes.values())) == 2   # the one of the first crawl, and one of today
+
+def test_compaction_moves_no_parquet_file(two_days):
+    "One order again is no change of the documents."
+    parquet(two_days); before, times = written(two_days), {p: p.stat().st_mtime_ns for p in (two_days/"parquet_ready").rglob("*.parquet")}
+    dedup(two_days, compact=True); parquet(two_days)
+    assert written(two_days) == before and all(p.stat().st_mtime_ns == t for p, t in times.items())
+
+def test_taken_down_text_leaves_parquet(two_days):
+    ws = two_days; parquet(ws); gone = {json.loads(l)["text"] for l in fresh_lines("web", 40, 1)[:9]}
+    assert gone <= texts_in_parquet(ws); before = written(ws)
+    phase.remove(str(ws), [f"web1-{i}" for i in range(9)], overrides=QUICK, workers=1); parquet(ws)
+    left = texts_in_parquet(ws)
+    assert not gone & left and len(left) == 121 and not [p for p in (ws/"parquet_ready").rglob("*") if p.is_file() and any(t[:30].encode() in p.read_bytes() for t in gone)]
+    assert {k for k, v in written(ws).items() if before.get(k) != v and k.endswith(".parquet")} == {f"parquet_ready/{s}web.parquet" for s in ("", "heldout/validation/", "heldout/test/")}
+
+def test_format_killed_after_an_append(two_days, tmp_path, monkeypatch):
+    "Stopped before any file of it is published: the next run ends with the same bytes; a size that happens to be right hides nothing."
+    start, ws = tmp_path/"start", two_days
+    shutil.copytree(ws, start); parquet(ws); whole = written(ws); replace = os.replace
+    class Killed(BaseException): pass
+    for step in range(10**6):
+        shutil.rmtree(ws); shutil.copytree(start, ws)
+        count = iter(range(10**9))
+        def counted(*a, **k):
+            if next(count) >= step: raise Killed
+            return replace(*a, **k)
+        with monkeypatch.context() as m:
+            m.setattr(os, "replace", counted)
+            try: parquet(ws); break
+            except Killed: pass
+        parquet(ws)
+        assert written(ws) == whole, step
+    assert step >= 15
+
 # ---- the development corpus
 
 CHILD = """

@@ -16,17 +16,17 @@ from ..core.figures import korean_style, save_figure
 from ..core.records import JsonlWriter, read_jsonl
 from ..core.settings import UserError
 from ..core.store import Store, open_store
-from .parquet import (CLUSTERS, MANIFEST, RULE, SPILLS, SPLITS, FileTask, Splitter, bytes_per_char, choose_heldout, column_sizes, documents, domain_keys,
+from .parquet import (CLUSTERS, MANIFEST, RULE, SPILLS, SPLITS, FileTask, Heldout, Splitter, bytes_per_char, choose_heldout, column_sizes, documents, domain_keys,
                                                  file_layout, parquet_files, pieces, plan_files, read_manifest, scan, schema_text, shared_clusters, smallest, write_clusters,
                                                  write_heldout, write_training)
 from .tokenizer import Encoder, as_pretrained, fertility, load_tokenizer, sample_plan, sampled, save_tokenizer, shortened, tokenizer_hash, train_bpe
 
 # %% auto #0
 __all__ = ['SMALL', 'SAMPLE', 'WRITTEN', 'PARQUET_CODE', 'INSTRUCTIONS', 'READING', 'DECIDED', 'spread', 'all_pieces',
-           'split_work', 'sample_piece', 'sample_texts', 'bytes_per_token', 'tokenizer_work', 'file_tasks', 'run_parts',
-           'unchanged', 'write_domains', 'parquet_work', 'benchmark_job', 'benchmark_work', 'fertility_table',
-           'plot_columns', 'layout_work', 'profile_work', 'instruction_stage', 'lineage', 'tokenizer_stage',
-           'write_stages', 'run']
+           'domain_mark', 'split_work', 'sample_piece', 'sample_texts', 'bytes_per_token', 'tokenizer_work',
+           'file_tasks', 'run_parts', 'unchanged', 'record_written', 'file_layout_settings', 'write_domains',
+           'parquet_work', 'benchmark_job', 'benchmark_work', 'fertility_table', 'plot_columns', 'layout_work',
+           'profile_work', 'instruction_stage', 'lineage', 'tokenizer_stage', 'write_stages', 'run']
 
 # %% ../../nbs/02_format.ipynb #c005
 SMALL = 32 << 20  # bytes of JSONL that are not worth starting workers for
@@ -41,6 +41,15 @@ def all_pieces(ctx, keys: dict[str, list[str]]) -> list[tuple[str, tuple]]: # (d
     return [(domain, piece) for domain, files in keys.items() for piece in pieces(ctx.store, files)]
 
 # %% ../../nbs/02_format.ipynb #c007
+def domain_mark(
+    rule: Heldout, domain: str,
+    total: int, documents: int, # sum of the documents' hashes, and their number
+    met: list[np.ndarray] # clusters of several documents, of each piece
+) -> str:
+    "What the rows of a domain's files depend on: its documents, and the rule that tells their splits."
+    moved = np.intersect1d(np.fromiter(rule.moved, np.uint64, len(rule.moved)), np.concatenate([np.zeros(0, np.uint64), *met]))
+    return digest([total % 2**64, documents, rule.bounds[domain], [(c, rule.moved[c]) for c in moved.tolist()]])
+
 def split_work(ctx, keys: dict[str, list[str]]) -> dict:
     "Choose the held-out documents of every domain; returns documents, bytes and characters by domain."
     twins, parts, settings = write_clusters(ctx.store), all_pieces(ctx, keys), ctx.settings.heldout
@@ -57,7 +66,7 @@ def split_work(ctx, keys: dict[str, list[str]]) -> dict:
     shared = shared_clusters({d: np.unique(np.concatenate(m)) for d, m in met.items()})
     rule = choose_heldout({d: h[0] for d, h in hashes.items()}, shared, settings, {d: s["documents"] for d, s in sizes.items()})
     ctx.store.write(RULE, rule.to_json())
-    for d, s in sizes.items(): s["mark"] = digest([s.pop("sum") % 2**64, s["documents"], rule.bounds[d], sorted((c, rule.moved[c]) for c in np.intersect1d(np.fromiter(rule.moved, np.uint64, len(rule.moved)), np.concatenate([np.zeros(0, np.uint64), *met[d]])).tolist())])
+    for d, s in sizes.items(): s["mark"] = domain_mark(rule, d, s.pop("sum"), s["documents"], met[d])
     return {"documents": sum(s["documents"] for s in sizes.values()), "with_duplicates": twins, "moved_clusters": len(rule.moved), "domains": sizes}
 
 # %% ../../nbs/02_format.ipynb #c009
@@ -102,7 +111,7 @@ def tokenizer_work(ctx, keys: dict[str, list[str]]) -> dict:
         first = list(islice(texts, 1))
         if not first: raise UserError("every document is held out, none is left to train a tokenizer on; lower heldout.validation and heldout.test, or add text")
         tokenizer = as_pretrained(train_bpe((t for part in (first, texts) for t in part), settings.vocab_size))
-        ctx.store.delete_prefix(SAMPLE)
+    ctx.store.delete_prefix(SAMPLE)  # also what a killed run left
     with ctx.store.output("tokenizer") as path: digest = save_tokenizer(tokenizer, path)
     return {"vocab_size": len(tokenizer), "eos_id": int(tokenizer.eos_token_id), "hash": digest, "bytes_per_token": bytes_per_token(ctx, keys, Encoder(tokenizer))}
 
@@ -141,33 +150,47 @@ def unchanged(
     marks: dict[str, str] # domain -> digest of everything that its files depend on
 ) -> dict[str, dict]: # domain -> its entries by split
     "Domains whose files can stay."
-    if not store.exists(WRITTEN): return {}
-    old = json.loads(store.read(WRITTEN))
-    return {d: old[d] for d, mark in marks.items() if d in old and old[d]["mark"] == mark and all(store.exists(f) and store.size(f) == n for f, n in old[d]["sizes"].items())}
+    try: old = json.loads(store.read(WRITTEN)) if store.exists(WRITTEN) else {}
+    except ValueError: return {}
+    def same(entry): return all(store.exists(f) and store.size(f) == n for s in SPLITS for f in entry[s]["files"] for n in [entry["sizes"][f]])
+    try: return {d: old[d] for d, mark in marks.items() if d in old and old[d]["mark"] == mark and same(old[d])}
+    except (AttributeError, KeyError, TypeError): return {}
 
-# %% ../../nbs/02_format.ipynb #c016
+def record_written(
+    store: Store,
+    marks: dict[str, str], # domain -> digest
+    found: dict[str, dict] # domain -> its entries by split
+) -> None:
+    "Write down what the files of these domains hold."
+    sizes = {d: {f: store.size(f) for e in entry.values() for f in e["files"]} for d, entry in found.items()}
+    store.write(WRITTEN, json.dumps({d: {**entry, "mark": marks[d], "sizes": sizes[d]} for d, entry in found.items()}, ensure_ascii=False, indent=1, sort_keys=True))
+
+# %% ../../nbs/02_format.ipynb #c017
+def file_layout_settings(s) -> list: # from `settings.format`
+    "The settings that the bytes of a file depend on."
+    return [s.file_bytes, s.page_bytes, s.zstd_level, s.row_group_rows, s.row_group_bytes]
+
 def write_domains(ctx, stage, keys: dict[str, list[str]], sizes: dict, tokenizer: dict) -> dict: # split -> domain -> files, rows, tokens, bytes
     "All Parquet files; checks that every document went into exactly one."
-    marks = {d: digest([sizes[d]["mark"], tokenizer["hash"], ctx.settings.format, code_digest(PARQUET_CODE)]) for d in keys}
-    kept = unchanged(ctx.store, marks)
+    marks = {d: digest([sizes[d]["mark"], tokenizer["hash"], file_layout_settings(ctx.settings.format), code_digest(PARQUET_CODE)]) for d in keys}
+    kept = {d: {s: e[s] for s in SPLITS} for d, e in unchanged(ctx.store, marks).items()}
     if kept: ctx.log(f"parquet: {', '.join(sorted(set(keys) - set(kept))) or 'nothing'} to write; {', '.join(sorted(kept))} as before")
+    if ctx.store.exists(WRITTEN): record_written(ctx.store, marks, kept)
     tasks = file_tasks(ctx, {d: k for d, k in keys.items() if d not in kept}, sizes, {k: tokenizer[k] for k in ("hash", "vocab_size", "eos_id")})
     wanted = {f"{SPILLS}{t.domain}/{t.number:05d}.jsonl" for ts in tasks.values() for t in ts}
     for key in set(ctx.store.list(SPILLS)) - wanted: ctx.store.delete(key)
     training = run_parts(ctx, stage, write_training, {f"{t.domain}/{t.number}": t for ts in tasks.values() for t in ts}, keys, "parquet")
     held = run_parts(ctx, stage, write_heldout, {f"{d}/{s}": (ts[0], SPLITS.index(s)) for d, ts in tasks.items() for s in SPLITS[1:]}, keys, "held out")
-    found = {s: {d: _total(held[f"{d}/{s}"] for _ in tasks.get(d, ())[:1]) for d in keys} for s in SPLITS[1:]}
-    found["training"] = {d: _total(training[f"{d}/{t.number}"] for t in tasks.get(d, ())) for d in keys}
-    for d, entry in kept.items():
-        for s in SPLITS: found[s][d] = entry[s]
+    def entry(d): return {"training": _total(training[f"{d}/{t.number}"] for t in tasks.get(d, ())), **{s: _total(held[f"{d}/{s}"] for _ in tasks.get(d, ())[:1]) for s in SPLITS[1:]}}
+    found = {d: kept.get(d) or entry(d) for d in keys}
     for d in keys:
-        rows = sum(found[s][d]["rows"] for s in SPLITS)
+        rows = sum(found[d][s]["rows"] for s in SPLITS)
         if rows != sizes[d]["documents"]: raise RuntimeError(f"{d}: {sizes[d]['documents']} documents were read, {rows} written")
-        if rows and not found["training"][d]["rows"]: ctx.log(f"{d}: all {rows} documents are held out; it has no training file")
-    ctx.store.write(WRITTEN, json.dumps({d: {"mark": marks[d], "sizes": {f: ctx.store.size(f) for s in SPLITS for f in found[s][d]["files"]}, **{s: found[s][d] for s in SPLITS}} for d in keys}, ensure_ascii=False, indent=1, sort_keys=True))
-    return found
+        if rows and not found[d]["training"]["rows"]: ctx.log(f"{d}: all {rows} documents are held out; it has no training file")
+    record_written(ctx.store, marks, found)
+    return {s: {d: found[d][s] for d in keys} for s in SPLITS}
 
-# %% ../../nbs/02_format.ipynb #c018
+# %% ../../nbs/02_format.ipynb #c019
 INSTRUCTIONS = "parquet_ready/instructions/"  # another stage's
 
 def parquet_work(ctx, stage, keys: dict[str, list[str]], sizes: dict, tokenizer: dict, outputs: list[str]) -> dict:
@@ -184,7 +207,7 @@ def parquet_work(ctx, stage, keys: dict[str, list[str]], sizes: dict, tokenizer:
     total = lambda split, k: sum(e[k] for e in found[split].values())
     return {**{k: total("training", k) for k in ("rows", "tokens", "bytes")}, "validation": total("validation", "rows"), "test": total("test", "rows"), "files": len(wanted)}
 
-# %% ../../nbs/02_format.ipynb #c020
+# %% ../../nbs/02_format.ipynb #c021
 READING = "reports/figures/format_reading.png"
 
 def benchmark_job(ctx, keys, tokenizer: dict, folder: Path) -> dict:
@@ -206,7 +229,7 @@ def _rows_of(path) -> int:
     import pyarrow.parquet as pq
     return pq.read_metadata(path).num_rows
 
-# %% ../../nbs/02_format.ipynb #c021
+# %% ../../nbs/02_format.ipynb #c022
 def benchmark_work(ctx, keys, tokenizer: dict) -> dict:
     "Write benchmark/io_speed_comparison.csv and its figure."
     from yunmin_efficientdata.format.benchmark import benchmark, plot_readings
@@ -223,7 +246,7 @@ def benchmark_work(ctx, keys, tokenizer: dict) -> dict:
     seconds = table.groupby("format").seconds.median()
     return {"rows": int(sum(job["rows"])), "text_speedup": float(seconds["jsonl"] / seconds["parquet"]), "window_speedup": float(seconds["jsonl, tokenized"] / seconds["parquet, windows"])}
 
-# %% ../../nbs/02_format.ipynb #c023
+# %% ../../nbs/02_format.ipynb #c024
 def fertility_table(ctx, keys, per_domain: int = 200) -> pd.DataFrame:
     "Fertility of our tokenizer, and of those the config names, on validation text (training text where a domain has none)."
     splitter, texts = Splitter(ctx.store), {}
@@ -237,7 +260,7 @@ def fertility_table(ctx, keys, per_domain: int = 200) -> pd.DataFrame:
     names = {"ours": str(ctx.store.fetch("tokenizer")), **{Path(p).name: p for p in ctx.settings.format.compare_tokenizers}}
     return fertility({name: load_tokenizer(path) for name, path in names.items()}, texts)
 
-# %% ../../nbs/02_format.ipynb #c024
+# %% ../../nbs/02_format.ipynb #c025
 def plot_columns(
     columns: pd.DataFrame # from `column_sizes`
 ):
@@ -251,7 +274,7 @@ def plot_columns(
     ax.grid(False); fig.tight_layout()
     return fig
 
-# %% ../../nbs/02_format.ipynb #c025
+# %% ../../nbs/02_format.ipynb #c026
 def layout_work(ctx) -> None:
     "Write results/profile/files.csv and columns.csv, and the figure of columns."
     paths = [p for split in SPLITS for p in parquet_files(ctx.store, split=split)]
@@ -268,7 +291,7 @@ def profile_work(ctx, keys) -> dict:
     layout_work(ctx)
     return counts
 
-# %% ../../nbs/02_format.ipynb #c027
+# %% ../../nbs/02_format.ipynb #c028
 def instruction_stage(ctx) -> dict: # counts; empty when off
     "Make parquet_ready/instructions/."
     s = ctx.settings.instructions
@@ -282,7 +305,7 @@ def instruction_stage(ctx) -> dict: # counts; empty when off
     return ctx.stage("format.instructions", lambda stage: write_instructions(ctx, stage), settings=layout, inputs=instruction_inputs(s.path)[1], after=["format.tokenizer"],
                      outputs=[INSTRUCTIONS], code=["format.instructions", "format.tokenizer", "format.pages", "format.parquet"])
 
-# %% ../../nbs/02_format.ipynb #c030
+# %% ../../nbs/02_format.ipynb #c031
 DECIDED = ("dedup.contamination", "dedup.exact", "dedup.near", "dedup.semantic", "dedup.spans", "dedup.write")
 
 def lineage(ctx) -> list | None: # None: not known
@@ -300,20 +323,19 @@ def tokenizer_stage(ctx, keys: dict[str, list[str]]) -> dict:
     if keep and done["split"] != now: ctx.log("tokenizer: kept as the first crawl made it, though text has changed since; --set tokenizer.keep=false trains it, and everything after it, anew")
     return done
 
-# %% ../../nbs/02_format.ipynb #c031
+# %% ../../nbs/02_format.ipynb #c032
 def write_stages(ctx, keys: dict[str, list[str]]) -> dict: # split, tokenizer, parquet: counts of each
     "Held-out rule, tokenizer and Parquet files."
     s, f = ctx.settings, ctx.settings.format
     inputs = [k for files in keys.values() for k in files] + ctx.store.list("minhash_lsh/clusters/")
     split = ctx.stage("format.split", lambda stage: split_work(ctx, keys), settings=[s.heldout], inputs=inputs, after=["dedup.write"], outputs=[RULE, CLUSTERS], code=["format.parquet", "format.phase"])
     tokenizer = tokenizer_stage(ctx, keys)
-    layout = [f.file_bytes, f.page_bytes, f.zstd_level, f.row_group_rows, f.row_group_bytes]
     outputs = [MANIFEST, "parquet_ready/schema.txt"]
-    parquet = ctx.stage("format.parquet", lambda stage: parquet_work(ctx, stage, keys, split["domains"], tokenizer, outputs), settings=layout, after=["format.split", "format.tokenizer"],
+    parquet = ctx.stage("format.parquet", lambda stage: parquet_work(ctx, stage, keys, split["domains"], tokenizer, outputs), settings=file_layout_settings(f), after=["format.split", "format.tokenizer"],
                         outputs=outputs, code=list(PARQUET_CODE))
     return {"split": split, "tokenizer": tokenizer, "parquet": parquet}
 
-# %% ../../nbs/02_format.ipynb #c032
+# %% ../../nbs/02_format.ipynb #c033
 def run(
     workspace: str = "workspace", # folder or s3://bucket/prefix
     config: str = "configs/demo", # config folder
