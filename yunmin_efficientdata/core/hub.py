@@ -6,14 +6,14 @@
 from __future__ import annotations
 import json, warnings
 from pathlib import Path
-from .settings import UserError, reading
+from .settings import UserError, one_line, reading
 
 # %% auto #0
-__all__ = ['SAFE', 'LAYERS', 'SIZE', 'check_sizes', 'load_config', 'load_tokenizer', 'load_weights']
+__all__ = ['SAFE', 'LAYERS', 'CHUNK', 'SIZE', 'check_sizes', 'load_config', 'load_tokenizer', 'check_runs', 'load_weights']
 
 # %% ../../nbs/00i_hub.ipynb #c006
 SAFE = {"trust_remote_code": False} # of every from_pretrained
-LAYERS, SIZE = 4096, 1 << 31 # more layers, or a larger number anywhere, is damage
+LAYERS, CHUNK, SIZE = 4096, 1 << 16, 1 << 31 # more layers, a longer chunk of a scan, or a larger number anywhere, is damage
 _REMEDY = "copy the folder again, or name another"
 
 def check_sizes(
@@ -25,7 +25,7 @@ def check_sizes(
     if not isinstance(found, dict): raise UserError(f"{file}: not readable as a model config; {_REMEDY}")
     for key, value in found.items():
         if not isinstance(value, (int, float)) or isinstance(value, bool): continue
-        limit = LAYERS if "layer" in key and key.startswith(("num_", "n_")) else SIZE
+        limit = LAYERS if "layer" in key and key.startswith(("num_", "n_")) else CHUNK if key == "chunk_size" else SIZE
         if abs(value) > limit and key not in ("max_position_embeddings", "model_max_length") and not key.startswith("time_step"): raise UserError(f"{file}: {key}: {value} is larger than in any model; {_REMEDY}")
 
 # %% ../../nbs/00i_hub.ipynb #c008
@@ -43,7 +43,20 @@ def load_tokenizer(folder: Path | str, what: str = "", **options): # a transform
     from transformers import AutoTokenizer
     with reading(what or f"{folder}: tokenizer", _REMEDY): return AutoTokenizer.from_pretrained(folder, **SAFE, **options)
 
-# %% ../../nbs/00i_hub.ipynb #c009
+# %% ../../nbs/00i_hub.ipynb #c010
+def check_runs(
+    model, # a causal LM in evaluation mode
+    name: str # for messages
+):
+    "Send three tokens through a model. Raises `UserError` when its config does not fit its weights."
+    import torch
+    if model.dtype == torch.float16: return # some of its kernels exist on accelerators only
+    ids = torch.arange(3, device=model.device)[None] % max(1, model.get_input_embeddings().num_embeddings)
+    try:
+        with torch.no_grad(): model(input_ids=ids)
+    except Exception as e: raise UserError(f"{name}: config.json does not fit the weights: they load, but do not run ({type(e).__name__}: {one_line(str(e), 200)}); {_REMEDY}") from None
+
+# %% ../../nbs/00i_hub.ipynb #c011
 def load_weights(
     folder: Path | str, # Hugging Face format, safetensors
     what: str = "", # for messages; "": the folder
@@ -55,4 +68,6 @@ def load_weights(
     if (Path(folder)/"config.json").is_file(): check_sizes(folder)
     with reading(what or folder, _REMEDY), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        return getattr(transformers, kind).from_pretrained(folder, use_safetensors=True, **SAFE, **options).eval()
+        model = getattr(transformers, kind).from_pretrained(folder, use_safetensors=True, **SAFE, **options).eval()
+    if kind == "AutoModelForCausalLM": check_runs(model, what or str(folder))
+    return model

@@ -63,8 +63,9 @@ def _batches(file: VectorFile, column: str) -> Iterator[pa.Array]:
         for batch in _open_parquet(file).iter_batches(READ_ROWS, columns=[column], use_threads=False): yield batch[column]
 
 def _open_npy(file: VectorFile) -> np.ndarray: # memory map [documents, dimensions]
-    with reading(f"dedup.semantic.embeddings: {file.key}: no array that numpy reads without unpickling", "save it with numpy.save as float32 [documents, dimensions]"):
-        x = np.load(open_store(file.uri).fetch(file.key), mmap_mode="r", allow_pickle=False)
+    path = open_store(file.uri).fetch(file.key)
+    try: x = np.lib.format.open_memmap(path, mode="r") # refuses pickled objects, archives and whatever else np.load would take
+    except Exception: raise _wrong(file.key, "is no array that numpy reads without unpickling", "save it with numpy.save as float32 [documents, dimensions]") from None
     if x.ndim != 2 or x.dtype.kind != "f": raise _wrong(file.key, f"holds {x.dtype}{list(x.shape)}", "save float32 [documents, dimensions]")
     return x
 

@@ -349,7 +349,7 @@ class Vector(Source):
 
 # %% ../../nbs/03c_vectors.ipynb #c029
 def _open_flat(self: Vector):
-    with reading(self.file, "it is no .npy file of numbers, or cut off: make the vector again"): self.flat = np.load(self.file, mmap_mode="r", allow_pickle=False)
+    with reading(self.file, "it is no .npy file of numbers, or cut off: make the vector again"): self.flat = np.lib.format.open_memmap(self.file, mode="r")
     if self.flat.ndim != 1 or len(self.flat) != self.manifest["elements"] or self.flat.dtype.kind != "f": raise UserError(f"{self.file}: {self.flat.dtype} of shape {list(self.flat.shape)}, its manifest says {self.manifest['elements']} elements; make the vector again")
 
 def _read_flat(self: Vector, key, start, stop) -> np.ndarray: # float32 [stop - start]

@@ -8,6 +8,7 @@ import math, time
 from itertools import islice
 from pathlib import Path
 import numpy as np, pandas as pd, torch
+from ..core.hub import load_config
 from ..core.settings import DataCurveSettings, UserError
 from ..core.store import Store
 from .inputs import quiet
@@ -54,14 +55,14 @@ def small_config(
     settings: DataCurveSettings # hidden_size, layers
 ): # a transformers config
     "The shape of the models. Raises `UserError` when the base is too large to be trained several times."
-    from transformers import AutoConfig, AutoModelForCausalLM, Mamba2Config
+    from transformers import AutoModelForCausalLM, Mamba2Config
     quiet()
     if settings.hidden_size:
         h = settings.hidden_size
         if h % 16: raise UserError(f"evaluation.data_curve.hidden_size: {h} is no multiple of 16")
         return Mamba2Config(vocab_size=vocab_size, hidden_size=h, num_hidden_layers=settings.layers, head_dim=32, num_heads=h//16, state_size=16, chunk_size=16, n_groups=1, tie_word_embeddings=True,
                             bos_token_id=0, eos_token_id=0, pad_token_id=0)
-    config = AutoConfig.from_pretrained(base)
+    config = load_config(base)
     with torch.device("meta"): size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     if size > SMALL: raise UserError(f"evaluation.data_curve: the base has {size:,} parameters, too many to train several times; give the small model a shape with data_curve.hidden_size=256")
     return config
