@@ -1,10 +1,11 @@
 """Ray on one node, on two nodes that share nothing but S3, with workers and a node killed: the same bytes as with local processes.
 
-Minutes, and the environment that `scripts/setup_bench.sh ray` makes on top of .venv: `scripts/run_tests.sh -m slow -s tests/test_ray.py`."""
+Minutes, and the environment that `scripts/setup_bench.sh ray` makes on top of .venv: `scripts/run_tests.sh -m slow -s tests/test_ray.py`;
+with YUNMIN_CORPUS=FOLDER also what Ray costs on the development corpus, beside local processes."""
 from __future__ import annotations
-import hashlib, json, os, secrets, shutil, socket, subprocess, sys, threading, time
+import contextlib, hashlib, json, os, secrets, shutil, socket, subprocess, sys, threading, time
 from pathlib import Path
-import psutil, pytest
+import pandas as pd, psutil, pytest
 from yunmin_efficientdata.bench.harness import bench_folder
 from yunmin_efficientdata.core.sample import write_sample
 from yunmin_efficientdata.core.store import open_store
@@ -173,6 +174,58 @@ def test_a_client_outside_the_cluster(python, raw, truth, s3, cluster):
 def test_two_nodes_share_nothing_but_s3(python, raw, truth, s3, cluster):
     done = yunmin(python, s3.uri, raw, "--executor", "ray", **patient(cluster.second()))
     assert digests(s3.uri) == truth and "shared disk" not in done.stdout + done.stderr
+
+class Watch(threading.Thread):
+    "CPU seconds and peak resident memory of each process of a run, looked at from outside five times a second."
+    def __init__(self, run: subprocess.Popen, cluster: Cluster | None):
+        super().__init__(daemon=True)
+        self.run_, self.cluster, self.seen, self.over = run, cluster, {}, threading.Event()
+        self.look(); self.before = dict(self.seen)
+    def look(self) -> None:
+        with contextlib.suppress(psutil.Error):
+            roots = [psutil.Process(self.run_.pid)] + (self.cluster.processes() if self.cluster else [])
+            for p in [q for r in roots for q in (r, *r.children(recursive=True))]:
+                with contextlib.suppress(psutil.Error, OSError):
+                    command, times = " ".join(p.cmdline()), p.cpu_times()
+                    role = "driver" if p.pid == self.run_.pid else "workers" if command.startswith("ray::") or "spawn_main" in command else "rest"
+                    peak = next((int(x.split()[1]) / 1024 for x in Path(f"/proc/{p.pid}/status").read_text().splitlines() if x.startswith("VmHWM")), None)
+                    if peak: self.seen[p.pid] = role, times.user + times.system, peak  # a zombie has no memory left
+    def run(self):
+        while not self.over.wait(0.2): self.look()
+    def of(self, role: str) -> tuple[float, float]: # CPU seconds since the start, peak MB of one process
+        mine = {pid: x for pid, x in self.seen.items() if x[0] == role}
+        return sum(x[1] - self.before.get(pid, (role, 0))[1] for pid, x in mine.items()), max((x[2] for x in mine.values()), default=0)
+
+def timed(python, ws: str, raw: Path, cluster: Cluster | None, *more: str, **env) -> dict:
+    "Phase 1 with its default settings: seconds, CPU seconds and peak memory by kind of process."
+    start = time.monotonic()
+    run = subprocess.Popen([str(python), "-c", "from yunmin_efficientdata.cli import main; main()", "dedup", ws, "--raw", str(raw), *more, "--set", "logging.progress=false"], env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    watch = Watch(run, cluster); watch.start()
+    said = run.communicate()[0]
+    seconds = time.monotonic() - start
+    watch.over.set(); watch.join()
+    assert run.returncode == 0, said[-4000:]
+    (driver, top), (workers, worker), (rest, _) = map(watch.of, ("driver", "workers", "rest"))
+    return {"wall s": seconds, "CPU s": driver + workers + rest, "driver": driver, "workers": workers, "Ray itself": rest, "peak MB driver": top, "peak MB worker": worker}
+
+def test_dev(python, corpus, tmp_path, cluster, s3):
+    "What Ray costs on the development corpus beside local processes, in turns; the same bytes in all of them."
+    if not (corpus/"dev").is_dir(): pytest.skip(f"{corpus}/dev does not exist")
+    ray = ("--executor", "ray")
+    ways = {"2 local processes": (None, ("--workers", "2"), {}), "Ray, 1 node of 2 CPUs": (None, (*ray, "--workers", "2"), PATIENT), "Ray, 2 nodes of 1 CPU": (cluster.second(), ray, patient(cluster)),
+            "2 local processes, S3": (None, ("--workers", "2"), {}), "Ray, 2 nodes, S3 only": (cluster, ray, patient(cluster))}
+    rows, found = [], {}
+    for turn in range(int(os.environ.get("YUNMIN_REPEATS", "2"))):
+        for name, (nodes, more, env) in ways.items():
+            home, folder = s3.uri if "S3" in name else str(tmp_path), f"run{len(rows)}"; ws = f"{home}/{folder}"
+            rows.append({"run": name} | timed(python, ws, corpus/"dev", nodes, *more, **env))
+            found[name, turn] = digests(ws)
+            print("\n" + ", ".join(f"{k} {v:,.1f}" if k != "run" else v for k, v in rows[-1].items()), flush=True)
+            open_store(home).delete_prefix(folder)
+    print("\nmedians of", 1 + turn, "\n" + pd.DataFrame(rows).groupby("run", sort=False).median().round(1).to_string())
+    one = next(iter(found.values()))
+    print(f"{len(one):,} files, SHA-256 of all: {hashlib.sha256(json.dumps(one, sort_keys=True).encode()).hexdigest()[:16]}, the same in {sum(x == one for x in found.values())} of {len(found)} runs")
+    assert all(x == one for x in found.values())
 
 def test_a_node_dies(python, raw, truth, tmp_path, cluster):
     "The second raylet is killed while its tasks run; they run again on the first. Last, for the cluster is not whole afterwards."

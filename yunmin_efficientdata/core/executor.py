@@ -4,7 +4,7 @@
 
 # %% ../../nbs/00e_executor.ipynb #c004
 from __future__ import annotations
-import ctypes, functools, importlib.util, multiprocessing, os, signal, time
+import ctypes, functools, importlib.util, multiprocessing, os, signal, socket, time
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -135,9 +135,18 @@ def map_shuffle(self: LocalExecutor, map_fn: Callable, items: Iterable, # map_fn
 # %% ../../nbs/00e_executor.ipynb #c022
 PUBLIC = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION", "AWS_REGION")  # variables that hold no secret
 
+def _answers(address: str) -> bool:
+    "Whether somebody listens at host:port or ray://host:port; Ray would try for minutes before it says so."
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit(): return True  # such as auto
+    try: socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, OverflowError): return False
+    return True
+
 def _connect(ray, workers: int) -> None:
     "Join the cluster of `RAY_ADDRESS`, or start one here."
     address = os.environ.get("RAY_ADDRESS")
+    if address and not _answers(address): raise UserError(f"RAY_ADDRESS={address}: nobody answers there; start a cluster with `ray start --head`, or unset RAY_ADDRESS")
     options = {"runtime_env": {"env_vars": {k: os.environ[k] for k in PUBLIC if k in os.environ}}, "log_to_driver": False}
     if not address: options |= {"num_cpus": workers or None, "include_dashboard": False}
     try: ray.init(**options)
