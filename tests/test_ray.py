@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib, hashlib, json, os, secrets, shutil, socket, subprocess, sys, threading, time
 from pathlib import Path
 import pandas as pd, psutil, pytest
+from conftest import KEY, SECRET
 from yunmin_efficientdata.bench.harness import bench_folder
 from yunmin_efficientdata.core.sample import write_sample
 from yunmin_efficientdata.core.store import open_store
@@ -15,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 SETTINGS = ("dedup.part_bytes=131072", "dedup.contamination.sets=[]", "dedup.audit.planted=0", "logging.progress=false")
 DATA = ("dedup_ready/", "minhash_lsh/", "deduped/")  # phase 2 gives small corpora to no worker: see SMALL in format.phase
 PATIENT = {"RAY_raylet_start_wait_time_s": "60", "RAY_agent_register_timeout_ms": "300000", "RAY_worker_register_timeout_seconds": "300", "OMP_NUM_THREADS": "1"}  # for a busy machine
+KEYS = {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_EC2_METADATA_DISABLED": "true"}  # each node has its own; they do not travel with tasks
 TIMED = ("dedup_ready/audit.md", "dedup_ready/statistics.json")  # hold seconds
 
 @pytest.fixture(scope="module")
@@ -69,7 +71,7 @@ class Cluster:
         "A node; its own processes have some 15 s to answer, which a busy machine may not give them, so it is tried again."
         agents = [f"--{n}={p}" for n, p in zip(("metrics-export-port", "dashboard-agent-grpc-port", "dashboard-agent-listen-port", "runtime-env-agent-port"), free_ports(4))]
         known = {p.pid for p in self.processes()}
-        done = subprocess.run([self.ray, "start", *arguments, *agents, "--num-cpus=1", "--object-store-memory=100000000", "--disable-usage-stats"], capture_output=True, text=True, env=os.environ | PATIENT | {"RAY_TMPDIR": str(self.folder)})
+        done = subprocess.run([self.ray, "start", *arguments, *agents, "--num-cpus=1", "--object-store-memory=100000000", "--disable-usage-stats"], capture_output=True, text=True, env=os.environ | PATIENT | KEYS | {"RAY_TMPDIR": str(self.folder)})
         if not done.returncode: return
         for p in self.processes():
             if p.pid not in known: end(p)
@@ -165,6 +167,7 @@ def test_errors_are_one_line(python, raw, tmp_path, cluster):
     (tmp_path/"raw").mkdir(); (tmp_path/"raw"/"web.jsonl.gz").write_bytes(b"no gzip at all")
     done = yunmin(python, str(tmp_path/"b"), tmp_path/"raw", "--executor", "ray", check=False, **patient(cluster))
     local = yunmin(sys.executable, str(tmp_path/"c"), tmp_path/"raw", check=False)
+    assert "Traceback" not in done.stderr and "ray::" not in done.stderr, done.stderr
     assert done.returncode == local.returncode == 2 and done.stderr.strip().splitlines()[-1] == local.stderr.strip().splitlines()[-1]
 
 def test_a_client_outside_the_cluster(python, raw, truth, s3, cluster):

@@ -147,6 +147,7 @@ def _connect(ray, workers: int) -> None:
     "Join the cluster of `RAY_ADDRESS`, or start one here."
     address = os.environ.get("RAY_ADDRESS")
     if address and not _answers(address): raise UserError(f"RAY_ADDRESS={address}: nobody answers there; start a cluster with `ray start --head`, or unset RAY_ADDRESS")
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # a task's error reaches the user once, as a line, not as Ray's log of it too
     options = {"runtime_env": {"env_vars": {k: os.environ[k] for k in PUBLIC if k in os.environ}}, "log_to_driver": False}
     if not address: options |= {"num_cpus": workers or None, "include_dashboard": False}
     try: ray.init(**options)
