@@ -223,3 +223,24 @@ def test_the_walk_sees_what_a_half_precision_model_will_hold(tmp_path):
 def test_a_gpu_gives_what_the_cpu_gives(tmp_path, method):
     base, vectors, windows = make(tmp_path, "mamba2"); cpu, gpu = (dict(calibrated_tensors(base, vectors, windows, method, device=d)) for d in ("cpu", "cuda"))
     for k, x in cpu.items(): np.testing.assert_allclose(gpu[k], x, atol=2e-3)
+
+
+@pytest.mark.parametrize("fit_steps", [0, 3])
+def test_operations_are_what_the_plan_says(tmp_path, fit_steps):
+    from torch.utils.flop_counter import FlopCounterMode
+    from yunmin_efficientdata.dem.plan import walk_operations
+    base, vectors, windows = make(tmp_path, "mamba2", domains=("a", "b")); config = load_model(base).config
+    with FlopCounterMode(display=False) as count: found = dict(calibrated_tensors(base, vectors, windows, fit_steps=fit_steps, fit_windows=2))
+    tokens = sum(w.size for w in windows.values())
+    said = walk_operations(config, {k: x.shape for k, x in found.items() if x.ndim == 2}, 2, tokens, fit_steps*2*24*len(windows))
+    assert .6 < said/count.get_total_flops() < 1.7, (said, count.get_total_flops())
+
+
+def test_too_little_memory_of_a_device_is_one_line(tmp_path, monkeypatch):
+    from yunmin_efficientdata.dem import calibrated
+    from yunmin_efficientdata.dem.merge import merge
+    base, vectors, windows = make(tmp_path, "llama", domains=("a", "b"))
+    def full(*_, **__): raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(calibrated, "fit_layer", full)
+    with pytest.raises(UserError, match="too little memory for seqmean; take fewer calibration windows"): merge(base, tmp_path/"out", vectors, "seqmean", calibration=windows, fit_steps=1)
+    assert not (tmp_path/"out").exists()

@@ -465,5 +465,7 @@ def _merge_calibrated(base: Path, out: Path, weights: dict, calibration: dict, r
     recipe = {k: v for k, v in recipe.items() if k != "density"} | how | {"windows": {d: int(len(w)) for d, w in calibration.items()}}
     text = {d: hashlib.sha256(np.ascontiguousarray(w, np.int64).tobytes()).hexdigest() for d, w in calibration.items()}
     key = _resume_key(Weights(base), weights, {"method": recipe["method"], "device": device, "text": text, **how})
-    def tensors(finished): return calibrated_tensors(base, weights, calibration, recipe["method"], device=device, finished=finished, **how)
+    def tensors(finished):
+        try: yield from calibrated_tensors(base, weights, calibration, recipe["method"], device=device, finished=finished, **how)
+        except torch.OutOfMemoryError: raise UserError(f"merge: {device} has too little memory for {recipe['method']}; take fewer calibration windows, or dem.merge.device=cpu") from None
     return merge_tensors(base, out, tensors, recipe, key, log)

@@ -19,7 +19,7 @@ from .lora import adapt, adapter_size, token_loss, training_flops
 
 # %% auto #0
 __all__ = ['GPUS', 'SHARE', 'DISK', 'RESERVE', 'LIMITS', 'LiveBytes', 'step_bytes', 'training_bytes', 'measured_share',
-           'memory_rows', 'time_rows', 'extra_tokens', 'disk_rows', 'plan']
+           'memory_rows', 'time_rows', 'extra_tokens', 'disk_rows', 'walk_operations', 'walk_rows', 'plan']
 
 # %% ../../nbs/03g_plan.ipynb #c005
 class LiveBytes(TorchDispatchMode):
@@ -131,7 +131,7 @@ def training_bytes(
     return out | {"total": sum(out.values())}
 
 # %% ../../nbs/03g_plan.ipynb #c015
-GPUS = {"A10G, 24 GB (g5.2xlarge)": (24e9, PEAK_FLOPS["A10G"]), "A100, 80 GB": (80e9, PEAK_FLOPS["A100"])}  # memory in bytes, dense half-precision FLOP/s
+GPUS = {"A10G, 24 GB (g5.2xlarge)": (24e9, PEAK_FLOPS["A10G"], 31.2e12), "A100, 80 GB": (80e9, PEAK_FLOPS["A100"], 19.5e12)}  # memory in bytes, dense FLOP/s in half precision and in float32
 SHARE, DISK, RESERVE = .3, 125e6, .92  # assumed share of peak FLOP/s; bytes a second of a gp3 volume; share of memory that a process can use
 LIMITS = {"domain": 2., "all": 10., "difference": 300., "merge": 1200.}  # hours, hours, seconds, seconds
 
@@ -166,7 +166,7 @@ def _rows(): # (list, function that adds to it)
 def memory_rows(config, s: LoraSettings, row):
     "Memory with and without checkpointing, with and without Mamba's kernels."
     chosen = training_bytes(config, s); parts = ", ".join(f"{k} {v/1e9:.2f}" for k, v in chosen.items() if k != "total")
-    for name, (memory, _) in GPUS.items(): row(f"training memory, {name}", f"{chosen['total']/1e9:.2f} GB ({parts})", f"{RESERVE*memory/1e9:.1f} GB", chosen["total"] <= RESERVE*memory)
+    for name, (memory, *_) in GPUS.items(): row(f"training memory, {name}", f"{chosen['total']/1e9:.2f} GB ({parts})", f"{RESERVE*memory/1e9:.1f} GB", chosen["total"] <= RESERVE*memory)
     other = training_bytes(config, s.model_copy(update={"gradient_checkpointing": not s.gradient_checkpointing}))
     row(f"  {'without' if s.gradient_checkpointing else 'with'} checkpointing", f"{other['total']/1e9:.2f} GB")
     if s.accumulation > 1: row("  without accumulation", f"{training_bytes(config, s.model_copy(update={'accumulation': 1}))['total']/1e9:.2f} GB")
@@ -177,7 +177,7 @@ def time_rows(config, s: LoraSettings, tokens: dict[str, float], extra: dict[str
     "Hours for each GPU, and what fits into a domain's limit."
     needed, done = training_flops(config, s); each = s.processes
     row("operations a token", f"{needed/1e9:.2f} GFLOP of the model, {done/1e9:.2f} of the machine")
-    for name, (_, peak) in GPUS.items():
+    for name, (_, peak, _) in GPUS.items():
         rate = each*(share*peak/needed if share else SHARE*peak/done); hours = {d: n/rate/3600 for d, n in tokens.items()}; cut = s.max_hours or float("inf")
         longest = max(hours, key=hours.get); lost = [d for d, h in hours.items() if h > cut]
         row(f"longest domain ({longest}), {name}", f"{min(hours[longest], cut):.2f} h at {rate:,.0f} tokens/s" + (f", cut from {hours[longest]:.2f} h by lora.max_hours" if longest in lost else ""), f"{LIMITS['domain']:g} h", min(hours[longest], cut) <= LIMITS["domain"])
@@ -202,7 +202,27 @@ def disk_rows(config, settings: Settings, domains: int, row):
     for what, size, limit in (("a difference vector", width*n + vector, "difference"), (f"merging {domains} domains", 2*width*n + domains*vector, "merge")):
         row(f"{what}, {size/1e9:.1f} GB read and written", f"{size/DISK/60:.2f} min", f"{LIMITS[limit]/60:g} min", size/DISK <= LIMITS[limit])
 
-# %% ../../nbs/03g_plan.ipynb #c018
+# %% ../../nbs/03g_plan.ipynb #c019
+def walk_operations(
+    config, # of the model
+    matrices: dict[str, tuple[int, int]], # of all layers: name -> (outputs, inputs)
+    groups: int, # of matrices in a layer that read one input
+    tokens: float, # of all calibration windows
+    fitted: float = 0. # tokens that a fit trains on, over all its steps
+) -> float: # floating-point operations
+    "Operations of a SeqMean merge, matrix products only."
+    n = parameter_count(config) - config.vocab_size*config.hidden_size*(1 if config.tie_word_embeddings else 2)
+    return tokens*(4*n*(groups + 1) + sum(4*o*i + 2*i*i for o, i in matrices.values())) + 6*n*fitted
+
+def walk_rows(config, settings: Settings, domains: int, row):
+    "Time of a SeqMean merge on each GPU."
+    s, m = settings.dem.merge, meta_model(config); sets = domains + (len(settings.evaluation.general_domains) if s.anchor else 0); windows = sets*s.calibration_windows
+    shapes = {k: tuple(p.shape) for k, p in m.named_parameters() if p.ndim == 2 and any(k.endswith(f"{t}.weight") for t in settings.dem.lora.target_modules)}
+    total = walk_operations(config, shapes, len(settings.dem.lora.target_modules), windows*settings.dem.lora.seq_len, s.fit_steps*8*sets*settings.dem.lora.seq_len)
+    for name, (*_, peak) in GPUS.items():
+        row(f"seqmean over {windows} windows, {name}", f"{total/(SHARE*peak)/60:.1f} min ({total/1e12:,.0f} TFLOP in float32)", f"{LIMITS['merge']/60:g} min", total/(SHARE*peak) <= LIMITS["merge"])
+
+# %% ../../nbs/03g_plan.ipynb #c020
 def plan(
     settings: Settings, # as loaded
     store=None # a workspace, for the domains' tokens and measured speed; without one, 10 million tokens a domain
@@ -213,6 +233,7 @@ def plan(
     row("base", origin); row("parameters", f"{parameter_count(config):,}"); row("adapter parameters a domain", f"{adapter_size(meta_model(config), s)[0]:,} in {' + '.join(s.target_modules)}")
     row("tokens a domain" + ("" if known else " (assumed)"), f"{min(tokens.values()):,.0f} - {max(tokens.values()):,.0f}")
     memory_rows(config, s, row); time_rows(config, s, tokens, extra_tokens(settings.dem, tokens), share, row); disk_rows(config, settings, len(tokens), row)
-    row("assumed: speed", f"MFU {share:.1%}, measured in this workspace" if share else f"{SHARE:.0%} of the data sheet's dense 16-bit rate ({', '.join(f'{p/1e12:g}' for _, p in GPUS.values())} TFLOP/s)")
+    if settings.dem.merge.method == "seqmean": walk_rows(config, settings, len(tokens), row)
+    row("assumed: speed", f"MFU {share:.1%}, measured in this workspace" if share else f"{SHARE:.0%} of the data sheet's dense 16-bit rate ({', '.join(f'{p/1e12:g}' for _, p, _ in GPUS.values())} TFLOP/s)")
     row("assumed: disk", f"{DISK/1e6:.0f} MB/s, a gp3 volume's baseline"); row("assumed: memory", f"{RESERVE:.0%} of a GPU is usable; every layer alike; Mamba's fused kernels installed")
     return rows
