@@ -190,7 +190,7 @@ class Watch(threading.Thread):
             for p in [q for r in roots for q in (r, *r.children(recursive=True))]:
                 with contextlib.suppress(psutil.Error, OSError):
                     command, times = " ".join(p.cmdline()), p.cpu_times()
-                    role = "driver" if p.pid == self.run_.pid else "workers" if command.startswith("ray::") or "spawn_main" in command else "rest"
+                    role = "driver" if p.pid == self.run_.pid else "workers" if command.startswith(("ray::measured", "ray::IDLE")) or "spawn_main" in command else "rest"
                     peak = next((int(x.split()[1]) / 1024 for x in Path(f"/proc/{p.pid}/status").read_text().splitlines() if x.startswith("VmHWM")), None)
                     if peak: self.seen[p.pid] = role, times.user + times.system, peak  # a zombie has no memory left
     def run(self):

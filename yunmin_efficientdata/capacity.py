@@ -4,7 +4,7 @@
 
 # %% ../nbs/06h_capacity.ipynb #c004
 from __future__ import annotations
-import contextlib, json, math, os, re, shutil, tempfile, time, tracemalloc
+import json, math, re, subprocess, sys, tempfile, time, tracemalloc
 from collections import Counter
 from pathlib import Path
 import numpy as np, orjson
@@ -16,12 +16,12 @@ from .core.settings import Settings, UserError, project_root
 from .core.store import Store, open_store, source_keys
 
 # %% auto #0
-__all__ = ['NEAR', 'FOLDERS', 'CHUNK', 'SPILL', 'DOC', 'PARTITION', 'EXACT', 'TASKS', 'PER_TASK', 'COUNTED', 'PART_RAM', 'BASE',
-           'ID_BYTES', 'KINDS', 'SLICE', 'ALONE', 'PRICES', 'SCRATCH', 'GLUE', 'QUICK', 'LIMIT', 'stage_costs',
-           'read_point', 'cuts', 'features', 'fit', 'proportion', 'predict', 'growth', 'corpus', 'component_bytes',
+__all__ = ['NEAR', 'FOLDERS', 'CHUNK', 'SPILL', 'DOC', 'PARTITION', 'EXACT', 'TASKS', 'PER_TASK', 'COUNTED', 'PART_RAM',
+           'ID_BYTES', 'KINDS', 'SLICE', 'ALONE', 'PRICES', 'RATES', 'SCRATCH', 'GLUE', 'QUICK', 'LIMIT', 'MEANING',
+           'stage_costs', 'read_point', 'cuts', 'features', 'fit', 'predict', 'growth', 'corpus', 'component_bytes',
            'memory', 'driver_rates', 'requests', 'slices_of', 'stage_row', 'disk_rows', 'parse_prices', 'check_sizes',
-           'make_plan', 'moved', 'warnings', 'thin', 'run_point', 'slice_seconds', 'calibrate', 'describe', 's3_points',
-           'from_workspace', 'bundled', 'load_calibration', 'save_calibration', 'to_json', 'sample_corpus',
+           'make_plan', 'doubts', 'warnings', 'thin', 'run_point', 'slice_seconds', 'calibrate', 'describe',
+           's3_points', 'from_workspace', 'bundled', 'load_calibration', 'save_calibration', 'to_json', 'sample_corpus',
            'calibration_of', 'plan_tables']
 
 # %% ../nbs/06h_capacity.ipynb #c006
@@ -92,7 +92,7 @@ def features(
     n, size = at["documents"], at["bytes"]
     if stage == "format.tokenizer": return np.array([1.0, 0.0, math.sqrt(min(size, settings.tokenizer.sample_bytes) / 1e9)])
     if stage == "format.benchmark": n, size = min(n, settings.format.benchmark_rows), size / n * min(n, settings.format.benchmark_rows)
-    if stage == "dedup.near.query": return np.array([0.0, 0.0, at["candidates"] * size / max(1, n) / 1e9])
+    if stage == "dedup.near.query": return np.array([1.0, 0.0, at["candidates"] * size / max(1, n) / 1e9])
     return np.array([1.0, n / 1e6, 0.0 if stage in COUNTED else size / 1e9])
 
 def fit(
@@ -104,29 +104,19 @@ def fit(
     return nnls(rows * weight[:, None], values * weight)[0]
 
 # %% ../nbs/06h_capacity.ipynb #c016
-def proportion(point: dict, at: dict) -> float: # how many times a point
-    "When one point is all there is: half by documents, half by bytes."
-    return (at["documents"] / point["documents"] + at["bytes"] / point["bytes"]) / 2
-
 def predict(
     points: list[dict], # of one calibration
-    stage: str, what: str, # cpu, or a kind of request
-    at: dict, settings: Settings,
+    stage: str, at: dict, settings: Settings,
     spare: list[dict] = () # points of another calibration, whose shape helps when there are fewer than three
-) -> float: # the same unit as the points
-    "The cost of a stage for a corpus, from points."
-    def of(ps): return [p for p in ps if stage in p["stages"] and (what in p["stages"][stage] or what in p["stages"][stage]["requests"])]
-    def value(p): return p["stages"][stage].get(what, p["stages"][stage]["requests"].get(what, 0.0))
-    own, other = of(points), of(spare)
-    if not own: own, other = other, ()
-    if not own: return 0.0
-    shaped = own if len(own) >= 3 or not other else other
-    if len(shaped) < 3: return float(np.mean([value(p) * proportion(p, at) for p in own]))
-    coefficients = fit(np.array([features(stage, p, settings) for p in shaped]), np.array([value(p) for p in shaped]))
-    made = features(stage, at, settings) @ coefficients
-    if shaped is own: return float(made)
-    level = [value(p) / max(1e-9, features(stage, p, settings) @ coefficients) for p in own]
-    return float(made * np.median(level))
+) -> tuple[float, float]: # CPU seconds; share of the largest point's that a larger corpus makes grow
+    "The CPU time of a stage for a corpus, from points."
+    own, other = ([p for p in ps if stage in p["stages"]] for ps in (points, spare))
+    shape = own if len(own) >= 3 or not other else other
+    def cost(ps): return np.array([p["stages"][stage]["cpu"] for p in ps])
+    def looks(ps): return np.array([features(stage, p, settings) for p in ps])
+    rates = fit(looks(shape), cost(shape))
+    level = 1.0 if shape is own or not own else float(np.median(cost(own) / np.maximum(looks(own) @ rates, 1e-9)))
+    return float(level * features(stage, at, settings) @ rates), 1 - float(rates[0] / max(1e-9, np.max(looks(shape) @ rates)))
 
 # %% ../nbs/06h_capacity.ipynb #c018
 def growth(
@@ -157,7 +147,7 @@ def corpus(
     return made | {"clustered": clustered, "kept": kept, "survivors": survivors, "out": size * top["out"] / top["bytes"] * (survivors / kept) / (top["survivors"] / top["kept"])}
 
 # %% ../nbs/06h_capacity.ipynb #c020
-PART_RAM, BASE = 1000, 50e6  # bytes of a part's entry as Python objects; of what the driver remembers of finished tasks and their counts
+PART_RAM = 1000  # bytes of a part's entry as Python objects
 
 def component_bytes(
     nodes: int = 100_000, # documents with a duplicate
@@ -178,14 +168,17 @@ ID_BYTES = 120  # id, cluster's and keeper's name, sort keys
 
 def memory(
     points: list[dict], at: dict, cut: dict, # a corpus from `corpus`, and `cuts` of it
-    driver: tuple[float, float] = (100.0, 100.0) # bytes a clustered document, and an edge, from `driver_rates`
+    settings: Settings, driver: tuple[float, float] = (100.0, 100.0) # bytes a clustered document, and an edge, from `driver_rates`
 ) -> dict[str, float]: # bytes: worker, driver, components
     "Peak of one worker, of the driver, and what of that its components take."
-    peak = max(c["peak"] for p in points for c in p["stages"].values() if c["peak"]) * 2**20
-    components = at["clustered"] * (ID_BYTES + driver[0]) + at["edges"] * driver[1]
-    known = max(p["clustered"] * (ID_BYTES + driver[0]) + p["edges"] * driver[1] for p in points)
+    def peak(p, phase): return max((c["peak"] for s, c in p["stages"].items() if s.startswith(phase)), default=0.0) * 2**20
+    def learnt(p): return [1.0, min(p["bytes"], settings.tokenizer.sample_bytes)]
+    def joined(p): return p["clustered"] * (ID_BYTES + driver[0]) + p["edges"] * driver[1]
+    start, each = fit(np.array([learnt(p) for p in points]), np.array([peak(p, "format") for p in points]))
     parts = PART_RAM * max(0, cut["parts"] - max(p["parts"] for p in points))
-    return {"worker": peak + parts, "driver": peak + 2 * parts + max(0.0, components - known), "components": components}
+    plain = max([start, *(peak(p, "dedup") for p in points)])
+    components = joined(at) - max(joined(p) for p in points)
+    return {"worker": plain + parts, "driver": max(plain + 2 * parts + max(0.0, components), float(np.dot([start, each], learnt(at)))), "components": joined(at)}
 
 def driver_rates() -> tuple[float, float]: # bytes a node, bytes an edge
     "Two measurements of `component_bytes`, as a straight line."
@@ -220,21 +213,20 @@ ALONE = ("dedup.near.decide", "dedup.audit", "format.tokenizer", "format.benchma
 PRICES = {"vcpu_hour": 0.05, "gb_month": 0.023, "put_1000": 0.005, "get_1000": 0.0004, "days": 30.0, "request_ms": 20.0}  # assumed, not looked up: US dollars; days the data are kept; wait for a request
 
 def stage_row(
-    stage: str, calibration: dict, spare: dict, at: dict, cut: dict, settings: Settings,
-    workers: int, store: str, prices: dict
-) -> dict: # stage, CPU and wall hours, requests, dollars
+    stage: str, calibration: dict, spare: list[dict], # all rates; points of the bundled calibration
+    at: dict, cut: dict, settings: Settings, workers: int, store: str, prices: dict
+) -> dict: # stage, CPU and wall hours, share that grows, slices, requests, dollars
     "One line of the plan."
-    local = [p for p in calibration["points"] if p["store"] == "local"] or calibration["points"]
-    asked = requests(calibration["points"] + spare["points"], stage, at, cut, settings) if store == "s3" else dict.fromkeys(KINDS, 0.0)
+    points = calibration["points"]
+    asked = requests([*points, *spare], stage, at, cut, settings) if store == "s3" else dict.fromkeys(KINDS, 0.0)
     calls, slices = sum(asked.values()), cut.get(stage, 0)
-    rate = calibration.get("slice_seconds") or spare.get("slice_seconds") or 0.0
-    cpu = predict(local, stage, "cpu", at, settings, spare["points"]) + slices * rate + calls * (calibration.get("request_cpu") or spare.get("request_cpu") or 0.0) * (store == "s3")
+    cpu, grows = predict([p for p in points if p["store"] == "local"] or points, stage, at, settings, [p for p in spare if p["store"] == "local"])
     if stage == "format.benchmark": cpu *= settings.format.benchmark_repeats
+    cpu += slices * calibration["slice_seconds"] + calls * calibration["request_cpu"]
     tasks = {"dedup.near.build": cut["partitions"], "dedup.exact": cut["exact"], "dedup.near.query": cut["verify"], "dedup.prepare": cut["ranges"]}.get(stage, cut["parts"])
-    wide = 1 if stage in ALONE else min(workers, tasks)
-    wall = (cpu + calls * prices["request_ms"] / 1000) / wide
-    return {"stage": stage, "cpu_hours": cpu / 3600, "wall_hours": wall / 3600, "slices": slices, **{k: asked[k] for k in KINDS},
-            "dollars": cpu / 3600 * prices["vcpu_hour"] + (asked["PUT"] + asked["LIST"]) / 1000 * prices["put_1000"] + (asked["GET"] + asked["HEAD"]) / 1000 * prices["get_1000"]}
+    wall = (cpu + calls * prices["request_ms"] / 1000) / (1 if stage in ALONE else min(workers, tasks))
+    dollars = cpu / 3600 * prices["vcpu_hour"] + (asked["PUT"] + asked["LIST"]) / 1000 * prices["put_1000"] + (asked["GET"] + asked["HEAD"]) / 1000 * prices["get_1000"]
+    return {"stage": stage, "cpu_hours": cpu / 3600, "wall_hours": wall / 3600, "grows": grows, "slices": slices, **asked, "dollars": dollars}
 
 # %% ../nbs/06h_capacity.ipynb #c028
 def disk_rows(
@@ -271,6 +263,8 @@ def check_sizes(documents: float, size: float, workers: int, duplicates: float |
     if duplicates is not None and not 0 <= duplicates <= 1: raise UserError(f"--duplicates {duplicates:g}: a share between 0 and 1")
 
 # %% ../nbs/06h_capacity.ipynb #c030
+RATES = {"driver": (100.0, 100.0), "slice_seconds": 0.0, "request_cpu": 0.0}  # until they are measured
+
 def make_plan(
     documents: float, size: float, workers: int, # the corpus, and cores over all machines
     settings: Settings, calibration: dict, # from `calibrate`, `from_workspace` or `bundled`
@@ -281,25 +275,31 @@ def make_plan(
     check_sizes(documents, size, workers, duplicates)
     if store not in ("local", "s3"): raise UserError(f"--store {store}: expected local or s3")
     if not calibration["points"]: raise UserError("no rates are known: measure them with `yunmin plan --calibrate sample --out FILE` and name the file with --calibration")
-    prices, spare = prices or dict(PRICES), bundled() if calibration.get("name") != "bundled" else {"points": []}
+    known = bundled() if calibration.get("name") != "bundled" else {"points": []}
+    spare, calibration, prices = known["points"], RATES | known | calibration, prices or dict(PRICES)
     points = [p for p in calibration["points"] if p["store"] == "local"] or calibration["points"]
     at = corpus(points, documents, size, duplicates)
     cut = cuts(at["kept"], size, settings, max(p["domains"] for p in points), at["candidates"], line=max(p["line"] for p in points))
-    names = list(dict.fromkeys(s for p in points + spare["points"] for s in p["stages"] if s != "dedup.contamination" or settings.dedup.contamination.sets))
+    names = {s for p in [*points, *spare] for s in p["stages"] if s != "dedup.contamination" or settings.dedup.contamination.sets}
     rows = [stage_row(s, calibration, spare, at, cut, settings, workers, store, prices) for s in sorted(names, key=lambda s: (s.startswith("format"), s))]
-    disk, driver = disk_rows(points + (spare["points"] if not any(p["disk"].get("parquet_ready") for p in points) else []), at, cut), calibration.get("driver") or spare.get("driver") or (100.0, 100.0)
+    both = points if any("format.parquet" in p["stages"] for p in points) else [*points, *(p for p in spare if p["store"] == "local")]  # phases
+    disk = disk_rows(both, at, cut)
     kept = sum(v for k, v in disk.items() if not k.startswith("while"))
     dollars = {"stages": sum(r["dollars"] for r in rows), f"storage for {prices['days']:g} days": kept / 1e9 * prices["gb_month"] * prices["days"] / 30}
-    return {"asked": {"documents": documents, "bytes": size, "workers": workers, "store": store}, "corpus": at, "cuts": cut, "stages": rows, "memory": memory(points, at, cut, driver), "disk": disk,
-            "moved": moved(at, disk) if store == "s3" else {}, "dollars": dollars | {"total": sum(dollars.values())}, "prices": prices, "measured_on": calibration["about"], "warnings": warnings(at, cut, rows, settings, store)}
-
-def moved(at: dict, disk: dict) -> dict[str, float]: # bytes read and written
-    "What travels between machines and store, by arithmetic: text is written as spill, as part, as survivor, and read once more by each step that looks at it."
-    text, index = disk["dedup_ready"], disk["minhash_lsh"]
-    spills = sum(v for k, v in disk.items() if k.startswith("while"))
-    return {"written": text + index + spills + disk["deduped"] + disk.get("parquet_ready", 0.0), "read": at["bytes"] + spills + 3 * text + index + 3 * disk["deduped"]}
+    return {"asked": {"documents": documents, "bytes": size, "workers": workers, "store": store}, "corpus": at, "cuts": cut, "stages": rows,
+            "memory": memory(both, at, cut, settings, calibration["driver"]), "disk": disk, "dollars": dollars | {"total": sum(dollars.values())}, "prices": prices, "measured_on": calibration["about"],
+            "warnings": [*doubts(points, size, rows), *warnings(at, cut, rows, settings, store)]}
 
 # %% ../nbs/06h_capacity.ipynb #c032
+def doubts(points: list[dict], size: float, rows: list[dict]) -> list[str]:
+    "How far the plan goes beyond what was measured."
+    times = size / max(p["bytes"] for p in points)
+    if times <= 12: return []
+    flat = [r["stage"] for r in rows if r["grows"] < 0.3 and not r["slices"] and r["stage"] not in ("format.benchmark", "dedup.audit")]
+    return [f"this is {times:,.0f} times the largest run that was measured; plans were checked up to 10 times, so take it for an order of magnitude, and calibrate on as much of your own text as you can",
+            *([f"in the runs measured the growth of {', '.join(flat)} was lost beside start-up: calibrate on more text"] if flat else [])]
+
+# %% ../nbs/06h_capacity.ipynb #c033
 SCRATCH = 20e9  # default of YUNMIN_SCRATCH_BYTES
 
 def warnings(at: dict, cut: dict, rows: list[dict], settings: Settings, store: str) -> list[str]:
@@ -315,7 +315,7 @@ def warnings(at: dict, cut: dict, rows: list[dict], settings: Settings, store: s
     if alone > sum(r["wall_hours"] for r in rows) / 2: found.append(f"{alone:,.1f} h are done by one process, whatever the number of workers: {', '.join(s for s in ALONE if s in slow and slow[s]['wall_hours'] > alone / 10)}")
     return found
 
-# %% ../nbs/06h_capacity.ipynb #c034
+# %% ../nbs/06h_capacity.ipynb #c035
 GLUE = 8  # documents put together for the point of long documents
 QUICK = ("format.benchmark_repeats=1", "logging.progress=false")  # the benchmark reads a bounded number of rows so often; once is enough to know what it costs
 
@@ -337,13 +337,12 @@ def thin(
             if texts: f.write(orjson.dumps({"text": "\n".join(texts)}) + b"\n")
     return total
 
-# %% ../nbs/06h_capacity.ipynb #c035
+# %% ../nbs/06h_capacity.ipynb #c036
 def run_point(
     workspace: str, source: str, every: int, glue: int = 1, # as `thin`
     overrides: tuple = (), config: str = "configs/demo", phases: tuple = ("dedup", "format")
 ) -> dict: # a point
     "Run the phases on a thinned corpus in a process of its own, as any run is, and read the ledger."
-    import subprocess, sys
     store = open_store(workspace)
     thin(source, store, every, glue)
     for phase in phases:
@@ -360,7 +359,7 @@ def slice_seconds(store: Store, reads: int = 200) -> float: # CPU seconds
     for i in range(reads): store.read_range("slice.bin", 16 * i, 16); store.read_range("slice.bin", 64 * i, 256)
     return (time.process_time() - start) / reads
 
-# %% ../nbs/06h_capacity.ipynb #c036
+# %% ../nbs/06h_capacity.ipynb #c037
 LIMIT = 25e6  # bytes of a calibration corpus
 
 def calibrate(
@@ -386,7 +385,7 @@ def describe(points: list[dict]) -> str:
     top = max(points, key=lambda p: p["documents"])
     return f"{top['documents']:,} documents, {top['bytes'] / 1e6:.1f} MB of text, {top['clustered'] / top['documents']:.1%} with a duplicate"
 
-# %% ../nbs/06h_capacity.ipynb #c037
+# %% ../nbs/06h_capacity.ipynb #c038
 def s3_points(
     source: str, at: str, every: int, config: str, overrides: tuple, calibration: dict, say=print
 ) -> dict: # points (those before, and two on S3), request_cpu
@@ -401,14 +400,14 @@ def s3_points(
     extra = [sum(c["cpu"] - quarter["stages"][s]["cpu"] for s, c in p["stages"].items() if s in quarter["stages"]) / max(1, sum(v for c in p["stages"].values() for k, v in c["requests"].items() if k in KINDS)) for p in found]
     return {"points": calibration["points"] + found, "request_cpu": max(0.0, float(np.median(extra)))}
 
-# %% ../nbs/06h_capacity.ipynb #c039
+# %% ../nbs/06h_capacity.ipynb #c040
 def from_workspace(workspace: str) -> dict: # a calibration of one point
     "The ledger of a finished workspace. Raises `UserError`."
     point = read_point(open_store(workspace))
     return {"about": machine() | {"corpus": describe([point]) + ", a finished workspace"}, "points": [point]}
 
 def bundled() -> dict: # the calibration that comes with the project, empty when it is not there
-    "configs/capacity.json, written by `yunmin plan --calibrate sample --out configs/capacity.json`."
+    "configs/capacity.json, written by `yunmin plan --calibrate CORPUS --at s3://… --out configs/capacity.json`."
     path = project_root()/"configs"/"capacity.json"
     return load_calibration(str(path)) | {"name": "bundled"} if path.exists() else {"name": "bundled", "points": [], "about": {}}
 
@@ -422,7 +421,7 @@ def load_calibration(path: str) -> dict:
     if not ok: raise UserError(f"--calibration {path}: no calibration; make one with `yunmin plan --calibrate CORPUS --out {Path(path).name}`")
     return found
 
-# %% ../nbs/06h_capacity.ipynb #c040
+# %% ../nbs/06h_capacity.ipynb #c041
 def save_calibration(calibration: dict, path: str) -> None:
     "Write a calibration file, rounded to what was measured."
     def short(v): return float(f"{v:.5g}") if isinstance(v, float) else {k: short(x) for k, x in v.items()} if isinstance(v, dict) else [short(x) for x in v] if isinstance(v, list) else v
@@ -451,8 +450,11 @@ def calibration_of(
     store = None if asked.endswith((".jsonl", ".gz", ".zst")) else open_store(asked)
     return from_workspace(asked) if store is not None and store.exists("ledger/dedup.write.json") else calibrate(asked, **options)
 
-# %% ../nbs/06h_capacity.ipynb #c042
-def _amount(value: float, unit: str) -> str:
+# %% ../nbs/06h_capacity.ipynb #c043
+MEANING = {"vcpu_hour": "$ for a core and hour", "gb_month": "$ for a gigabyte and month", "put_1000": "$ for 1,000 PUT or LIST", "get_1000": "$ for 1,000 GET or HEAD",
+           "days": "that the data are kept", "request_ms": "milliseconds that a request waits"}
+
+def _amount(value: float, unit: str = "") -> str:
     if unit == "B":
         for name in ("B", "KB", "MB", "GB", "TB", "PB"):
             if value < 1000 or name == "PB": return f"{value:,.1f} {name}"
@@ -463,14 +465,20 @@ def plan_tables(
     plan: dict # from `make_plan`
 ) -> dict[str, list[dict]]: # title -> rows
     "A plan as tables for a terminal."
-    a = lambda v, unit="": _amount(v, unit)
-    stages = [{"stage": r["stage"], "CPU hours": a(r["cpu_hours"]), "wall hours": a(r["wall_hours"]), "slices": f"{r['slices']:.1e}" if r["slices"] else "", **({k: a(r[k]) for k in ("GET", "HEAD", "PUT", "LIST")} if plan["asked"]["store"] == "s3" else {}), "$": a(r["dollars"])} for r in plan["stages"]]
-    sums = [{"stage": f"all of {phase}", **{k: a(sum(r[f] for r in plan["stages"] if r["stage"].startswith(phase))) for k, f in (("CPU hours", "cpu_hours"), ("wall hours", "wall_hours"))}, "slices": "", **({k: a(sum(r[k] for r in plan["stages"] if r["stage"].startswith(phase))) for k in ("GET", "HEAD", "PUT", "LIST")} if plan["asked"]["store"] == "s3" else {}),
-             "$": a(sum(r["dollars"] for r in plan["stages"] if r["stage"].startswith(phase)))} for phase in ("dedup", "format")]
+    a, s3 = _amount, plan["asked"]["store"] == "s3"
+    def row(name, rows):
+        def total(key): return a(sum(r[key] for r in rows))
+        pieces = sum(r["slices"] for r in rows)
+        return {"stage": name, "CPU hours": total("cpu_hours"), "wall hours": total("wall_hours"), "slices": f"{pieces:.1e}" if pieces else "",
+                **({k: total(k) for k in KINDS} if s3 else {}), "$": total("dollars")}
+    stages = [row(r["stage"], [r]) for r in plan["stages"]]
+    sums = [row(f"all of {phase or 'it'}", [r for r in plan["stages"] if r["stage"].startswith(phase)]) for phase in ("dedup", "format", "")]
     m, c, d = plan["memory"], plan["cuts"], plan["corpus"]
-    more = [{"what": "a worker's memory, at most", "amount": a(m["worker"], "B"), "from": "measured peak, and the list of parts"}, {"what": "the driver's memory", "amount": a(m["driver"], "B"), "from": f"of it components {a(m['components'], 'B')}, for documents with a duplicate and verified edges"},
-            *({"what": f"disk: {k}", "amount": a(v, "B"), "from": "arithmetic" if k.startswith("while") else "measured rate"} for k, v in plan["disk"].items()),
-            *({"what": f"bytes {k}", "amount": a(v, "B"), "from": "arithmetic"} for k, v in plan["moved"].items()),
-            {"what": "documents with a duplicate", "amount": a(d["clustered"]), "from": f"{d['clustered'] / d['documents']:.1%}, the share measured and how it grew; --duplicates when it is known"},
-            {"what": "parts, band partitions", "amount": f"{c['parts']:,}, {c['partitions']:,}", "from": "counted from the settings"}, *({"what": f"cost: {k}", "amount": f"$ {a(v)}", "from": "assumed prices"} for k, v in plan["dollars"].items())]
-    return {"phases 1 and 2 by stage": stages + sums, "what else it takes": more, "assumed (--price KEY=VALUE), not today's prices": [{"key": k, "value": v} for k, v in plan["prices"].items()]}
+    more = [("memory of a worker, at most", a(m["worker"], "B"), "measured peak, and the list of parts"),
+            ("memory of the driver", a(m["driver"], "B"), f"measured: learning the tokenizer, or components ({a(m['components'], 'B')}, for documents with a duplicate and verified edges)"),
+            *((f"disk: {k}", a(v, "B"), "arithmetic" if k.startswith("while") else "measured rate") for k, v in plan["disk"].items()),
+            ("documents with a duplicate", a(d["clustered"]), f"{d['clustered'] / d['documents']:.1%}, the share measured and how it grew; --duplicates when it is known"),
+            ("parts, band partitions", f"{c['parts']:,}, {c['partitions']:,}", "counted from the settings"),
+            *((f"cost: {k}", f"$ {a(v)}", "assumed prices") for k, v in plan["dollars"].items())]
+    return {"phases 1 and 2 by stage": stages + sums, "what else it takes": [dict(zip(("what", "amount", "from"), x)) for x in more],
+            "assumed (--price KEY=VALUE), not today's prices": [{"key": k, "value": v, "meaning": MEANING[k]} for k, v in plan["prices"].items()]}
