@@ -90,7 +90,7 @@ def features(
 ) -> np.ndarray: # constant, documents, bytes, on the scale that matters to the stage
     "What the cost of a stage follows."
     n, size = at["documents"], at["bytes"]
-    if stage == "format.tokenizer": return np.array([1.0, 0.0, math.sqrt(min(size, settings.tokenizer.sample_bytes) / 1e9)])
+    if stage == "format.tokenizer": return np.array([1.0, 0.0, min(size, settings.tokenizer.sample_bytes) / 1e9])
     if stage == "format.benchmark": n, size = min(n, settings.format.benchmark_rows), size / n * min(n, settings.format.benchmark_rows)
     if stage == "dedup.near.query": return np.array([1.0, 0.0, at["candidates"] * size / max(1, n) / 1e9])
     return np.array([1.0, n / 1e6, 0.0 if stage in COUNTED else size / 1e9])
@@ -144,7 +144,9 @@ def corpus(
     gone = (top["kept"] - top["survivors"]) / max(1, top["clustered"])  # of the clustered, how many go
     kept = documents * top["kept"] / top["documents"]
     survivors = max(0.0, kept - gone * clustered)
-    return made | {"clustered": clustered, "kept": kept, "survivors": survivors, "out": size * top["out"] / top["bytes"] * (survivors / kept) / (top["survivors"] / top["kept"])}
+    made |= {"clustered": clustered, "kept": kept, "survivors": survivors}
+    def written(p): return [p["survivors"], p["bytes"] * p["survivors"] / max(1, p["kept"])]  # a line has fields beside its text
+    return made | {"out": float(fit(np.array([written(p) for p in points]), np.array([float(p["out"]) for p in points])) @ written(made))}
 
 # %% ../nbs/06h_capacity.ipynb #c020
 PART_RAM = 1000  # bytes of a part's entry as Python objects
@@ -172,7 +174,7 @@ def memory(
 ) -> dict[str, float]: # bytes: worker, driver, components
     "Peak of one worker, of the driver, and what of that its components take."
     def peak(p, phase): return max((c["peak"] for s, c in p["stages"].items() if s.startswith(phase)), default=0.0) * 2**20
-    def learnt(p): return [1.0, min(p["bytes"], settings.tokenizer.sample_bytes)]
+    def learnt(p): return [1.0, math.sqrt(min(p["bytes"], settings.tokenizer.sample_bytes))]
     def joined(p): return p["clustered"] * (ID_BYTES + driver[0]) + p["edges"] * driver[1]
     start, each = fit(np.array([learnt(p) for p in points]), np.array([peak(p, "format") for p in points]))
     parts = PART_RAM * max(0, cut["parts"] - max(p["parts"] for p in points))
@@ -308,7 +310,7 @@ def warnings(at: dict, cut: dict, rows: list[dict], settings: Settings, store: s
     slices = sum(v for k, v in cut.items() if k.startswith("dedup."))
     if slices > 1e8:
         best = int(2 ** round(math.log2(min(1 << 30, settings.dedup.part_bytes * math.sqrt(slices / 1e7)))))
-        if best > settings.dedup.part_bytes: found.append(f"{slices:.1e} slices are read between tasks, which grows with the square of the corpus: --set dedup.part_bytes={best} makes them {settings.dedup.part_bytes / best:.3f} as many, and a worker needs about {3 * best / 1e9:.1f} GB more")
+        if best > settings.dedup.part_bytes: found.append(f"{slices:.1e} slices are read between tasks, which grows with the square of the corpus: --set dedup.part_bytes={best} makes them 1/{best / settings.dedup.part_bytes:.0f} as many, and a worker needs about {3 * best / 1e9:.1f} GB more")
     if store == "s3" and index > SCRATCH: found.append(f"every machine fetches the index of all spills, about {index / 1e9:,.0f} GB: set YUNMIN_SCRATCH_BYTES above that, or it is fetched again and again")
     if at["kept"] * 16 / PARTITION > 65536 and not settings.dedup.partitions: found.append(f"band partitions stop at 65,536, so each holds {at['kept'] * 16 / 65536:,.0f} keys: about {at['kept'] * 16 / 65536 * 24 / 1e6:,.0f} MB a join")
     alone = sum(r["wall_hours"] for r in rows if r["stage"] in ALONE)
@@ -470,7 +472,7 @@ def plan_tables(
         def total(key): return a(sum(r[key] for r in rows))
         pieces = sum(r["slices"] for r in rows)
         return {"stage": name, "CPU hours": total("cpu_hours"), "wall hours": total("wall_hours"), "slices": f"{pieces:.1e}" if pieces else "",
-                **({k: total(k) for k in KINDS} if s3 else {}), "$": total("dollars")}
+                **({k: f"{sum(r[k] for r in rows):,.0f}" for k in KINDS} if s3 else {}), "$": total("dollars")}
     stages = [row(r["stage"], [r]) for r in plan["stages"]]
     sums = [row(f"all of {phase or 'it'}", [r for r in plan["stages"] if r["stage"].startswith(phase)]) for phase in ("dedup", "format", "")]
     m, c, d = plan["memory"], plan["cuts"], plan["corpus"]

@@ -150,7 +150,7 @@ def profile(target: Annotated[Optional[str], typer.Argument(metavar="WS|FILE.par
 @app.command()
 def plan(documents: Annotated[Optional[float], typer.Option(help="Documents of the corpus, e.g. 1e9.")] = None, bytes: Annotated[Optional[float], typer.Option(help="Bytes of text, uncompressed, e.g. 5e12.")] = None,
          workers: Annotated[int, typer.Option(min=1, help="Cores, over all machines.")] = 64,
-         store: Annotated[str, typer.Option(help="Where the workspace lies: local (disks) or s3 (requests are planned too).")] = "local",
+         store: Annotated[str, typer.Option(help="Where the workspace lies: s3, or local (disks, no requests).")] = "s3",
          calibrate: Annotated[Optional[str], typer.Option(metavar="CORPUS|WS|sample", help="Measure first: three small runs on this machine with a folder of JSONL (or the sample corpus), or read the ledger of a finished workspace.")] = None,
          at: Annotated[Optional[str], typer.Option(metavar="s3://…", help="With --calibrate: two more runs there, so that requests are measured; removed afterwards.")] = None,
          calibration: Annotated[Optional[str], typer.Option(metavar="FILE", help="Rates measured before, here or elsewhere; default: configs/capacity.json.")] = None,
@@ -162,7 +162,7 @@ def plan(documents: Annotated[Optional[float], typer.Option(help="Documents of t
 
     Rates are measured (by --calibrate, on your text and machine), pieces are counted from the settings, prices are assumed; every row says which. How each number comes about: nbs/06h_capacity.ipynb. Training: yunmin dem WS --plan.
 
-    For example: yunmin plan --calibrate /data/crawl --out mine.json, then yunmin plan --documents 1e9 --bytes 5e12 --calibration mine.json --store s3 --set dedup.part_bytes=536870912"""
+    For example: yunmin plan --calibrate /data/crawl --out mine.json, then yunmin plan --documents 1e9 --bytes 5e12 --calibration mine.json --set dedup.part_bytes=536870912"""
     from yunmin_efficientdata import capacity as c
     from yunmin_efficientdata.core.settings import load_settings
     say = lambda text: print(text, file=sys.stderr)
