@@ -19,11 +19,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def publish(workspace, target=ROOT/"reports"):
-    "Replace `target` by the report of `workspace`."
+    "Replace the report in `target` by that of `workspace`; what other programs keep there stays."
     store = open_store(workspace)
     report = store.read_text("reports/report.md")
-    shutil.rmtree(target, ignore_errors=True)
-    (target/"figures").mkdir(parents=True); (target/"runs").mkdir()
+    for part in ("figures", "runs"): shutil.rmtree(target/part, ignore_errors=True); (target/part).mkdir(parents=True)
     (target/"report.md").write_text(report, encoding="utf-8")
     (target/"executive.csv").write_text(store.read_text("results/executive.csv"), encoding="utf-8")
     for name in sorted(set(re.findall(r"\]\(figures/((?:en/)?[\w.-]+)\)", report))):

@@ -28,11 +28,11 @@ from ..dem.weights import Mixture, best, frozen_head_loss, mean, search_weights
 from ..format.loader import TokenPages
 
 # %% auto #0
-__all__ = ['ARMS', 'CONTROLS', 'QUICK', 'GENERAL', 'FITS', 'study_workspace', 'Text', 'Lesson', 'adapted', 'put', 'learn',
-           'pretrain_base', 'Arm', 'arm_steps', 'Cost', 'counted', 'losses_on', 'Study', 'read_results', 'kept',
-           'train_mixed', 'train_arm', 'write_vectors', 'merge_by', 'run_arm', 'run_seed', 'claimed', 'measures',
-           'study_table', 'domain_tables', 'chosen', 'study_goals', 'plot_study', 'read_study', 'study_tables',
-           'bench_dem']
+__all__ = ['ARMS', 'CONTROLS', 'QUICK', 'GENERAL', 'FITS', 'MARKERS', 'study_workspace', 'Text', 'Lesson', 'adapted', 'put',
+           'learn', 'pretrain_base', 'Arm', 'arm_steps', 'Cost', 'counted', 'losses_on', 'Study', 'read_results',
+           'kept', 'train_mixed', 'train_arm', 'write_vectors', 'merge_by', 'run_arm', 'run_seed', 'claimed',
+           'measures', 'study_table', 'domain_tables', 'chosen', 'study_goals', 'plot_study', 'read_study',
+           'study_tables', 'bench_dem']
 
 # %% ../../nbs/06g_bench_dem.ipynb #c006
 def study_workspace(
@@ -351,16 +351,22 @@ def study_goals(table: pd.DataFrame) -> pd.DataFrame: # goal, wanted, got, resul
     return pd.DataFrame(rows).drop_duplicates().reset_index(drop=True)
 
 # %% ../../nbs/06g_bench_dem.ipynb #c025
+MARKERS = {"uniform": "o", "searched": "^", "by tensor": "v", "ties": "<", "dare": ">", "regmean": "s", "seqmean": "p", "seqmean+": "D", "fit": "P", "long fit": "X", "anchored fit": "*"}
+
 def plot_study(table: pd.DataFrame): # matplotlib figure
-    "Share against forgetting, with the spread over seeds as bars."
+    "Share against forgetting, with the spread over seeds as bars: colours for adapters, shapes for merges, names for mixed runs."
     import matplotlib.pyplot as plt
+    from matplotlib.lines import Line2D
     from yunmin_efficientdata.core.figures import korean_style
-    korean_style(); fig, ax = plt.subplots(figsize=(8, 5)); colours = {"own": "tab:gray", "half": "tab:blue", "seeded": "tab:red", "seeded,": "tab:orange", "mixed": "tab:green"}
-    t = table[table.share.notna() & (table.name != "routing")]
-    for n, r in enumerate(t.itertuples()):
-        c = colours.get(r.name.replace(":", "").split()[0], "black"); ax.errorbar(r.share, r.general_percent, xerr=r.share_spread/2, yerr=r.general_spread/2, fmt="o", ms=5, color=c, lw=.8)
-        ax.annotate(r.name, (r.share, r.general_percent), xytext=(4, 5 if n % 2 else -10), textcoords="offset points", fontsize=7, color=c)
-    ax.axvline(1, color="gray", lw=.8, ls="--"); ax.set(title="혼합 학습 이득의 몫과 일반 글의 손실 (막대: 시드 사이의 폭)", xlabel="혼합 학습 이득의 몫", ylabel="일반 글 퍼플렉서티 변화 (%)"); ax.margins(.1); fig.tight_layout()
+    palette = korean_style(); fig, ax = plt.subplots(figsize=(10, 5.5)); arms = list(dict.fromkeys(n.split(":")[0] for n in table.name if ": " in n)); t = table[table.share.notna() & (table.name != "routing")]
+    for r in t.itertuples():
+        arm, _, method = r.name.partition(": "); c = palette[arms.index(arm)] if method else "black"
+        ax.errorbar(r.share, r.general_percent, xerr=r.share_spread/2, yerr=r.general_spread/2, fmt=MARKERS.get(method, "."), ms=8, color=c, lw=.8)
+        if not method: ax.annotate(r.name.removesuffix(" steps"), (r.share, r.general_percent), xytext=(4, 9), textcoords="offset points", fontsize=8)
+    dot = lambda label, marker, c: Line2D([], [], ls="", marker=marker, color=c, label=label)
+    colours = ax.legend(handles=[dot(a, "o", palette[i]) for i, a in enumerate(arms)], title="어댑터", loc="upper left", bbox_to_anchor=(1.01, 1.), frameon=False, fontsize=9); ax.add_artist(colours)
+    ax.legend(handles=[dot(m, k, "gray") for m, k in MARKERS.items() if t.name.str.endswith(f": {m}").any()], title="병합", loc="lower left", bbox_to_anchor=(1.01, 0.), frameon=False, fontsize=9)
+    ax.axvline(1, color="gray", lw=.8, ls="--"); ax.set(title="혼합 학습 이득의 몫과 일반 글의 손실 (막대: 시드 사이의 폭)", xlabel="혼합 학습 이득의 몫", ylabel="일반 글 퍼플렉서티 변화 (%)"); ax.margins(.1); fig.tight_layout(); fig.subplots_adjust(right=.79)
     return fig
 
 # %% ../../nbs/06g_bench_dem.ipynb #c026
