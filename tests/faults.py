@@ -2,7 +2,7 @@
 
 A parent imports everything once; each trial is a fork of it, so that it costs only its own work.
 """
-import contextlib, errno, gzip, hashlib, importlib, io, json, os, shutil, signal, sys, tempfile, time, zlib
+import contextlib, errno, gzip, hashlib, importlib, io, json, os, re, shutil, signal, sys, tempfile, time, zlib
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -45,6 +45,10 @@ def digests(ws) -> dict[str, str]:
     return {k: hashlib.sha256(store.read(k)).hexdigest() for k in keys}
 
 
+def unlike(found: dict, wanted: dict) -> list[str]: # keys whose digests differ
+    return sorted(k for k in {*found, *wanted} if found.get(k) != wanted.get(k))
+
+
 def account(ws) -> str:
     "`read = kept + filtered + quarantined`, and `kept = exact + near + survivors`, as text; raises AssertionError when a sum is wrong."
     store = store_of(ws)
@@ -73,6 +77,9 @@ class Outcome(NamedTuple):
     cpu: float = 0.  # seconds
     def said(self) -> str:  # what the user saw last
         return (self.err.strip() or self.out.strip()).rpartition("\n")[2]
+    def row(self, fault: str, **more) -> dict:  # of the table
+        broken = "Traceback" in self.out + self.err
+        return {"fault": fault, "code": self.code, "said": (self.out + self.err)[-1200:] if broken else self.said() if self.code else "", "refused": self.refused(), "traceback": broken, "cpu": self.cpu} | more
     def refused(self) -> bool:  # one clear line, exit 2
         return self.code == 2 and self.err.startswith("error: ") and self.err.strip().count("\n") == 0 and "Traceback" not in self.out + self.err
 
@@ -184,12 +191,20 @@ def note_points(file):
     return at
 
 
-def die_at_new(file, every: int = 1):
-    "For `Points`: die at the first point that is not in the file, after adding it; with `every`, only one in so many points counts, chosen by its name."
+def die_at_new(file, spared=frozenset()):
+    "For `Points`: die at the first point that is neither in the file nor spared, after adding it."
     seen, add = {tuple(p) for p in noted(file)}, note_points(file)
     def at(stage, what):
-        if (stage, what) not in seen and zlib.crc32(f"{stage} {what}".encode()) % every == 0: add(stage, what); die()
+        if (stage, what) not in seen and (stage, what) not in spared: add(stage, what); die()
     return at
+
+
+def spared(points: list, most: int) -> set:
+    "Points that are left out when about `most` are wanted: each stage keeps one of every kind of change to every kind of file in every folder, and then whichever come first by a hash of their names."
+    def kind(p): folder, _, name = re.sub(r"main_data|web|[0-9a-f]{16}|\d+", "#", p[1]).rpartition("/"); return p[0], folder, name.partition(".")[2]
+    first = {kind(p): tuple(p) for p in reversed(points)}
+    rest = sorted({tuple(p) for p in points} - set(first.values()), key=lambda p: zlib.crc32(" ".join(p).encode()))
+    return set(rest[max(0, most - len(first)):]) if most else set()
 
 
 def die_at(stage, what):
@@ -226,9 +241,7 @@ class World:
         shutil.rmtree(ws, ignore_errors=True); shutil.copytree(self.folder/"before"/phase, ws)
         return ws
     def differs(self, phase: str, ws) -> list[str]:  # what is not as after the clean run of a phase
-        found, wanted = digests(ws), self.end[phase]
-        bad = sorted(k for k in {*found, *wanted} if found.get(k) != wanted.get(k))
-        bad += [str(p.relative_to(ws)) for p in Path(ws).rglob(".ym-tmp-*")] + store_of(ws).list("ledger/parts/")
+        bad = unlike(digests(ws), self.end[phase]) + [str(p.relative_to(ws)) for p in Path(ws).rglob(".ym-tmp-*")] + store_of(ws).list("ledger/parts/")
         with contextlib.suppress(AssertionError):
             if account(ws) == account(self.clean) or phase == "dedup" and account(ws): return bad
         return bad + ["the account"]
@@ -237,29 +250,26 @@ class World:
 def say(text): print(text, flush=True)
 
 
-def kill_everywhere(world: World, rows: list, every: int = 1, save: Callable = lambda: None) -> None: # a row for each phase
-    "One workspace walks through all phases and is killed at every point, also in the runs that resume it."
+def note(rows: list, row: dict) -> None: rows.append(row); say(json.dumps(row, ensure_ascii=False)[:600])
+
+
+def kill_everywhere(world: World, rows: list, phases=PHASES, most: int = 0, save: Callable = lambda: None) -> None: # a row for each phase
+    "One workspace walks through all phases and is killed at every point (or about `most` of each) of these, also in the runs that resume it."
     ws = world.copy(world.phases[0], "chain")
     for phase in world.phases:
         world.advance(phase)
-        file, cpu, last = world.folder/f"killed.{phase}", 0., None
+        if phase not in phases:
+            assert run(phase, ws).code == 0; continue
+        file, cpu, last, leave = world.folder/f"killed.{phase}", 0., None, spared(world.points[phase], most)
         while True:
-            last = run(phase, ws, lambda: Points(ws, die_at_new(file, every)).install()); cpu += last.cpu
+            last = run(phase, ws, lambda: Points(ws, die_at_new(file, leave)).install()); cpu += last.cpu
             if last.code != -signal.SIGKILL: break
         points = noted(file); stages = {}
         for stage, _ in points: stages[stage.removeprefix("after ")] = stages.get(stage.removeprefix("after "), 0) + 1
-        rows.append({"phase": phase, "kills": len(points), "stages": stages, "code": last.code, "said": last.said(), "differs": world.differs(phase, ws) if last.code == 0 else ["not finished"], "account": account(ws) if last.code == 0 else "", "cpu": cpu})
+        rows.append({"phase": phase, "kills": len(points), "points": len(world.points[phase]), "stages": stages, "code": last.code, "said": last.said(), "differs": world.differs(phase, ws) if last.code == 0 else ["not finished"], "account": account(ws) if last.code == 0 else "", "cpu": cpu})
         say(f"{phase}: killed {len(points)} times, {cpu:.0f} CPU s, exit {last.code}, differs {rows[-1]['differs'][:5]}, {rows[-1]['said'][:200]}")
         save()
         if last.code: break
-
-
-def kill_once(world: World, phase: str, stage: str, what: str) -> dict:
-    "A fresh workspace, killed at one point, resumed once."
-    ws = world.copy(phase, "once")
-    killed = run(phase, ws, Points(ws, die_at(stage, what)).install)
-    again = run(phase, ws)
-    return {"phase": phase, "stage": stage, "what": what, "killed": killed.code == -signal.SIGKILL, "code": again.code, "said": again.said(), "differs": world.differs(phase, ws), "account": account(ws) if again.code == 0 else ""}
 
 
 # ---------------------------------------------------------------- a bad network before a good server
@@ -405,26 +415,23 @@ class S3World:
             self.end[phase] = self.look(lambda: digests(self.ws))
         self.account = self.look(lambda: account(self.ws))
         return self
+    def differs(self, phase: str, ws: str) -> list[str]: return unlike(self.look(lambda: digests(ws)), self.end[phase])
+    def accounted(self, ws: str) -> str: return self.account if self.look(lambda: account(ws)) == self.account else ""
     def stop(self): self.proxy.stop(); self.server.stop()
 
 
-def through(world: S3World, plan: dict, phases=("dedup", "format"), name: str = "", again: bool = True) -> dict:
+def through(world: S3World, plan: dict, phases=("dedup", "format"), name: str = "") -> dict:
     "Phases through the proxy with a plan; if one is refused, it is run again without the plan."
-    ws, row = world.workspace(), {"fault": name or plan["fault"], "said": "", "refused": 0, "traceback": False, "hits": 0, "requests": 0, "differs": [], "cpu": 0.}
+    ws, shown, hits, requests, cpu, differs = world.workspace(), None, 0, 0, 0., []
     for phase in phases:
         world.fresh_scratch(); world.proxy.plan(plan)
-        done = run(phase, ws); row["cpu"] += done.cpu
-        row["hits"] += len(world.proxy.hits()); row["requests"] += len(world.proxy.log())
-        if done.code:
-            row["refused"] += 1; row["said"] = done.said(); row["traceback"] |= not done.refused()
-            if not done.refused(): row["said"] = (done.err or done.out)[-1500:]
-            world.proxy.plan(None)
-            done = run(phase, ws)
-            if done.code: row["differs"] = [f"resume: {done.said()}"]; return row
-        found = world.look(lambda: digests(ws))
-        row["differs"] += sorted(k for k in {*found, *world.end[phase]} if found.get(k) != world.end[phase].get(k))
-    row["account"] = world.look(lambda: account(ws)) == world.account
-    return row
+        done = run(phase, ws)
+        shown, cpu, hits, requests = shown if shown and shown.code else done, cpu + done.cpu, hits + len(world.proxy.hits()), requests + len(world.proxy.log())
+        world.proxy.plan(None)
+        if done.code: done = run(phase, ws)
+        if done.code: return shown.row(name, phase=", ".join(phases), hits=hits, requests=requests, cpu=cpu, differs=[f"resumed: {done.said()}"], account="")
+        differs += world.differs(phase, ws)
+    return shown.row(name, phase=", ".join(phases), hits=hits, requests=requests, cpu=cpu, differs=differs, account=world.accounted(ws))
 
 
 # ---------------------------------------------------------------- one verb of the store at a time
@@ -530,23 +537,19 @@ def jump(seconds: float, after: int = 0):
     return patch
 
 
-def trial(world: World, fault: str, phase: str, *patches, name: str = "trial", heal: Callable | None = None, workspace=None, wanted: int | None = None) -> dict:
+def trial(world: World, fault: str, phase: str, *patches, name: str = "trial", heal: Callable | None = None, workspace=None) -> dict:
     "A phase under a fault, then (after `heal`) once more without: what was said, and whether the end is that of a clean run."
     ws = workspace or world.copy(phase, name)
     done = run(phase, ws, *patches)
-    row = {"fault": fault, "phase": phase, "code": done.code, "said": done.said(), "refused": done.refused(), "traceback": "Traceback" in done.out + done.err, "cpu": done.cpu}
-    if row["traceback"]: row["said"] = (done.out + done.err)[-1200:]
     if heal: heal()
     again = run(phase, ws) if done.code else done
-    row["cpu"] += again.cpu; row["end"] = again.code
-    row["differs"] = world.differs(phase, ws) if again.code == 0 else [again.said()]
-    row["account"] = account(ws) if again.code == 0 else ""
-    return row
+    well = again.code == 0
+    return done.row(fault, phase=phase, end=again.code, differs=world.differs(phase, ws) if well else [again.said()], account=account(ws) if well else "")
 
 
 def machine(world: World, rows: list, phases=("dedup", "format")) -> None:
     "Disk, clock, second run, permissions, on local workspaces."
-    def add(*args, **kwargs): rows.append(trial(world, *args, **kwargs)); say(json.dumps(rows[-1], ensure_ascii=False)[:700])
+    def add(*args, **kwargs): note(rows, trial(world, *args, **kwargs))
     for phase in phases:
         world.advance(phase)
         total = sum(w.startswith("begin") for _, w in world.points[phase])
@@ -579,9 +582,9 @@ def two_at_once(world, rows, phase):
     from yunmin_efficientdata.core.context import workspace_lock
     ws = world.copy(phase, "two")
     with workspace_lock(store_of(ws)): second = run(phase, ws)
-    rows.append({"fault": "a second run at once", "phase": phase, "code": second.code, "said": second.said(), "refused": second.refused(), "traceback": "Traceback" in second.err, "end": 0, "differs": []}); say(json.dumps(rows[-1]))
+    note(rows, second.row("a second run at once", phase=phase, differs=[], untouched=True))
     (ws/".lock").write_text('{"pid": 1, "ho'); (ws/".lock.phase").write_text("")
-    rows.append(trial(world, "torn lock of a dead process", phase, workspace=ws)); say(json.dumps(rows[-1])[:500])
+    note(rows, trial(world, "torn lock of a dead process", phase, workspace=ws))
 
 
 # ---------------------------------------------------------------- damaged files, and a ledger that is wrong
@@ -613,7 +616,7 @@ def ledgers(world: World, rows: list, phase: str = "dedup", stage: str = "dedup.
              "every record is JSON, but no record": lambda ws: each(ws/"ledger", lambda p: p.write_text("[1]"))}
     for name, damage in cases.items():
         ws = killed("ledger"); damage(ws)
-        rows.append(trial(world, name, phase, workspace=ws)); say(json.dumps(rows[-1], ensure_ascii=False)[:600])
+        note(rows, trial(world, name, phase, workspace=ws))
 
 
 # ---------------------------------------------------------------- S3: whole phases under each fault, and a server that dies
@@ -626,12 +629,12 @@ PLANS = {"500 on the first try of every request": {"fault": "500", "each": True}
          "every try of one object is flipped": {"fault": "flip", "from": 0, "count": 10**9, "ops": ["GET object", "GET range"], "key": "minhash_lsh/index/"}}
 
 
-def s3_runs(folder, rows: list, phases=("dedup",), plans=PLANS) -> None:
+def s3_runs(folder, rows: list, phases=("dedup",), plans=PLANS, save: Callable = lambda: None) -> None:
     world = S3World(folder)
     try:
         world.finish(phases)
-        for name, plan in plans.items(): rows.append(through(world, plan, phases, name)); say(json.dumps(rows[-1], ensure_ascii=False)[:700])
-        s3_deaths(world, rows, phases[0]); s3_doors(world, rows, phases[0])
+        if len(plans) == len(PLANS): s3_doors(world, rows, phases[0]); save(); s3_deaths(world, rows, phases[0]); save()
+        for name, plan in plans.items(): note(rows, through(world, plan, phases, name)); save()
     finally: world.stop()
 
 
@@ -649,7 +652,7 @@ def s3_deaths(world: S3World, rows: list, phase: str, times: int = 3) -> None:
                 return real(self, name, params)
             BaseClient._make_api_call = call
         kills += run(phase, ws, die_in_request).code == -signal.SIGKILL
-    rows.append(s3_end(world, phase, ws, run(phase, ws), f"kill -9 of the run at a request, {kills} times")); say(json.dumps(rows[-1], ensure_ascii=False)[:500])
+    note(rows, s3_end(world, phase, ws, run(phase, ws), f"kill -9 of the run at a request, {kills} times, then resumed"))
     import threading
     ws = world.workspace(); world.proxy.plan(None)
     def later():
@@ -659,7 +662,7 @@ def s3_deaths(world: S3World, rows: list, phase: str, times: int = 3) -> None:
     pid_before = world.server.process.pid
     done = in_child_while(lambda: command(phase, ws), killer)
     world.server.again()
-    rows.append(s3_end(world, phase, ws, run(phase, ws) if done.code else done, "SeaweedFS killed in the run, started again", done)); say(json.dumps(rows[-1], ensure_ascii=False)[:500])
+    note(rows, s3_end(world, phase, ws, run(phase, ws) if done.code else done, "SeaweedFS killed in the run, started again", done))
 
 
 def in_child_while(work, thread) -> Outcome:
@@ -675,11 +678,8 @@ def in_child_while(work, thread) -> Outcome:
 
 
 def s3_end(world, phase, ws, done, name, first=None) -> dict:
-    found = world.look(lambda: digests(ws)) if done.code == 0 else {}
-    wanted = world.end[phase]
-    shown = first or done
-    return {"fault": name, "said": shown.said() if shown.code else "", "refused": int(shown.refused()), "traceback": "Traceback" in shown.out + shown.err, "differs": sorted(k for k in {*found, *wanted} if found.get(k) != wanted.get(k)),
-            "account": done.code == 0 and world.look(lambda: account(ws)) == world.account, "code": shown.code}
+    well = done.code == 0
+    return (first or done).row(name, phase=phase, differs=world.differs(phase, ws) if well else [done.said()], account=world.accounted(ws) if well else "")
 
 
 def s3_doors(world: S3World, rows: list, phase: str) -> None:
@@ -689,50 +689,47 @@ def s3_doors(world: S3World, rows: list, phase: str) -> None:
         def patch(): os.environ.update(more)
         return patch
     def door(name, address, *patches):
-        done = run(phase, address, *patches)
-        rows.append({"fault": name, "said": done.said(), "refused": int(done.refused()), "traceback": "Traceback" in done.out + done.err, "differs": [], "account": True, "code": done.code}); say(json.dumps(rows[-1], ensure_ascii=False)[:500])
+        note(rows, run(phase, address, *patches).row(name, phase=phase, differs=[], untouched=True))
     door("wrong secret", ws, env(AWS_SECRET_ACCESS_KEY="wrong")); door("wrong key", ws, env(AWS_ACCESS_KEY_ID="wrong"))
     door("no such bucket", "s3://nothing-here/ws"); door("no such host", ws, env(AWS_ENDPOINT_URL="http://no-such-host.invalid:9")); door("nobody listens", ws, env(AWS_ENDPOINT_URL="http://127.0.0.1:9"))
     world.proxy.plan({"fault": "skew", "from": 0, "count": 10**9}); door("a clock that the server refuses", ws); world.proxy.plan({"fault": "ExpiredToken", "from": 0, "count": 10**9}); door("expired credentials from the start", ws); world.proxy.plan(None)
-    holder = os.getpid()
-    from yunmin_efficientdata.core.context import _Lease
-    lease = in_child(lambda: (_Lease(store_of(ws)).acquire(), setattr(sys.modules["yunmin_efficientdata.core.context"], "_x", 0)))  # a dead process left it
-    assert lease.code == 0, lease.err
     world.client.put_object(Bucket="faults", Key=ws.split("/", 3)[3] + "/.lock", Body=json.dumps({"pid": 1, "host": "elsewhere", "token": "t", "boot": "other", "since": "now"}).encode())
     door("a second run at once, from another machine", ws)
     for days in (1, -1): door(f"the same with this machine's clock {days:+d} day", ws, jump(86400 * days))
 
 
 # ---------------------------------------------------------------- the table
-def cell(text) -> str: # for a Markdown table; paths of the trial are nobody's business
-    import re
-    text = re.sub(r"/(?:dev/shm|tmp)/faults-[^/ ]*/\S*?(?=[:/ ]|$)", "WS", re.sub(r"\x1b\[[0-9;]*m", "", str(text)))
-    return " ".join(re.sub(r"WS(?:/(?:clean|chain|trial|once|two|ledger|foreign|jumped|ws|disk))+", "WS", text).replace("|", "\\|").split())[:260]
+def anonymous(text) -> str: # no paths of the trial, no ports
+    text = re.sub(r"\S*/faults-[^/ \"]*(?:/(?!(?:raw|dedup_ready|minhash_lsh|deduped|parquet_ready|tokenizer|models|checkpoints|results|reports|ledger)\b)[^/ :\"]+)*", "WS", re.sub(r"\x1b\[[0-9;]*m", "", str(text)))
+    return re.sub(r"127\.0\.0\.1:\d{4,}", "127.0.0.1:PORT", text)
+
+
+def cell(text) -> str: # of a Markdown table
+    return " ".join(anonymous(text).replace("|", "\\|").split())[:260]
 
 
 def ending(row: dict) -> str:
-    if row.get("traceback"): return "**traceback**"
-    if row.get("end") == "not run" or "code" in row and row["code"] in (0, None): return "went on by itself"
-    return "refused with one line, exit 2" if row.get("refused") else f"exit {row.get('code')}"
+    if row["traceback"]: return "**traceback**"
+    if row["code"] == 0: return "went on by itself"
+    return "refused with one line, exit 2" if row["refused"] else f"**exit {row['code']}**"
 
 
 def table(found: dict) -> str:
     "reports/faults.md from what the trials found."
     lines = ["# Faults injected", "", "Written by `scripts/run_faults.sh` from what its trials found; nothing here was typed by hand. Digests are SHA-256 of every data file, compared with a run in which nothing went wrong.", ""]
     if found.get("chain"):
-        lines += ["## kill -9 at every checkpoint", "", "Before each file that is begun, published or deleted, the process is killed, also in the runs that resume; then one more run goes to the end.", "",
-                  "| phase | kills | stages killed in | last run | data files after it | account |", "|---|---|---|---|---|---|"]
-        lines += [f"| {r['phase']} | {r['kills']} | {len(r['stages'])} | {'exit 0' if not r['code'] else cell(r['said'])} | {'identical' if not r['differs'] else 'differ: ' + cell(', '.join(r['differs'][:5]))} | {cell(r.get('account', ''))} |" for r in found["chain"]]
-        lines += [f"| all | {sum(r['kills'] for r in found['chain'])} | {sum(len(r['stages']) for r in found['chain'])} | | | |", ""]
+        lines += ["## kill -9 at every checkpoint", "", "Before each file that is begun, published or deleted, the process is killed, also in the runs that resume; then one more run goes to the end.",
+                  "Points are counted in a run in which nothing went wrong; resumed runs skip some of them. Where not all were tried: one of each kind of change, folder and kind of file in each stage, the rest chosen by a hash of their names.", "",
+                  "| phase | killed at | of points | stages killed in | last run | data files after it | account |", "|---|---|---|---|---|---|---|"]
+        lines += [f"| {r['phase']} | {r['kills']} | {r['points']} | {len(r['stages'])} | {'exit 0' if not r['code'] else cell(r['said'])} | {'identical' if not r['differs'] else 'differ: ' + cell(', '.join(r['differs'][:5]))} | {cell(r.get('account', ''))} |" for r in found["chain"]]
+        lines += [f"| all | {sum(r['kills'] for r in found['chain'])} | {sum(r['points'] for r in found['chain'])} | {sum(len(r['stages']) for r in found['chain'])} | | | |", ""]
     for key, title in (("ledgers", "A ledger that disagrees with the files"), ("machine", "Disk, clock, a second run, permissions"), ("s3", "S3 through a proxy before SeaweedFS")):
         if not found.get(key): continue
-        lines += [f"## {title}", "", "| fault | what the user saw | how the run ended | data files, resumed where refused | counts add up |", "|---|---|---|---|---|"]
+        lines += [f"## {title}", "", "| fault | what the user saw | how the run ended | data files, resumed where refused | account after it |", "|---|---|---|---|---|"]
         for r in found[key]:
-            name = f"{r['fault']} ({r['phase']})" if "phase" in r else r["fault"] + (f" ({r['hits']:,} of {r['requests']:,} requests)" if "requests" in r else "")
-            end = ending(r) if key != "s3" or "code" in r else "**traceback**" if r["traceback"] else "refused with one line, exit 2" if r["refused"] else "went on by itself"
-            same = "identical" if not r["differs"] else "differ: " + cell(", ".join(r["differs"][:4]))
-            if "end" in r and r["end"] == 0 and r["fault"].startswith("a second run") or "requests" not in r and key == "s3" and r.get("code") and not r["differs"] and "kill" not in r["fault"].lower(): same = "untouched"
-            lines.append(f"| {cell(name)} | {cell(r['said']) if r.get('code') or r.get('refused') or r.get('traceback') else 'the usual lines'} | {end} | {same} | {'yes' if r.get('account', True) else '**no**'} |")
+            name = f"{r['fault']} ({r['phase']}" + (f"; {r['hits']:,} of {r['requests']:,} requests)" if "requests" in r else ")")
+            same = "differ: " + cell(", ".join(r["differs"][:4])) if r["differs"] else "untouched" if r.get("untouched") else "identical"
+            lines.append(f"| {cell(name)} | {cell(r['said']) if r['code'] else 'the usual lines'} | {ending(r)} | {same} | {'-' if r.get('untouched') else cell(r['account']) or '**no**'} |")
         lines.append("")
     if found.get("verbs"):
         verbs_, faults_ = list(dict.fromkeys(r["verb"] for r in found["verbs"])), list(dict.fromkeys(r["fault"] for r in found["verbs"]))
@@ -743,26 +740,24 @@ def table(found: dict) -> str:
 
 
 def write_table(found_file: str, new_file: str) -> None:
-    "Join new trials to those of earlier runs, kept in a JSON file beside the table."
+    "Join new trials to those of earlier runs, kept in a JSON file beside the table; a trial that was made again takes its old place."
     found = json.loads(Path(found_file).read_text(encoding="utf-8")) if Path(found_file).exists() else {}
-    found |= json.loads(Path(new_file).read_text(encoding="utf-8"))
+    for group, rows in json.loads(Path(new_file).read_text(encoding="utf-8")).items():
+        name = lambda r: tuple(r.get(k) for k in ("verb", "phase", "fault"))
+        new = {name(r): r for r in rows}
+        found[group] = [new.pop(name(r), r) for r in found.get(group, [])] + list(new.values())
     text = json.dumps(found, ensure_ascii=False, indent=1)
-    Path(found_file).write_text("\n".join(cell_paths(l) for l in text.splitlines()) + "\n", encoding="utf-8")
+    Path(found_file).write_text("\n".join(map(anonymous, text.splitlines())) + "\n", encoding="utf-8")
     Path(found_file).with_suffix(".md").write_text(table(found), encoding="utf-8")
-
-
-def cell_paths(line: str) -> str:
-    import re
-    return re.sub(r"/(?:dev/shm|tmp)/faults-[^/ \"]*/w?", "WS", line)
 
 
 def main(argv=None):
     "Run trials and write what came of them as JSON."
     import argparse
     ap = argparse.ArgumentParser(description=main.__doc__)
-    ap.add_argument("what", help="some of chain, once, machine, ledgers, verbs, s3; or table"); ap.add_argument("--phases", default=",".join(PHASES)); ap.add_argument("--every", type=int, default=1)
+    ap.add_argument("what", help="some of chain, machine, ledgers, verbs, s3; or table"); ap.add_argument("--phases", default=",".join(PHASES)); ap.add_argument("--most", type=int, default=0, help="about so many kills a phase; 0: at every point")
     ap.add_argument("--found", help="with `table`: JSON of all trials so far")
-    ap.add_argument("--only", default="", help="part of the names of S3 plans or verbs"); ap.add_argument("--out")
+    ap.add_argument("--only", default="", help="names of S3 plans or verbs"); ap.add_argument("--out")
     a = ap.parse_args(argv)
     if a.what == "table": return write_table(a.found, a.out)
     wanted, phases, found = a.what.split(","), a.phases.split(","), {}
@@ -773,15 +768,15 @@ def main(argv=None):
             world = S3World(Path(folder)/"verbs")
             try: found["verbs"] = probe(world.proxy, store_of("s3://faults/p"), folder, only=a.only.split(",") if a.only else None)
             finally: world.stop(); save()
-        if {*wanted} & {"chain", "once", "machine", "ledgers"}:
-            preload(phases); world = World(Path(folder)/"w", phases)
-            if "chain" in wanted: kill_everywhere(world, found.setdefault("chain", []), a.every, save)
-            if "once" in wanted: world.advance(phases[-1]); found["once"] = [kill_once(world, p, s, w) for p in phases for s, w in world.points[p][a.every//2::a.every]]; save()
+        if {*wanted} & {"chain", "machine", "ledgers"}:
+            order = list(PHASES)[:max(map(list(PHASES).index, phases)) + 1]
+            preload(order); world = World(Path(folder)/"w", order)
+            if "chain" in wanted: kill_everywhere(world, found.setdefault("chain", []), phases, a.most, save)
             if "ledgers" in wanted: ledgers(world, found.setdefault("ledgers", [])); save()
             if "machine" in wanted: machine(world, found.setdefault("machine", []), phases); save()
         if "s3" in wanted:
             phases = [p for p in phases if p in ("dedup", "format")]
-            preload(phases); s3_runs(Path(folder)/"s3", found.setdefault("s3", []), phases, {n: p for n, p in PLANS.items() if a.only in n}); save()
+            preload(phases); s3_runs(Path(folder)/"s3", found.setdefault("s3", []), phases, {n: p for n, p in PLANS.items() if not a.only or n in a.only.split(",")}, save)
 
 
 if __name__ == "__main__": main()

@@ -467,6 +467,7 @@ def _client(
 _S3_WHY = [
     (("NoSuchBucket",), "the bucket does not exist", "create it, or check its name and AWS_ENDPOINT_URL"),
     (("InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken", "AuthorizationHeaderMalformed", "RequestTimeTooSkewed", "401"), "the credentials are refused", "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, the region and the clock"),
+    (("400",), "refused without a reason, as requests with expired credentials are", "renew AWS_SESSION_TOKEN and the keys; else see the server's log"),  # a HEAD has no body to say more
     (("AccessDenied", "403", "Forbidden", "AllAccessDisabled"), "access is denied", "check the credentials and the permissions of the bucket"),
     (("PermanentRedirect", "301", "IllegalLocationConstraintException"), "the bucket is in another region", "set AWS_DEFAULT_REGION"),
     (("SlowDown", "ServiceUnavailable", "503", "InternalError", "500"), "the server fails or is overloaded", "try again later"),
