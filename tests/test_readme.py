@@ -32,7 +32,7 @@ def test_every_yunmin_command_exists():
         entry = known[command]
         if hasattr(entry, "commands"): entry = entry.commands[rest.split()[0]]  # yunmin bench dedup
         options = {o for p in entry.params for o in p.opts}
-        for option in re.findall(r"(?<=\s)--[a-z]+", rest.split("#")[0]): assert option in options, (command, option)
+        for option in re.findall(r"(?<=\s)--[a-z]+(?:-[a-z]+)*", rest.split("#")[0]): assert option in options, (command, option)
 
 
 def test_both_languages(): assert "## 한국어 빠른 시작" in TEXT and "## Two commands" in TEXT
