@@ -90,7 +90,7 @@ def test_a_domain_with_zero_perplexity_or_nan_does_not_crash(store):
 
 def test_a_damaged_file_is_named(store):
     store.write("results/gains.json", "{broken")
-    with pytest.raises(ValueError, match="results/gains.json: damaged"): F.executive(F.Facts(store))
+    with pytest.raises(UserError, match="results/gains.json: damaged"): F.executive(F.Facts(store))
 
 
 # --- report.md

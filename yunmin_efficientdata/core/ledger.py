@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Callable
 import orjson
 from pydantic import BaseModel
-from .store import REQUESTS, Store, open_store
+from .settings import UserError
+from .store import REQUESTS, Store, check_key, open_store
 
 # %% auto #0
 __all__ = ['canonical', 'digest', 'code_digest', 'peak_rss_mb', 'Meter', 'Stage', 'Ledger', 'fingerprint']
@@ -86,11 +87,19 @@ class Meter:
                 "cpu_seconds": round(self.cpu_seconds, 3), "peak_rss_mb": round(self.peak_rss_mb, 1), **({"requests": dict(sorted(self.requests.items()))} if self.requests else {})}
 
 # %% ../../nbs/00d_ledger.ipynb #c016
+_KINDS = dict(stage=str, fingerprint=str, status=str, part=str, started=str, error=str, counts=dict, outputs=dict, outputs_asked=list, discard=list)
+
+def _sound(entry: dict) -> bool:
+    "Has each field its type, and is what names files a key: an entry may tell the next run what to remove."
+    if not all(entry[k] is None or isinstance(entry[k], kind) for k, kind in _KINDS.items() if k in entry): return False
+    try: return all(check_key(x.removesuffix("/")) for k in ("outputs_asked", "discard") for x in entry.get(k) or ())
+    except (AttributeError, UserError): return False
+
 def _entry(store: Store, key: str, fields: tuple) -> dict | None: # None: damaged or cut off, so it says nothing
     "A record of the ledger, if it has these fields."
     try: entry = orjson.loads(store.read(key))
     except orjson.JSONDecodeError: return None
-    return entry if isinstance(entry, dict) and all(f in entry for f in fields) else None
+    return entry if isinstance(entry, dict) and all(entry.get(f) is not None or f == "info" and f in entry for f in fields) and _sound(entry) else None
 
 class Stage:
     "A stage that is being run: which parts a killed run already finished, and where to record the next."

@@ -85,11 +85,13 @@ def parse_line(
     except orjson.JSONDecodeError: return None, _diagnose(line)
     if type(record) is not dict: return None, "not_an_object"
     if line.count(b"[") + line.count(b"{") > MAX_DEPTH and _depth(record) > MAX_DEPTH: return None, "too_deep"
-    if line.count(b'"text"') > 1 and _text_twice(line): return None, "text_twice"
+    if (line.count(b'"text"') > 1 or b"\\u00" in line and _SPELLED.search(line)) and _text_twice(line): return None, "text_twice"
     if type(record.get("id")) is float: record["id"] = json.loads(line, parse_int=_integer)["id"]  # orjson reads integers over 64 bits as floats
     return record, ""
 
 def _integer(digits: str): return int(digits) if len(digits) < 4000 else digits  # Python refuses longer ones
+
+_SPELLED = re.compile(rb"\\u00(?:65|74|78)")  # a letter of `text` as an escape: the key may hide
 
 def _text_twice(line: bytes) -> bool: # at the top
     last = json.loads(line, parse_int=str, object_pairs_hook=lambda pairs: sum(k == "text" for k, _ in pairs))

@@ -93,7 +93,7 @@ def read_ids(
             ids.append(line.decode("utf-8", "replace").rstrip("\r\n")); count += 1
             if len(ids) == READ_ROWS: yield ids; ids = []
     if ids: yield ids
-    if count != len(x := _open_npy(file)): raise _wrong(_ids_key(file.key), f"{count:,} ids for {len(x):,} rows", "write one id a line, in the order of the rows")
+    if count != len(x := _open_npy(file)): raise _wrong(_ids_key(file.key), f"{count:,} ids for {len(x):,} rows of {file.key}", "write one id a line, in the order of the rows")
 
 # %% ../../nbs/01i_semantic.ipynb #c010
 def _matrix(column: pa.Array, file: VectorFile, first: int) -> np.ndarray: # float [rows, dimensions]

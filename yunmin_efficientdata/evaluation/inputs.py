@@ -14,10 +14,10 @@ from ..core.store import Store, open_store
 from ..core.records import BadLine, parse_json, read_jsonl
 
 # %% auto #0
-__all__ = ['BASE', 'MERGED', 'TEST', 'CONTAMINATION_COLUMNS', 'toy_tokenizer', 'toy', 'quiet', 'model_folders', 'find_models',
-           'pick_device', 'load_full', 'load_adapted', 'add_factors', 'ModelSet', 'weight_bytes', 'load_tokenizer',
-           'TestDocument', 'test_domains', 'sample_documents', 'within_limits', 'general_documents', 'find_file',
-           'read_items', 'read_items_lines', 'contaminated', 'contamination_rows']
+__all__ = ['BASE', 'MERGED', 'TEST', 'FORMAT_AGAIN', 'CONTAMINATION_COLUMNS', 'toy_tokenizer', 'toy', 'quiet', 'model_folders',
+           'find_models', 'pick_device', 'load_full', 'load_adapted', 'add_factors', 'ModelSet', 'weight_bytes',
+           'load_tokenizer', 'TestDocument', 'test_domains', 'sample_documents', 'within_limits', 'general_documents',
+           'find_file', 'read_items', 'read_items_lines', 'contaminated', 'contamination_rows']
 
 # %% ../../nbs/04f_inputs.ipynb #c006
 def toy_tokenizer(
@@ -179,6 +179,8 @@ def _domain_of(key: str) -> str:
     return re.sub(r"-\d{5}-of-\d{5}$", "", key.rsplit("/", 1)[-1].removesuffix(".parquet"))
 
 # %% ../../nbs/04f_inputs.ipynb #c022
+FORMAT_AGAIN = "run `yunmin format` again"
+
 def _read_rows(path: Path, rows: np.ndarray) -> list[TestDocument]:
     "Rows of a Parquet file by their number, in ascending order."
     file, start, out = pq.ParquetFile(path), 0, []
@@ -197,13 +199,15 @@ def sample_documents(
     settings: EvaluationConfig # max_documents, max_chars, max_document_chars, seed
 ) -> list[TestDocument]: # in the order of the files
     "A seeded sample of a domain's documents, within the limits of the settings."
-    paths = [store.fetch(k) for k in keys]
-    sizes = [pq.read_metadata(p).num_rows for p in paths]
+    paths, sizes = [store.fetch(k) for k in keys], []
+    for key, path in zip(keys, paths):
+        with reading(key, FORMAT_AGAIN): sizes.append(pq.read_metadata(path).num_rows)
     drawn = np.random.default_rng(settings.seed).choice(sum(sizes), min(settings.max_documents, sum(sizes)), replace=False)
     found, offset = {}, 0
-    for path, size in zip(paths, sizes):
+    for key, path, size in zip(keys, paths, sizes):
         inside = np.sort(drawn[(drawn >= offset) & (drawn < offset + size)])
-        found.update(zip(inside.tolist(), _read_rows(path, inside - offset))); offset += size
+        with reading(key, FORMAT_AGAIN): found.update(zip(inside.tolist(), _read_rows(path, inside - offset), strict=True))
+        offset += size
     return within_limits([(int(r), found[int(r)]) for r in drawn], settings)
 
 def within_limits(

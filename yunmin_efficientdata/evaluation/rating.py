@@ -8,7 +8,7 @@ import hashlib, html, io, re
 import numpy as np, pandas as pd
 from ..core.ledger import digest
 from ..core.records import read_jsonl
-from ..core.settings import UserError, load_settings
+from ..core.settings import UserError, load_settings, reading
 from ..core.store import Store, open_store
 from .inputs import BASE, find_file
 from .perplexity import six
@@ -49,7 +49,7 @@ def read_ratings(
 ) -> pd.DataFrame: # RATING_COLUMNS; points are nan where none was given
     "Ratings as they were saved; empty when there is no file."
     if not store.exists(key): return pd.DataFrame(columns=RATING_COLUMNS)
-    text = pd.read_csv(io.BytesIO(store.read(key)), dtype=str, keep_default_na=False)
+    with reading(key, "restore the file or move it away"): text = pd.read_csv(io.BytesIO(store.read(key)), dtype=str, keep_default_na=False)
     if missing := set(RATING_COLUMNS) - set(text): raise UserError(f"{key}: column {sorted(missing)[0]!r} is missing; restore the file or move it away")
     for c in CRITERIA: text[c] = pd.to_numeric(text[c], errors="coerce")
     if not text[list(CRITERIA)].isin([1, 2, 3, 4, 5, np.nan]).all().all(): raise UserError(f"{key}: points must be 1, 2, 3, 4 or 5")

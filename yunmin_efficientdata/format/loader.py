@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa, pyarrow.fs, pyarrow.parquet as pq
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
-from ..core.settings import UserError
+from ..core.settings import UserError, reading
 from .pages import PageSet, TokenFile
 
 # %% auto #0
@@ -868,7 +868,7 @@ def _rows(self, deal: Deal, part: int, skip: int):
         number, done, _ = deal.left[i]
         f, group, _ = self.groups()[number]
         if f not in opened: opened = {f: open_parquet(self.paths[f])}
-        yield from _text_batches(opened[f], group, self.columns, self.batch_size, done + skip * self.batch_size)
+        with reading(self.paths[f], "copy it again, or make it again with `yunmin format`"): yield from _text_batches(opened[f], group, self.columns, self.batch_size, done + skip * self.batch_size)
         skip = 0
 
 def _text_batches(file, group, columns, batch_size, first):

@@ -207,7 +207,16 @@ def profile(
             return {name: run_query(db, name, sql.replace("{limit}", sample_limit(total, sample)), memory) for name, sql in queries.items() if not lacking.search(sql.split("\n", 1)[1])}
     except duckdb.OutOfMemoryException: raise UserError(f"{memory} of memory are not enough to open the Parquet files; raise --memory") from None
     except duckdb.Error as e:
-        raise UserError(f"the Parquet files cannot be profiled: {str(e).splitlines()[0]}; `yunmin format` writes the columns that this needs") from None
+        raise UserError(f"{_suspect(files)}: cannot be profiled: {str(e).splitlines()[0]}; `yunmin format` writes the columns that this needs") from None
+
+def _suspect(files: dict[str, list[str]]) -> str: # the file that does not open, else all of them
+    "DuckDB does not say which file it could not read."
+    paths = [Path(p) for found in files.values() for p in found]
+    def opens(p):
+        try:
+            with duckdb.connect() as db: return bool(db.execute("SELECT count(*) FROM parquet_metadata($1)", [str(p)]).fetchall())
+        except duckdb.Error: return False
+    return next((p.name for p in paths if not opens(p)), ", ".join(p.name for p in paths[:5]) + ", …"*(len(paths) > 5))
 
 def run_query(db: duckdb.DuckDBPyConnection, name: str, sql: str, memory: str) -> pd.DataFrame:
     "Run a query; one that does not fit in the memory limit is tried again in a single thread, which needs least."

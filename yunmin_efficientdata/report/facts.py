@@ -5,12 +5,15 @@
 # %% ../../nbs/05a_facts.ipynb #c004
 from __future__ import annotations
 import io, json, math
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Callable
 import pandas as pd
+from ..core.settings import UserError, one_line
 
 # %% auto #0
-__all__ = ['BENCHMARK', 'TEXT', 'WINDOWS', 'COSTS', 'COST_LEDGER', 'OTHER_PARTS', 'SUMMARY', 'PAIRS', 'GAINS', 'METHODS',
+__all__ = ['AGAIN', 'BENCHMARK', 'TEXT', 'WINDOWS', 'COSTS', 'COST_LEDGER', 'OTHER_PARTS', 'SUMMARY', 'PAIRS', 'GAINS', 'METHODS',
            'EXPECTATIONS', 'ASKED', 'UNITS', 'Facts', 'stages', 'seconds', 'Measured', 'data_reduction',
            'quarantine_rate', 'loading', 'loading_speed', 'loading_memory', 'window_speed', 'window_memory', 'costs',
            'domain_costs', 'cost_ledger', 'cpu_saved', 'of_merge', 'cost_one_run', 'tried_weights',
@@ -19,17 +22,29 @@ __all__ = ['BENCHMARK', 'TEXT', 'WINDOWS', 'COSTS', 'COST_LEDGER', 'OTHER_PARTS'
            'method_means', 'Expectation', 'readable_time', 'shown', 'executive']
 
 # %% ../../nbs/05a_facts.ipynb #c006
+AGAIN = "restore it, or remove it and run the phase that writes it again"
+
+def _ledger_entry(data: bytes) -> dict: # raises ValueError
+    "An entry of the ledger whose fields can be counted with."
+    entry = json.loads(data)
+    if not isinstance(entry, dict): raise ValueError("no entry of the ledger")
+    for key, kind in dict(stage=str, status=str, started=str, seconds=(int, float), cpu_seconds=(int, float), peak_rss_mb=(int, float), counts=dict).items():
+        if not isinstance(entry.get(key), (kind, type(None))) or isinstance(entry.get(key), bool): raise ValueError(f"{key} is {entry[key]!r}")
+    if entry.get("started"): datetime.fromisoformat(entry["started"])
+    return entry
+
 class Facts:
     "The recorded files of one workspace, read once; a missing file is None."
     def __init__(self, store): # a `Store`
-        self.store, self._cache = store, {}
+        self.store, self._cache, self._used = store, {}, {}
     def _load(self, key: str, parse: Callable[[bytes], Any]) -> Any:
         if key not in self._cache:
             try: self._cache[key] = parse(self.store.read(key)) if self.store.exists(key) else None
-            except (ValueError, UnicodeDecodeError) as e: raise ValueError(f"{key}: damaged: {e}") from e
+            except (ValueError, TypeError, RecursionError, OverflowError) as e: raise UserError(f"{key}: damaged: {one_line(str(e), 300)}; {AGAIN}") from e
+        self._used.pop(key, None); self._used[key] = True
         return self._cache[key]
     def json(self, key: str) -> Any: # parsed JSON
-        return self._load(key, json.loads)
+        return self._load(key, _ledger_entry if key.startswith("ledger/") else json.loads)
     def jsonl(self, key: str) -> list | None: # one object a line
         return self._load(key, lambda b: [json.loads(line) for line in b.decode().splitlines() if line.strip()])
     def csv(self, key: str) -> pd.DataFrame | None: # a table; an empty one counts as missing
@@ -37,6 +52,15 @@ class Facts:
         return table if table is not None and len(table) else None
     def keys(self, prefix: str, suffix: str = "") -> list[str]: # keys below a prefix, sorted
         return [k for k in self.store.list(prefix) if k.endswith(suffix)]
+    @contextmanager
+    def blame(self):
+        "Whatever goes wrong within is laid on the files that were read within, the last one first: a file may be whole and still hold a word where a number belongs."
+        self._used.clear()
+        try: yield
+        except (UserError, OSError): raise
+        except Exception as e:
+            read = [k for k, found in reversed(self._used.items()) if found and not k.startswith("ledger/")]
+            raise UserError(f"{', '.join(read) or self.store.uri}: one of these does not hold what this program writes there ({type(e).__name__}: {one_line(str(e), 100)}); {AGAIN}") from e
 
 # %% ../../nbs/05a_facts.ipynb #c010
 def stages(

@@ -206,7 +206,10 @@ def figure_key(name: str) -> str: return f"reports/figures/report_{name}.png"
 def draw(facts: Facts, language: str = "ko") -> list[str]: # keys of the figures that this run has
     "Draw every figure that the run has files for; figures left from an earlier run without those files are removed."
     korean_style()
-    names = drawable(facts)
+    with facts.blame(): names = drawable(facts)
     for old in (figure_key(n) for n in PLOTS if n not in names):
         if facts.store.exists(old): facts.store.delete(old)
-    return [save_figure(facts.store, PLOTS[n](facts, language), figure_key(n), english=False) for n in names]
+    drawn = []
+    for n in names:
+        with facts.blame(): drawn.append(save_figure(facts.store, PLOTS[n](facts, language), figure_key(n), english=False))
+    return drawn

@@ -39,10 +39,11 @@ def write_report(ctx: Context) -> dict: # counts of the executive table
               code=["report.facts", "report.figures", "report.history"])
     def work(stage):
         facts = Facts(store)
-        table, text = executive(facts), compose(facts, language, settings)
+        with facts.blame(): table = executive(facts)
+        text = compose(facts, language, settings)
         store.write("results/executive.csv", table.to_csv(index=False, lineterminator="\n"))
         store.write("reports/report.md", text)
-        record(facts, describe(facts, settings), text)
+        with facts.blame(): record(facts, describe(facts, settings), text)
         return {k.replace(" ", "_"): int(n) for k, n in table.met.value_counts().sort_index().items()}
     asked = settings.model_dump(mode="json", exclude={"logging", "config_dir"})
     return ctx.stage("report.write", work, settings=asked, inputs=inputs, after=["report.figures"], outputs=["reports/report.md", "results/executive.csv"], code=["report"])

@@ -331,5 +331,6 @@ def compose(
     page = Page(facts, language, settings)
     page.heading("YunMin-EfficientData 실행 보고서", "YunMin-EfficientData: report of a run", 1)
     page.add("> 이 보고서의 모든 수치는 실행이 남긴 파일에서 읽어 자동으로 썼습니다. 손으로 적은 숫자는 없습니다.", "> Every number here was read from the files of the run and written automatically; none was typed by hand.")
-    for section in SECTIONS: section(page)
+    for section in SECTIONS:
+        with facts.blame(): section(page)
     return page.text()
