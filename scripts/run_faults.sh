@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Inject every fault of tests/faults.py and write what came of them to reports/faults.md.
-#   scripts/run_faults.sh                 all of it: about an hour on two quiet cores
-#   scripts/run_faults.sh chain,ledgers --phases dedup,format     some of it; rows of an earlier run are kept
+#   scripts/run_faults.sh                                         all of it, killed at every point of every phase: hours on two cores
+#   scripts/run_faults.sh chain,ledgers --phases dedup,format     some of it; other rows of an earlier run are kept
+#   scripts/run_faults.sh chain --phases dem --most 60            about 60 kills, of every kind there is in every stage
 set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/setup_env.sh

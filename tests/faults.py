@@ -250,16 +250,17 @@ class World:
 def say(text): print(text, flush=True)
 
 
-def note(rows: list, row: dict) -> None: rows.append(row); say(json.dumps(row, ensure_ascii=False)[:600])
+class Rows(list):
+    "Rows of the table, told and written down as they come."
+    def __init__(self, save: Callable): self.save = save
+    def append(self, row): super().append(row); say(json.dumps(row, ensure_ascii=False)[:600]); self.save()
 
 
-def kill_everywhere(world: World, rows: list, phases=PHASES, most: int = 0, save: Callable = lambda: None) -> None: # a row for each phase
+def kill_everywhere(world: World, rows: list, phases=PHASES, most: int = 0) -> None: # a row for each phase
     "One workspace walks through all phases and is killed at every point (or about `most` of each) of these, also in the runs that resume it."
-    ws = world.copy(world.phases[0], "chain")
-    for phase in world.phases:
+    phases = list(phases); ws = world.copy(phases[0], "chain")
+    for phase in phases:
         world.advance(phase)
-        if phase not in phases:
-            assert run(phase, ws).code == 0; continue
         file, cpu, last, leave = world.folder/f"killed.{phase}", 0., None, spared(world.points[phase], most)
         while True:
             last = run(phase, ws, lambda: Points(ws, die_at_new(file, leave)).install()); cpu += last.cpu
@@ -267,8 +268,6 @@ def kill_everywhere(world: World, rows: list, phases=PHASES, most: int = 0, save
         points = noted(file); stages = {}
         for stage, _ in points: stages[stage.removeprefix("after ")] = stages.get(stage.removeprefix("after "), 0) + 1
         rows.append({"phase": phase, "kills": len(points), "points": len(world.points[phase]), "stages": stages, "code": last.code, "said": last.said(), "differs": world.differs(phase, ws) if last.code == 0 else ["not finished"], "account": account(ws) if last.code == 0 else "", "cpu": cpu})
-        say(f"{phase}: killed {len(points)} times, {cpu:.0f} CPU s, exit {last.code}, differs {rows[-1]['differs'][:5]}, {rows[-1]['said'][:200]}")
-        save()
         if last.code: break
 
 
@@ -549,7 +548,7 @@ def trial(world: World, fault: str, phase: str, *patches, name: str = "trial", h
 
 def machine(world: World, rows: list, phases=("dedup", "format")) -> None:
     "Disk, clock, second run, permissions, on local workspaces."
-    def add(*args, **kwargs): note(rows, trial(world, *args, **kwargs))
+    def add(*args, **kwargs): rows.append(trial(world, *args, **kwargs))
     for phase in phases:
         world.advance(phase)
         total = sum(w.startswith("begin") for _, w in world.points[phase])
@@ -582,9 +581,9 @@ def two_at_once(world, rows, phase):
     from yunmin_efficientdata.core.context import workspace_lock
     ws = world.copy(phase, "two")
     with workspace_lock(store_of(ws)): second = run(phase, ws)
-    note(rows, second.row("a second run at once", phase=phase, differs=[], untouched=True))
+    rows.append(second.row("a second run at once", phase=phase, differs=[], untouched=True))
     (ws/".lock").write_text('{"pid": 1, "ho'); (ws/".lock.phase").write_text("")
-    note(rows, trial(world, "torn lock of a dead process", phase, workspace=ws))
+    rows.append(trial(world, "torn lock of a dead process", phase, workspace=ws))
 
 
 # ---------------------------------------------------------------- damaged files, and a ledger that is wrong
@@ -616,7 +615,7 @@ def ledgers(world: World, rows: list, phase: str = "dedup", stage: str = "dedup.
              "every record is JSON, but no record": lambda ws: each(ws/"ledger", lambda p: p.write_text("[1]"))}
     for name, damage in cases.items():
         ws = killed("ledger"); damage(ws)
-        note(rows, trial(world, name, phase, workspace=ws))
+        rows.append(trial(world, name, phase, workspace=ws))
 
 
 # ---------------------------------------------------------------- S3: whole phases under each fault, and a server that dies
@@ -629,12 +628,12 @@ PLANS = {"500 on the first try of every request": {"fault": "500", "each": True}
          "every try of one object is flipped": {"fault": "flip", "from": 0, "count": 10**9, "ops": ["GET object", "GET range"], "key": "minhash_lsh/index/"}}
 
 
-def s3_runs(folder, rows: list, phases=("dedup",), plans=PLANS, save: Callable = lambda: None) -> None:
+def s3_runs(folder, rows: list, phases=("dedup",), plans=PLANS) -> None:
     world = S3World(folder)
     try:
         world.finish(phases)
-        if len(plans) == len(PLANS): s3_doors(world, rows, phases[0]); save(); s3_deaths(world, rows, phases[0]); save()
-        for name, plan in plans.items(): note(rows, through(world, plan, phases, name)); save()
+        if len(plans) == len(PLANS): s3_doors(world, rows, phases[0]); s3_deaths(world, rows, phases[0])
+        for name, plan in plans.items(): rows.append(through(world, plan, phases, name))
     finally: world.stop()
 
 
@@ -652,7 +651,7 @@ def s3_deaths(world: S3World, rows: list, phase: str, times: int = 3) -> None:
                 return real(self, name, params)
             BaseClient._make_api_call = call
         kills += run(phase, ws, die_in_request).code == -signal.SIGKILL
-    note(rows, s3_end(world, phase, ws, run(phase, ws), f"kill -9 of the run at a request, {kills} times, then resumed"))
+    rows.append(s3_end(world, phase, ws, run(phase, ws), f"kill -9 of the run at a request, {kills} times, then resumed"))
     import threading
     ws = world.workspace(); world.proxy.plan(None)
     def later():
@@ -662,7 +661,7 @@ def s3_deaths(world: S3World, rows: list, phase: str, times: int = 3) -> None:
     pid_before = world.server.process.pid
     done = in_child_while(lambda: command(phase, ws), killer)
     world.server.again()
-    note(rows, s3_end(world, phase, ws, run(phase, ws) if done.code else done, "SeaweedFS killed in the run, started again", done))
+    rows.append(s3_end(world, phase, ws, run(phase, ws) if done.code else done, "SeaweedFS killed in the run, started again", done))
 
 
 def in_child_while(work, thread) -> Outcome:
@@ -689,7 +688,7 @@ def s3_doors(world: S3World, rows: list, phase: str) -> None:
         def patch(): os.environ.update(more)
         return patch
     def door(name, address, *patches):
-        note(rows, run(phase, address, *patches).row(name, phase=phase, differs=[], untouched=True))
+        rows.append(run(phase, address, *patches).row(name, phase=phase, differs=[], untouched=True))
     door("wrong secret", ws, env(AWS_SECRET_ACCESS_KEY="wrong")); door("wrong key", ws, env(AWS_ACCESS_KEY_ID="wrong"))
     door("no such bucket", "s3://nothing-here/ws"); door("no such host", ws, env(AWS_ENDPOINT_URL="http://no-such-host.invalid:9")); door("nobody listens", ws, env(AWS_ENDPOINT_URL="http://127.0.0.1:9"))
     world.proxy.plan({"fault": "skew", "from": 0, "count": 10**9}); door("a clock that the server refuses", ws); world.proxy.plan({"fault": "ExpiredToken", "from": 0, "count": 10**9}); door("expired credentials from the start", ws); world.proxy.plan(None)
@@ -760,23 +759,24 @@ def main(argv=None):
     ap.add_argument("--only", default="", help="names of S3 plans or verbs"); ap.add_argument("--out")
     a = ap.parse_args(argv)
     if a.what == "table": return write_table(a.found, a.out)
-    wanted, phases, found = a.what.split(","), a.phases.split(","), {}
+    wanted, phases = a.what.split(","), a.phases.split(",")
     def save():
         if a.out: Path(a.out).write_text(json.dumps(found, ensure_ascii=False, indent=1), encoding="utf-8")
+    found = {what: Rows(save) for what in wanted}
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None, prefix="faults-") as folder:
         if "verbs" in wanted:
             world = S3World(Path(folder)/"verbs")
-            try: found["verbs"] = probe(world.proxy, store_of("s3://faults/p"), folder, only=a.only.split(",") if a.only else None)
+            try: found["verbs"] += probe(world.proxy, store_of("s3://faults/p"), folder, only=a.only.split(",") if a.only else None)
             finally: world.stop(); save()
         if {*wanted} & {"chain", "machine", "ledgers"}:
             order = list(PHASES)[:max(map(list(PHASES).index, phases)) + 1]
             preload(order); world = World(Path(folder)/"w", order)
-            if "chain" in wanted: kill_everywhere(world, found.setdefault("chain", []), phases, a.most, save)
-            if "ledgers" in wanted: ledgers(world, found.setdefault("ledgers", [])); save()
-            if "machine" in wanted: machine(world, found.setdefault("machine", []), phases); save()
+            if "chain" in wanted: kill_everywhere(world, found["chain"], phases, a.most)
+            if "ledgers" in wanted: ledgers(world, found["ledgers"])
+            if "machine" in wanted: machine(world, found["machine"], phases)
         if "s3" in wanted:
             phases = [p for p in phases if p in ("dedup", "format")]
-            preload(phases); s3_runs(Path(folder)/"s3", found.setdefault("s3", []), phases, {n: p for n, p in PLANS.items() if not a.only or n in a.only.split(",")}, save)
+            preload(phases); s3_runs(Path(folder)/"s3", found["s3"], phases, {n: p for n, p in PLANS.items() if not a.only or n in a.only.split(",")})
 
 
 if __name__ == "__main__": main()

@@ -141,8 +141,8 @@ def test_no_verb_of_the_store_takes_a_fault_for_a_result(probed, fault):
 # ---------------------------------------------------------------- whole phases
 @pytest.mark.slow
 def test_killed_everywhere(tmp_path):
-    found = trials(tmp_path, "chain")["chain"]
-    assert [r["phase"] for r in found] == list(faults.PHASES) and sum(r["kills"] for r in found) >= 500
+    found = trials(tmp_path, "chain", "--most", "60", timeout=7200)["chain"]
+    assert [r["phase"] for r in found] == list(faults.PHASES) and sum(r["kills"] for r in found) >= 250
     assert [r for r in found if r["code"] or r["differs"]] == []
 
 
