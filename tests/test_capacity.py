@@ -133,12 +133,14 @@ def test_what_travels_to_a_worker_and_back_is_small(tmp_path):
 
 FAST = ("format.benchmark_rows=100",)
 
-def compare(folder, source: str, limit: float) -> None:
-    "Calibrate on a tenth, predict the whole, run the whole."
-    rates = c.calibrate(source, limit, overrides=FAST, say=lambda text: print(text, flush=True))
-    real = c.run_point(str(folder/"whole"), source, 1, 1, FAST)
-    plan = c.make_plan(real["documents"], real["bytes"], 1, load_settings(overrides=[*FAST, "format.benchmark_repeats=1"]), rates)
+def compare(folder, source: str, limit: float, s3) -> None:
+    "Calibrate on a tenth, predict the whole, run the whole; on S3 phase 1, for its requests."
+    rates = c.calibrate(source, limit, overrides=FAST, at=f"{s3.uri}/rates", say=lambda text: print(text, flush=True))
+    real, far = c.run_point(str(folder/"whole"), source, 1, 1, FAST), c.run_point(f"{s3.uri}/whole", source, 1, 1, FAST, phases=("dedup",))
+    plan, there = (c.make_plan(real["documents"], real["bytes"], 1, load_settings(overrides=[*FAST, "format.benchmark_repeats=1"]), rates, store) for store in ("local", "s3"))
     ratios = report(plan, real)
+    got, said = (sum(r[k] for r in rows for k in c.KINDS if k in r) for rows in ([s["requests"] for s in far["stages"].values()], [r for r in there["stages"] if r["stage"] in far["stages"]]))
+    ratios["requests of dedup"] = said / got; print(f"  requests of dedup predicted {said:,.0f} measured {got:,.0f}  {said / got:.2f}")
     small = max(p["documents"] for p in rates["points"])
     print(f"from {small:,} documents to {real['documents']:,}: {real['documents'] / small:.1f} times")
     assert all(.75 <= r <= 1.25 for r in ratios.values()), ratios
@@ -157,12 +159,12 @@ def report(plan: dict, real: dict) -> dict[str, float]: # what -> predicted / me
     return ratios
 
 @pytest.mark.slow
-def test_a_tenth_of_the_sample_predicts_the_whole(tmp_path):
+def test_a_tenth_of_the_sample_predicts_the_whole(tmp_path, s3):
     write_sample(open_store(str(tmp_path)), documents=30_000)
-    compare(tmp_path, str(tmp_path/"raw"), 2.6e6)
+    compare(tmp_path, str(tmp_path/"raw"), 2.6e6, s3)
 
 @pytest.mark.slow
-def test_a_tenth_of_dev_predicts_the_whole(corpus, tmp_path):
+def test_a_tenth_of_dev_predicts_the_whole(corpus, tmp_path, s3):
     "Every tenth document of dev against all of it: cheaper than dev ten times."
     if not (corpus/"dev").is_dir(): pytest.skip(f"{corpus}/dev does not exist")
-    compare(tmp_path, str(corpus/"dev"), 23e6)
+    compare(tmp_path, str(corpus/"dev"), 23e6, s3)

@@ -17,12 +17,12 @@ from .core.store import Store, open_store, source_keys
 
 # %% auto #0
 __all__ = ['NEAR', 'FOLDERS', 'CHUNK', 'SPILL', 'DOC', 'PARTITION', 'EXACT', 'TASKS', 'PER_TASK', 'COUNTED', 'PART_RAM',
-           'ID_BYTES', 'KINDS', 'SLICE', 'ALONE', 'PRICES', 'RATES', 'SCRATCH', 'GLUE', 'QUICK', 'LIMIT', 'MEANING',
-           'stage_costs', 'read_point', 'cuts', 'features', 'fit', 'predict', 'growth', 'corpus', 'component_bytes',
-           'memory', 'driver_rates', 'requests', 'slices_of', 'stage_row', 'disk_rows', 'parse_prices', 'check_sizes',
-           'make_plan', 'doubts', 'warnings', 'thin', 'run_point', 'slice_seconds', 'calibrate', 'describe',
-           's3_points', 'from_workspace', 'bundled', 'load_calibration', 'save_calibration', 'to_json', 'sample_corpus',
-           'calibration_of', 'plan_tables']
+           'PART_HELD', 'ID_BYTES', 'KINDS', 'SLICE', 'ALONE', 'PRICES', 'RATES', 'SCRATCH', 'GLUE', 'QUICK', 'LIMIT',
+           'MEANING', 'stage_costs', 'read_point', 'cuts', 'features', 'fit', 'predict', 'growth', 'corpus',
+           'component_bytes', 'memory', 'driver_rates', 'requests', 'slices_of', 'stage_row', 'disk_rows',
+           'parse_prices', 'check_sizes', 'make_plan', 'doubts', 'warnings', 'thin', 'run_point', 'slice_seconds',
+           'calibrate', 'describe', 's3_points', 'from_workspace', 'bundled', 'load_calibration', 'save_calibration',
+           'to_json', 'sample_corpus', 'calibration_of', 'plan_tables']
 
 # %% ../nbs/06h_capacity.ipynb #c006
 NEAR = ("sign", "build", "query", "decide")  # steps of dedup.near, as it records them
@@ -149,7 +149,7 @@ def corpus(
     return made | {"out": float(fit(np.array([written(p) for p in points]), np.array([float(p["out"]) for p in points])) @ written(made))}
 
 # %% ../nbs/06h_capacity.ipynb #c020
-PART_RAM = 1000  # bytes of a part's entry as Python objects
+PART_RAM, PART_HELD = 1000, 0.6  # bytes of a part's entry as Python objects; bytes that a worker holds for each byte of a part
 
 def component_bytes(
     nodes: int = 100_000, # documents with a duplicate
@@ -178,7 +178,8 @@ def memory(
     def joined(p): return p["clustered"] * (ID_BYTES + driver[0]) + p["edges"] * driver[1]
     start, each = fit(np.array([learnt(p) for p in points]), np.array([peak(p, "format") for p in points]))
     parts = PART_RAM * max(0, cut["parts"] - max(p["parts"] for p in points))
-    plain = max([start, *(peak(p, "dedup") for p in points)])
+    larger = PART_HELD * max(0, min(settings.dedup.part_bytes, at["bytes"]) - max(p.get("part_bytes") or 0 for p in points))
+    plain = larger + max([start, *(peak(p, "dedup") for p in points)])
     components = joined(at) - max(joined(p) for p in points)
     return {"worker": plain + parts, "driver": max(plain + 2 * parts + max(0.0, components), float(np.dot([start, each], learnt(at)))), "components": joined(at)}
 
@@ -310,7 +311,7 @@ def warnings(at: dict, cut: dict, rows: list[dict], settings: Settings, store: s
     slices = sum(v for k, v in cut.items() if k.startswith("dedup."))
     if slices > 1e8:
         best = int(2 ** round(math.log2(min(1 << 30, settings.dedup.part_bytes * math.sqrt(slices / 1e7)))))
-        if best > settings.dedup.part_bytes: found.append(f"{slices:.1e} slices are read between tasks, which grows with the square of the corpus: --set dedup.part_bytes={best} makes them 1/{best / settings.dedup.part_bytes:.0f} as many, and a worker needs about {3 * best / 1e9:.1f} GB more")
+        if best > settings.dedup.part_bytes: found.append(f"{slices:.1e} slices are read between tasks, which grows with the square of the corpus: --set dedup.part_bytes={best} makes them 1/{best / settings.dedup.part_bytes:.0f} as many, and a worker needs about {PART_HELD * best / 1e9:.1f} GB more")
     if store == "s3" and index > SCRATCH: found.append(f"every machine fetches the index of all spills, about {index / 1e9:,.0f} GB: set YUNMIN_SCRATCH_BYTES above that, or it is fetched again and again")
     if at["kept"] * 16 / PARTITION > 65536 and not settings.dedup.partitions: found.append(f"band partitions stop at 65,536, so each holds {at['kept'] * 16 / 65536:,.0f} keys: about {at['kept'] * 16 / 65536 * 24 / 1e6:,.0f} MB a join")
     alone = sum(r["wall_hours"] for r in rows if r["stage"] in ALONE)
