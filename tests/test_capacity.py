@@ -66,7 +66,7 @@ def test_requests_are_rates_a_part_and_slices():
         p = point(n, 2000 * n, "s3", parts=parts); cut = c.slices_of(p, "dedup.near.build", SETTINGS)
         p["stages"]["dedup.near.build"]["requests"] = {"GET": 3 * parts + 2 * cut + 10, "PUT": 2 * parts}
         return p
-    plan = c.make_plan(1e8, 1e12, 8, SETTINGS, calibration(*THREE, on_s3(40, 1e5), on_s3(400, 1e6)), "s3")
+    plan = c.make_plan(1e8, 1e12, 8, SETTINGS, calibration(*THREE, on_s3(40, 1e5), on_s3(400, 1e5), on_s3(400, 1e6)), "s3")
     row = next(r for r in plan["stages"] if r["stage"] == "dedup.near.build")
     assert row["GET"] == pytest.approx(3 * plan["cuts"]["parts"] + 2 * plan["cuts"]["dedup.near.build"] + 10, rel=.01) and row["PUT"] == pytest.approx(2 * plan["cuts"]["parts"], rel=.01)
     assert not any(r["GET"] for r in c.make_plan(1e8, 1e12, 8, SETTINGS, calibration(*THREE))["stages"])

@@ -30,7 +30,7 @@ NEAR = ("sign", "build", "query", "decide")  # steps of dedup.near, as it record
 def stage_costs(
     entries: list[dict] # of a ledger
 ) -> dict[str, dict]: # stage -> cpu and wall seconds, peak MB, requests
-    "What each stage of phases 1 and 2 cost; dedup.near by its steps."
+    "What each stage of phases 1 and 2 cost; dedup.near by its steps, with its requests at build, which makes most of them."
     found = {}
     for e in entries:
         if e["status"] != "done" or not e["stage"].startswith(("dedup.", "format.")): continue
@@ -38,8 +38,7 @@ def stage_costs(
         laps = (e["counts"] or {}).get("cpu") or {} if e["stage"] == "dedup.near" else {}
         if e["stage"] != "dedup.near" or not all(laps.get(k) is not None for k in NEAR): found[e["stage"]] = cost; continue
         total = sum(laps.values()) or 1
-        for k in NEAR: found[f"dedup.near.{k}"] = {"cpu": cost["cpu"] * laps[k] / total, "seconds": cost["seconds"] * laps[k] / total, "peak": cost["peak"],
-                                                   "requests": {n: v * laps[k] / total for n, v in cost["requests"].items()}}
+        for k in NEAR: found[f"dedup.near.{k}"] = {"cpu": cost["cpu"] * laps[k] / total, "seconds": cost["seconds"] * laps[k] / total, "peak": cost["peak"], "requests": cost["requests"] if k == "build" else {}}
     return found
 
 # %% ../nbs/06h_capacity.ipynb #c007
@@ -196,12 +195,12 @@ SLICE = {"dedup.prepare": {"HEAD": 1, "GET": 1}, "dedup.exact": {"GET": 2}, "ded
 def requests(
     points: list[dict], stage: str, at: dict, cut: dict, settings: Settings
 ) -> dict[str, float]: # kind -> number
-    "Requests of a stage: a constant and so many a part, from the points on S3, and its slices."
+    "Requests of a stage: a constant, so many a part and so many a document, from the points on S3, and its slices."
     known, out = [p for p in points if p["store"] == "s3" and stage in p["stages"]], {}
     per = SLICE.get(stage, {})
     for kind in KINDS:
         seen = [max(0.0, p["stages"][stage]["requests"].get(kind, 0) - per.get(kind, 0) * slices_of(p, stage, settings)) for p in known]
-        linear = np.array([1.0, cut["parts"]]) @ fit(np.array([[1.0, p["parts"]] for p in known]), np.array(seen)) if known and max(seen) else 0.0
+        linear = np.array([1.0, cut["parts"], at["documents"] / 1e6]) @ fit(np.array([[1.0, p["parts"], p["documents"] / 1e6] for p in known]), np.array(seen)) if known and max(seen) else 0.0
         out[kind] = float(linear) + per.get(kind, 0) * cut.get(stage, 0)
     return out
 
@@ -220,8 +219,8 @@ def stage_row(
     at: dict, cut: dict, settings: Settings, workers: int, store: str, prices: dict
 ) -> dict: # stage, CPU and wall hours, share that grows, slices, requests, dollars
     "One line of the plan."
-    points = calibration["points"]
-    asked = requests([*points, *spare], stage, at, cut, settings) if store == "s3" else dict.fromkeys(KINDS, 0.0)
+    points, on_s3 = calibration["points"], [p for p in calibration["points"] if p["store"] == "s3"]
+    asked = requests(on_s3 if len(on_s3) > 1 else [*on_s3, *spare], stage, at, cut, settings) if store == "s3" else dict.fromkeys(KINDS, 0.0)
     calls, slices = sum(asked.values()), cut.get(stage, 0)
     cpu, grows = predict([p for p in points if p["store"] == "local"] or points, stage, at, settings, [p for p in spare if p["store"] == "local"])
     if stage == "format.benchmark": cpu *= settings.format.benchmark_repeats
@@ -382,7 +381,8 @@ def calibrate(
             say(f"{name}: {points[-1]['documents']:,} documents, {points[-1]['bytes'] / 1e6:.1f} MB, {sum(s['cpu'] for s in points[-1]['stages'].values()):.0f} CPU s")
         slice_ = slice_seconds(open_store(folder))
     made = {"about": machine() | {"measured": time.strftime("%Y-%m-%d", time.gmtime()), "corpus": describe(points)}, "points": points, "driver": list(driver_rates()), "slice_seconds": slice_}
-    return made | (s3_points(source, at, 4 * every, config, overrides, made, say) if at else {})
+    far = s3_points(source, at, every, config, overrides, *points[:2], say) if at else {"points": []}
+    return made | far | {"points": points + far["points"]}
 
 def describe(points: list[dict]) -> str:
     top = max(points, key=lambda p: p["documents"])
@@ -390,18 +390,20 @@ def describe(points: list[dict]) -> str:
 
 # %% ../nbs/06h_capacity.ipynb #c038
 def s3_points(
-    source: str, at: str, every: int, config: str, overrides: tuple, calibration: dict, say=print
-) -> dict: # points (those before, and two on S3), request_cpu
-    "The same on S3 with parts of two sizes: what is a part's, and CPU time of a request."
-    found, size = [], min(p["bytes"] for p in calibration["points"])
-    for part in (max(1 << 16, int(size * 2 / n)) for n in (16, 4)):
-        place = f"{at.rstrip('/')}/calibration-{part}"
-        found.append(run_point(place, source, every, 1, (*overrides, f"dedup.part_bytes={part}"), config))
-        open_store(at).delete_prefix(f"calibration-{part}")
-        say(f"on S3, {found[-1]['parts']} parts: {sum(v for s in found[-1]['stages'].values() for k, v in s['requests'].items() if k in KINDS):,.0f} requests")
-    quarter = min(calibration["points"], key=lambda p: p["bytes"])
-    extra = [sum(c["cpu"] - quarter["stages"][s]["cpu"] for s, c in p["stages"].items() if s in quarter["stages"]) / max(1, sum(v for c in p["stages"].values() for k, v in c["requests"].items() if k in KINDS)) for p in found]
-    return {"points": calibration["points"] + found, "request_cpu": max(0.0, float(np.median(extra)))}
+    source: str, at: str, every: int, config: str, overrides: tuple,
+    whole: dict, quarter: dict, # the same runs on a disk
+    say=print
+) -> dict: # points, request_cpu
+    "A quarter with many parts, with few, and the whole, on S3: what is a part's and what is a document's; and CPU time of a request."
+    found, extra, size = [], [], quarter["bytes"]
+    for twin, step, sets in ((quarter, 4 * every, (f"dedup.part_bytes={max(1 << 16, size // 8)}",)), (quarter, 4 * every, (f"dedup.part_bytes={max(1 << 16, size // 2)}",)), (whole, every, ())):
+        name = f"calibration-{len(found)}"
+        found.append(run_point(f"{at.rstrip('/')}/{name}", source, step, 1, (*overrides, *sets), config))
+        open_store(at).delete_prefix(name)
+        stages, calls = found[-1]["stages"], sum(v for s in found[-1]["stages"].values() for k, v in s["requests"].items() if k in KINDS)
+        extra.append(sum(c["cpu"] - twin["stages"][s]["cpu"] for s, c in stages.items() if s in twin["stages"]) / max(1, calls))
+        say(f"on S3, {found[-1]['documents']:,} documents in {found[-1]['parts']} parts: {calls:,.0f} requests")
+    return {"points": found, "request_cpu": max(0.0, float(np.median(extra)))}
 
 # %% ../nbs/06h_capacity.ipynb #c040
 def from_workspace(workspace: str) -> dict: # a calibration of one point

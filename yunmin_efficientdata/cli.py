@@ -152,7 +152,7 @@ def plan(documents: Annotated[Optional[float], typer.Option(help="Documents of t
          workers: Annotated[int, typer.Option(min=1, help="Cores, over all machines.")] = 64,
          store: Annotated[str, typer.Option(help="Where the workspace lies: s3, or local (disks, no requests).")] = "s3",
          calibrate: Annotated[Optional[str], typer.Option(metavar="CORPUS|WS|sample", help="Measure first: three small runs on this machine with a folder of JSONL (or the sample corpus), or read the ledger of a finished workspace.")] = None,
-         at: Annotated[Optional[str], typer.Option(metavar="s3://…", help="With --calibrate: two more runs there, so that requests are measured; removed afterwards.")] = None,
+         at: Annotated[Optional[str], typer.Option(metavar="s3://…", help="With --calibrate: three more runs there, so that requests are measured; removed afterwards.")] = None,
          calibration: Annotated[Optional[str], typer.Option(metavar="FILE", help="Rates measured before, here or elsewhere; default: configs/capacity.json.")] = None,
          out: Annotated[Optional[str], typer.Option(metavar="FILE", help="Where --calibrate leaves its rates, to be carried to another machine.")] = None,
          duplicates: Annotated[Optional[float], typer.Option(help="Share of documents that have a duplicate, when known.")] = None,
@@ -357,7 +357,11 @@ def serve_site(ws: str, port: int) -> None:
     import functools, http.server
     from yunmin_efficientdata.core.store import open_store
     folder = open_store(ws).fetch("reports/site/")
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def send_head(self): # a link in the site may lead to the rest of the disk
+            if Path(self.translate_path(self.path)).resolve().is_relative_to(Path(folder).resolve()): return super().send_head()
+            self.send_error(404)
+    handler = functools.partial(Handler, directory=str(folder))
     try: server = http.server.ThreadingHTTPServer(("127.0.0.1", port), handler)
     except OSError as e: raise UserError(f"--port {port}: {e.strerror}; choose another port") from None
     console.print(f"http://127.0.0.1:{server.server_port}/  (Ctrl-C to stop)")
