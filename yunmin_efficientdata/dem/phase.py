@@ -114,7 +114,7 @@ def base_stage(ctx) -> dict:
     "Stage dem.base: models/base/ from a folder, the hub, or pretraining."
     s, every = ctx.settings.dem.base, read_manifest(ctx.store)["domains"]
     if s.path:
-        return ctx.stage("dem.base", lambda stage: _fetch_base(ctx), settings=[s.path, _base_files(s.path)], after=["format.parquet"], outputs=["models/base/"], code=["dem.base"])
+        return ctx.stage("dem.base", lambda stage: _fetch_base(ctx), settings=[s.path, _base_files(s.path)], after=["format.tokenizer"], outputs=["models/base/"], code=["dem.base"])
     keys = [_key(f) for d in _pretrain_domains(ctx, every) for f in every[d]["files"]]
     return ctx.stage("dem.base", lambda stage: _pretrain_base(ctx, keys), settings=[s, ctx.settings.dem.lora.seed, ctx.settings.dem.threads], inputs=keys, after=["format.tokenizer"], outputs=["models/base/"], code=["dem.base"])
 
