@@ -5,7 +5,6 @@
 # %% ../nbs/06h_capacity.ipynb #c004
 from __future__ import annotations
 import json, math, re, subprocess, sys, tempfile, time, tracemalloc
-from collections import Counter
 from pathlib import Path
 import numpy as np, orjson
 from scipy.optimize import nnls
@@ -56,9 +55,10 @@ def read_point(
     parts = orjson.loads(store.read("minhash_lsh/index/parts.json"))["parts"]
     kept = [x["docs"] for x in counts["write"]["kept"].values()] if "kept" in counts["write"] else []
     disk = {f: sum(s.size for s in store.stats(f"{f}/")) for f in FOLDERS}
-    return {"store": "local" if store.is_local else "s3", "documents": total["read"], "bytes": total["bytes_in"], "kept": total["kept"], "parts": len(parts), "domains": len({p["domain"] for p in parts}),
-            "survivors": sum(kept), "clustered": counts["near"]["clustered"], "candidates": counts["near"]["candidates"], "edges": counts["near"]["edges"],
-            "out": disk["deduped"], "line": max(0.0, (disk["dedup_ready"] - total["bytes_out"]) / max(1, total["kept"])), "part_bytes": (entries["dedup.prepare"].get("settings") or [None, 0])[1], "disk": disk, "stages": stage_costs(list(entries.values()))}
+    return {"store": "local" if store.is_local else "s3", "documents": total["read"], "bytes": total["bytes_in"], "kept": total["kept"],
+            "parts": len(parts), "domains": len({p["domain"] for p in parts}), "part_bytes": (entries["dedup.prepare"].get("settings") or [None, 0])[1],
+            "survivors": sum(kept), **{k: counts["near"][k] for k in ("clustered", "candidates", "edges")}, "out": disk["deduped"],
+            "line": max(0.0, (disk["dedup_ready"] - total["bytes_out"]) / max(1, total["kept"])), "disk": disk, "stages": stage_costs(list(entries.values()))}
 
 # %% ../nbs/06h_capacity.ipynb #c009
 CHUNK, SPILL, DOC = 64 << 20, 24 << 20, 256     # bytes: of a raw file that are one task, of a spill, that a document weighs beside its line
