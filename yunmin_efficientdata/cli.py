@@ -174,7 +174,7 @@ def plan(documents: Annotated[Optional[float], typer.Option(help="Documents of t
     import pandas as pd
     for title, rows in c.plan_tables(found).items(): show_frame(title, pd.DataFrame(rows), 60)
     about = found["measured_on"]
-    console.print(f"measured on: {', '.join(f'{k} {about[k]}' for k in ('corpus', 'processor', 'cores', 'measured') if k in about)}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"measured on: {', '.join(f'{k} {about[k]}' for k in ('corpus', 'processor', 'cores', 'load', 'measured') if k in about)}", markup=False, highlight=False, soft_wrap=True)
     for line in found["warnings"]: console.print(f"note: {line}", markup=False, highlight=False, soft_wrap=True)
 
 def show_plan(ws: str, config: str, overrides) -> None:
