@@ -61,6 +61,21 @@ def test_memory_is_flat_for_workers_but_for_the_list_of_parts():
     low, high = (c.make_plan(n, 2000 * n, 8, SETTINGS, calibration(*THREE))["memory"] for n in (1e6, 1e8))
     assert low["worker"] < 1.01 * 600 * 2**20 and high["worker"] < 1.2 * low["worker"] and high["driver"] > 2 * low["driver"]
 
+def test_larger_parts_take_more_of_a_worker_and_a_tokenizer_more_of_the_driver():
+    at = lambda *sets: c.make_plan(1e8, 1e12, 8, load_settings(overrides=list(sets)), calibration(*THREE))["memory"]
+    assert at("dedup.part_bytes=1073741824")["worker"] > at()["worker"] + 300e6  # fewer parts make their list shorter
+    learning = [point(n, 2000 * n) for n in (1e4, 1e5)]
+    for p, peak in zip(learning, (600.0, 1600.0)): p["stages"]["format.tokenizer"]["peak"] = peak
+    plan = c.make_plan(1e6, 2e9, 8, SETTINGS, calibration(*learning))["memory"]
+    assert plan["worker"] < 700 * 2**20 and plan["driver"] < c.make_plan(1e6, 2e9, 8, load_settings(overrides=["tokenizer.sample_bytes=1000000000"]), calibration(*learning))["memory"]["driver"]
+
+def test_a_plan_says_how_far_it_goes_beyond_what_was_measured():
+    near, far = (c.make_plan(n, 2000 * n, 8, SETTINGS, calibration(*THREE))["warnings"] for n in (5e5, 1e9))
+    assert not any("order of magnitude" in w for w in near) and "10,000 times" in far[0] and "order of magnitude" in far[0]
+    flat = [point(100_000, 2e8), point(25_000, 5e7), point(12_500, 2e8, long=True)]
+    for p in flat: p["stages"]["dedup.write"]["cpu"] = 1.0
+    assert any("dedup.write" in w and "start-up" in w for w in c.make_plan(1e8, 2e11, 8, SETTINGS, calibration(*flat))["warnings"])
+
 def test_requests_are_rates_a_part_and_slices():
     def on_s3(parts, n): 
         p = point(n, 2000 * n, "s3", parts=parts); cut = c.slices_of(p, "dedup.near.build", SETTINGS)
