@@ -157,6 +157,7 @@ class _Lease(threading.Thread):
             if not self.lost: self.store.delete(self.key)
         except UserError: pass  # the server is gone: the lease runs out by itself
 
+# %% ../../nbs/00g_context.ipynb #c017
 class _Guard:
     "Asks now and then whether the workspace on S3 is still ours; called before anything is recorded. A run that slept through its lease must not go on beside the one that took it."
     def __init__(self, store: Store, token: str): self.store, self.token, self.asked = store, token, time.monotonic()
@@ -171,7 +172,7 @@ def _alive(pid: int) -> bool:
     except ProcessLookupError: return False
     except PermissionError: return True
 
-# %% ../../nbs/00g_context.ipynb #c016
+# %% ../../nbs/00g_context.ipynb #c018
 @contextmanager
 def workspace_lock(
     store: Store # the workspace
@@ -186,7 +187,7 @@ def workspace_lock(
     try: yield lease.holder
     finally: lease.release()
 
-# %% ../../nbs/00g_context.ipynb #c017
+# %% ../../nbs/00g_context.ipynb #c019
 @contextmanager
 def _phase_lock(store: Store) -> Iterator[str]: # token of the lock
     "The lock of a phase: a run of its own, or part of the `yunmin run` whose token is in the environment."
@@ -197,7 +198,7 @@ def _phase_lock(store: Store) -> Iterator[str]: # token of the lock
         if store.is_local: stack.enter_context(_file_lock(store, ".lock.phase", 15))
         yield held["token"]
 
-# %% ../../nbs/00g_context.ipynb #c020
+# %% ../../nbs/00g_context.ipynb #c022
 class Context:
     "What a phase driver works with."
     def __init__(self, phase: str, store: Store, settings: Settings, ledger: Ledger, executor, logger):
@@ -210,7 +211,7 @@ class Context:
     def progress(self, items: Iterable, desc: str = "", total: int | None = None) -> Iterator:
         return progress(items, desc, total, self.log) if self.settings.logging.progress else iter(items)
 
-# %% ../../nbs/00g_context.ipynb #c021
+# %% ../../nbs/00g_context.ipynb #c023
 def _brief(counts: dict | None) -> str:
     "Counts as `docs 12, tokens 3,400`: plain numbers only."
     pairs = [(k, v) for k, v in (counts or {}).items() if isinstance(v, (int, float)) and not isinstance(v, bool)]
@@ -227,7 +228,7 @@ def stage(self: Context, name: str, work: Callable, # work(stage) -> counts
     else: self.log(f"{short} done in {entry['seconds']:.1f} s ({entry['cpu_seconds']:.1f} CPU s, peak {entry['peak_rss_mb']:,.0f} MB) {_brief(entry['counts'])}")
     return entry["counts"]
 
-# %% ../../nbs/00g_context.ipynb #c022
+# %% ../../nbs/00g_context.ipynb #c024
 _ROOM = {errno.ENOSPC: "No space left on device", errno.EDQUOT: "Disk quota exceeded", errno.EFBIG: "File too large", errno.EROFS: "Read-only file system"}
 
 def _no_room(e: Exception) -> str | None: # what to tell; None when it is something else

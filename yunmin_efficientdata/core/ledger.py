@@ -202,6 +202,7 @@ def run(self: Ledger, name: str, work: Callable[[Stage], dict], # called with a 
     self._finish(name, entry)
     return entry, False
 
+# %% ../../nbs/00d_ledger.ipynb #c024
 @patch
 def _work(self: Ledger, stage: Stage, work: Callable) -> dict: # counts
     "Work, resuming by part; from the beginning when files are missing that finished parts should have left (deleted, or lost with a disk)."
@@ -213,6 +214,7 @@ def _work(self: Ledger, stage: Stage, work: Callable) -> dict: # counts
     stage.parts, stage.discarded = {}, []
     return work(stage)
 
+# %% ../../nbs/00d_ledger.ipynb #c026
 @patch
 def _write(self: Ledger, entry: dict) -> None:
     self.guard()

@@ -446,6 +446,7 @@ def hot_now(ctx, stage, corpus: Corpus, before, role, runs: list[str], known: np
     with ctx.store.writer(f"{SPILL}/hot/00000.npy") as f: np.save(f, np.column_stack([np.repeat(np.arange(len(key)), size), rows[:, 1].astype(np.int64)]), allow_pickle=False)
     return {"keys": key, "kept": kept, "members": np.unique(np.concatenate([rows[:, 1], once[:, 1]])).astype(np.int64)}, rows
 
+# %% ../../nbs/01k_daily.ipynb #c033
 def near_more(
     ctx, stage, state: dict, base: dict, # base: workspace, settings, parts
     verify: Callable, settle: Callable # of the phase: verify candidates; choose keepers in rounds
@@ -478,6 +479,7 @@ def near_more(
     store.delete_prefix(SPILL)
     return counts
 
+# %% ../../nbs/01k_daily.ipynb #c034
 def _with_hot(store: Store, state: dict, by: np.ndarray) -> dict:
     with store.writer(key := f"{SPILL}/hot-before.npy") as f: np.save(f, by, allow_pickle=False)
     return state | {"arrays": state["arrays"] | {"hot_pairs": key}}
@@ -490,7 +492,7 @@ def _join(ctx, stage, base: dict, runs: list[str], before, role, gone, came) -> 
     base |= band_buckets(ctx, stage, base, came, "added") | band_buckets(ctx, stage, base, gone, "removed")
     return resumable(ctx, stage, "join-more", join_more, [base | {"number": i} for i in range(base["partitions"])], "join")
 
-# %% ../../nbs/01k_daily.ipynb #c032
+# %% ../../nbs/01k_daily.ipynb #c035
 CHANGED = "dedup_ready/keepers_changed.csv"
 
 def publish_near(ctx, stage, base: dict, corpus: Corpus, decision: Decision, edges: np.ndarray, state: dict) -> dict: # counts
@@ -522,7 +524,7 @@ def keepers_changed(corpus: Corpus, before: np.ndarray, decision: Decision, docu
     names = np.unique(rows); ids = corpus.gather_table(names, ["id"])["id"].to_pylist()
     return [tuple(ids[i] for i in r) for r in np.searchsorted(names, rows)]
 
-# %% ../../nbs/01k_daily.ipynb #c034
+# %% ../../nbs/01k_daily.ipynb #c037
 def copy_part(
     task: dict # workspace, number (of the part), ids, sources (to leave out)
 ) -> dict: # as of `prepare_file`: spills, docs, bytes; gone: documents, bytes, words that were left out; places and ids of those
@@ -542,7 +544,7 @@ def copy_part(
     return {"spills": [key] * bool(rows), "docs": len(rows), "bytes": int(sum(length)), "domain": corpus.parts[part]["domain"],
             "gone": [len(gone), int(np.asarray(t["bytes"])[gone].sum()), int(np.asarray(t["words"])[gone].sum())], "places": [int(places_of(corpus, part)[r]) for r in gone], "ids": corpus.columns(part, ["id"])["id"].take(pa.array(gone, pa.int64())).to_pylist()}
 
-# %% ../../nbs/01k_daily.ipynb #c035
+# %% ../../nbs/01k_daily.ipynb #c038
 def _merged(ctx, corpus: Corpus, copied: list[dict], unwanted: dict) -> tuple[dict, dict]: # the one entry of crawls.json, and of the files
     "All crawls as one, without what was left out."
     crawls, files = read_crawls(ctx.store, corpus.crawl + 1), read_files(ctx.store, corpus.crawl + 1)
@@ -588,7 +590,7 @@ def prepare_compact(ctx, stage, layout: int) -> dict: # counts
     ctx.log(f"compact: {sum(c['docs'] for c in done['copied']):,} documents in one order" + (f", {done['gone']:,} removed" if done["gone"] else ""))
     return publish(ctx, sorted_parts(ranged))
 
-# %% ../../nbs/01k_daily.ipynb #c037
+# %% ../../nbs/01k_daily.ipynb #c040
 def find_documents(
     store: Store, # a workspace after phase 1
     ids: Iterable[str] = (), # with or without our numbers
