@@ -176,7 +176,7 @@ class Points:
     def point(self, kind, path):
         path = os.path.abspath(os.fspath(path))
         if not path.startswith(self.root + "/") or kind == "delete" and ".ym-tmp-" in path: return
-        what = f"{kind} {os.path.relpath(path, self.root)}"
+        what = re.sub(r"\.ym-tmp-[0-9a-f]+", ".ym-tmp-#", f"{kind} {os.path.relpath(path, self.root)}")  # a temporary folder has another name each time
         n = self.counts[self.stage, what] = self.counts.get((self.stage, what), 0) + 1
         self.at(self.stage, what if n == 1 else f"{what} ({n})")
 
@@ -745,6 +745,7 @@ def write_table(found_file: str, new_file: str) -> None:
         name = lambda r: tuple(r.get(k) for k in ("verb", "phase", "fault"))
         new = {name(r): r for r in rows}
         found[group] = [new.pop(name(r), r) for r in found.get(group, [])] + list(new.values())
+    if "chain" in found: found["chain"].sort(key=lambda r: list(PHASES).index(r["phase"]))
     text = json.dumps(found, ensure_ascii=False, indent=1)
     Path(found_file).write_text("\n".join(map(anonymous, text.splitlines())) + "\n", encoding="utf-8")
     Path(found_file).with_suffix(".md").write_text(table(found), encoding="utf-8")
