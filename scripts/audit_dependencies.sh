@@ -2,13 +2,16 @@
 # Are the installed packages the ones that were tested together, are there known faults in them, and what are their licences.
 #   scripts/audit_dependencies.sh              what works without a network; faults too when an advisory database answers
 #   scripts/audit_dependencies.sh --online     fails when the advisories cannot be asked
+#   scripts/audit_dependencies.sh --offline    opens no connection and installs nothing: what the tests run
 # Offline: every installed package is pinned in constraints.txt in the version that is installed, `pip check`, reports/licences.md is up to date.
 # Online: pip-audit (in .bench/pip-audit) against the advisories of PyPI. Without them this script says so: it keeps no list of its own, which would be out of date from the first day.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+case "${1:-}" in ""|--online|--offline) ;; *) echo "error: unknown option $1; there are --online and --offline" >&2; exit 2 ;; esac
 python=${PYTHON:-.venv/bin/python}
 "$python" scripts/licences.py --check
 "$python" -m pip --disable-pip-version-check check
+[ "${1:-}" != "--offline" ] || { echo "advisories: not asked (--offline)"; exit 0; }
 
 audit=.bench/pip-audit
 asked="advisories: NOT asked"

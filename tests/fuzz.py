@@ -623,7 +623,7 @@ def records_of(*patterns): return lambda d: [f for p in patterns for f in d.glob
 @target("status", records_of("ledger/*.json"), weight=2)
 def status(): return recorded, lambda d: command("status", d)
 
-@target("report", records_of("ledger/*.json", "results/*.json", "results/*.csv", "*.csv", "dedup_ready/*.json", "parquet_ready/*.json", "diff_stats/*.json", "benchmark/*.csv"), weight=2)
+@target("report", records_of("ledger/*.json", "results/*.json", "results/*.csv", "*.csv", "dedup_ready/*.json", "parquet_ready/*.json", "diff_stats/*.json", "benchmark/*.csv"))
 def report():
     def read(d): command("report", d, "--set", "report.site=false"); return re.sub(r"\d{4}-\d\d-\d\d[ T0-9:.ZUTC]*", "", (d/"reports/report.md").read_text())
     return recorded, read

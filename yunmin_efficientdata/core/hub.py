@@ -9,7 +9,8 @@ from pathlib import Path
 from .settings import UserError, one_line, reading
 
 # %% auto #0
-__all__ = ['SAFE', 'LAYERS', 'CHUNK', 'SIZE', 'check_sizes', 'load_config', 'load_tokenizer', 'check_runs', 'load_weights']
+__all__ = ['SAFE', 'LAYERS', 'CHUNK', 'SIZE', 'check_sizes', 'load_config', 'load_tokenizer', 'check_runs', 'check_index',
+           'load_weights']
 
 # %% ../../nbs/00i_hub.ipynb #c006
 SAFE = {"trust_remote_code": False} # of every from_pretrained
@@ -57,6 +58,15 @@ def check_runs(
     except Exception as e: raise UserError(f"{name}: config.json does not fit the weights: they load, but do not run ({type(e).__name__}: {one_line(str(e), 200)}); {_REMEDY}") from None
 
 # %% ../../nbs/00i_hub.ipynb #c011
+def check_index(
+    folder: Path # perhaps with an index of shards
+):
+    "An index must lead to safetensors files of its own folder. Raises `UserError` otherwise."
+    for file in Path(folder).glob("*.index.json"):
+        with reading(file, _REMEDY): names = sorted(set(json.loads(file.read_bytes().decode("utf-8-sig"))["weight_map"].values()))
+        for n in names:
+            if n != Path(n).name or n in ("", ".."): raise UserError(f"{file}: names the file {n!r}, which is outside of the folder; {_REMEDY}")
+
 def load_weights(
     folder: Path | str, # Hugging Face format, safetensors
     what: str = "", # for messages; "": the folder
@@ -66,6 +76,7 @@ def load_weights(
     "A model with its weights, from safetensors alone. Raises `UserError` when the folder holds none that fits its config."
     import transformers
     if (Path(folder)/"config.json").is_file(): check_sizes(folder)
+    check_index(Path(folder))
     with reading(what or folder, _REMEDY), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         model = getattr(transformers, kind).from_pretrained(folder, use_safetensors=True, **SAFE, **options).eval()

@@ -87,6 +87,8 @@ def cut_file(
     return [(i * file.size // n, (i + 1) * file.size // n) for i in range(n)] if n > 1 else [None]
 
 # %% ../../nbs/01f_prepare.ipynb #c013
+_TAKEN = {"quarantine", "manifest.json", "statistics.json", "review_samples.md", "audit.md", "sources.json", "crawls.json", "removed.json", "keepers_changed.csv", "contamination.json", "state", "parts.json", # files and folders beside the domains' own
+          "total", "general", "base", "uniform", "merged", "mixed", "mean", "seed"} # rows of the tables, and models
 _UNSAFE = re.compile(r"[^\w.-]+")
 _NO_NAME = {"", "part", "data", "shard", "chunk", "file", "raw", "output"}  # say nothing about a domain
 
@@ -95,8 +97,8 @@ def safe_domain(
     name: str # as a record or a file says it
 ) -> str: # usable as a folder's name everywhere
     "A domain as a folder name: letters of any script, digits, `_`, `-` and `.`."
-    name = _UNSAFE.sub("_", unicodedata.normalize("NFC", name).strip()).strip(".")[:60].strip("._") or "data"
-    return name + "_" if name in ("quarantine", "manifest.json", "statistics.json") else name
+    name = _UNSAFE.sub("_", unicodedata.normalize("NFC", name).strip()).strip(".")[:60].strip("._").lstrip("-._") or "data"
+    return name + "_" if name.lower() in _TAKEN else name
 
 def file_domain(
     name: str, # of the file below its source

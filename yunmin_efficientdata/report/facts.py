@@ -29,7 +29,7 @@ def _ledger_entry(data: bytes) -> dict: # raises ValueError
     entry = json.loads(data)
     if not isinstance(entry, dict): raise ValueError("no entry of the ledger")
     for key, kind in dict(stage=str, status=str, started=str, seconds=(int, float), cpu_seconds=(int, float), peak_rss_mb=(int, float), counts=dict).items():
-        if not isinstance(entry.get(key), (kind, type(None))) or isinstance(entry.get(key), bool): raise ValueError(f"{key} is {entry[key]!r}")
+        if not isinstance(entry.get(key), (kind, type(None))) or isinstance(entry.get(key), bool) or isinstance(kind, tuple) and not 0 <= (entry.get(key) or 0) < 1e15: raise ValueError(f"{key} is {entry[key]!r}")
     if entry.get("started"): datetime.fromisoformat(entry["started"])
     return entry
 

@@ -35,7 +35,9 @@ def write_report(ctx: Context) -> dict: # counts of the executive table
     store, settings, inputs = ctx.store, ctx.settings, sources(ctx.store)
     if not inputs: raise UserError(f"{store.uri}: nothing has run in this workspace yet, so there is nothing to report: start with `yunmin run` or `yunmin dedup`")
     language = settings.report.language
-    ctx.stage("report.figures", lambda stage: {"figures": len(draw(Facts(store), language))}, settings=[language], inputs=inputs, outputs=[figure_key(n) for n in drawable(Facts(store))],
+    facts = Facts(store)
+    with facts.blame(): names = drawable(facts)
+    ctx.stage("report.figures", lambda stage: {"figures": len(draw(Facts(store), language))}, settings=[language], inputs=inputs, outputs=[figure_key(n) for n in names],
               code=["report.facts", "report.figures", "report.history"])
     def work(stage):
         facts = Facts(store)
