@@ -1,5 +1,5 @@
 """What must not happen with secrets, with files of strangers and with texts of strangers. Static checks of loading are in test_toolchain.py, damaged files in test_fuzz.py."""
-import ast, http.client, io, json, os, re, shutil, subprocess, sys, threading, time
+import ast, csv, http.client, io, json, os, re, shutil, subprocess, sys, threading, time
 from html.parser import HTMLParser
 from pathlib import Path
 import nbformat, numpy as np, pytest
@@ -19,31 +19,35 @@ EVIL = '<script>alert("inj")</script> <img src=x onerror=alert(1)> [눌러](java
 
 # -- secrets and texts in a real run: phases by papermill, workspace in a bucket
 
-@pytest.fixture(scope="module")
-def bucket_run(s3_server, tmp_path_factory):
-    "(all that a run left: name -> bytes, what it printed); its corpus holds markup, and its .env secrets."
-    folder = tmp_path_factory.mktemp("run"); (folder/"raw").mkdir()
-    name = f"canary-{os.getpid()}"; client = s3_server.client(); client.create_bucket(Bucket=name)
-    docs = [fuzz.good_line(i, "d") | {"text": fuzz.sentence(i % 50, 60) + (f" {EVIL} {i % 3}" if i % 4 == 0 else ""), "domain": "web<b>" if i % 2 else "../뉴스"} for i in range(160)]
+def run_in_a_bucket(server, folder, phases: str, *more):
+    "(all that a run left: name -> bytes, what it printed, how to run more, address); the corpus holds markup, .env holds secrets."
+    (folder/"raw").mkdir(); name = f"canary-{os.getpid()}-{len(phases)}"; client = server.client(); client.create_bucket(Bucket=name)
+    docs = [fuzz.good_line(i, "d") | {"text": fuzz.sentence(i % 30, 60) + (f" {EVIL} {i % 3}" if i % 4 == 0 else ""), "domain": "web<b>" if i % 2 else "../뉴스"} for i in range(90)]
     (folder/"raw/web.jsonl").write_bytes(fuzz.lines(docs) + b'{"text": "broken <script>alert(2)</script>\n')
     (folder/".env").write_text("".join(f"{k}={v}\n" for k, v in CANARIES.items()) + f"AWS_SECRET_ACCESS_KEY={SECRET}\n")
-    env = {k: v for k, v in os.environ.items() if not k.startswith("AWS_") and k not in CANARIES} | dict(AWS_ENDPOINT_URL=s3_server.endpoint, AWS_ACCESS_KEY_ID=KEY, AWS_DEFAULT_REGION="us-east-1", AWS_EC2_METADATA_DISABLED="true",
+    env = {k: v for k, v in os.environ.items() if not k.startswith("AWS_") and k not in CANARIES} | dict(AWS_ENDPOINT_URL=server.endpoint, AWS_ACCESS_KEY_ID=KEY, AWS_DEFAULT_REGION="us-east-1", AWS_EC2_METADATA_DISABLED="true",
         AWS_CONFIG_FILE=str(folder/"none"), AWS_SHARED_CREDENTIALS_FILE=str(folder/"none"), YUNMIN_SCRATCH=str(folder/"scratch"))
-    def run(*args, **more): return subprocess.run([YUNMIN, *map(str, args)], cwd=folder, env=env | more, capture_output=True, text=True, timeout=900)
-    done = run("run", f"s3://{name}/ws", "--raw", folder/"raw", "--phases", "dedup,format,report", "--set", "tokenizer.vocab_size=512", "--set", "format.benchmark_rows=16", "--set", "format.benchmark_repeats=1", "--set", "report.renderer=smalldocs")
+    def run(*args, **other): return subprocess.run([YUNMIN, *map(str, args)], cwd=folder, env=env | other, capture_output=True, text=True, timeout=900)
+    done = run("run", f"s3://{name}/ws", "--raw", folder/"raw", "--phases", phases, *(x for m in more for x in ("--set", m)))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     left = {o["Key"]: client.get_object(Bucket=name, Key=o["Key"])["Body"].read() for page in client.get_paginator("list_objects_v2").paginate(Bucket=name) for o in page.get("Contents", ())}
     left |= {f"local {p.relative_to(folder)}": p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".env"}
     return left, done.stdout + done.stderr, run, f"s3://{name}/ws"
 
+@pytest.fixture(scope="module")
+def bucket_run(s3_server, tmp_path_factory): return run_in_a_bucket(s3_server, tmp_path_factory.mktemp("run"), "dedup", "dedup.audit.planted=20")
 
-def test_no_secret_is_left_anywhere(bucket_run):
-    left, said, _, _ = bucket_run
-    assert {"ws/ledger/dedup.prepare.json", "ws/reports/report.md", "ws/pipeline_run.log", "ws/reports/site/index.html"} <= left.keys() and sum(k.endswith(".ipynb") for k in left) >= 3
+
+def check_secrets(left, said, *wanted):
+    assert set(wanted) <= left.keys() and any(k.endswith(".ipynb") for k in left)
     for secret in (SECRET, *CANARIES.values()):
         assert secret not in said
         assert [k for k, data in left.items() if secret.encode() in data] == []
     assert not [k for k, data in left.items() if KEY.encode() in data and not k.startswith("local raw/")] and KEY not in said  # the name of the key neither
+
+def test_no_secret_is_left_anywhere(bucket_run):
+    left, said, _, _ = bucket_run
+    check_secrets(left, said, "ws/ledger/dedup.prepare.json", "ws/dedup_ready/audit.md", "ws/pipeline_run.log")
 
 
 def test_errors_do_not_tell_secrets(bucket_run):
@@ -72,28 +76,39 @@ def test_what_would_run_is_seen():
     assert len(runs(EVIL)) == 2 and runs('<a href=" JavaScript:alert(1)">x</a>') and not runs("&lt;script&gt;alert(1)&lt;/script&gt; <b>x</b>")
 
 
-def test_markup_in_the_corpus_does_not_reach_the_pages(bucket_run):
-    "Report, site, executed notebooks' HTML outputs; domains become plain folder names."
-    left, _, _, _ = bucket_run
+def check_markup(left):
+    "Pages, executed notebooks' HTML outputs, Markdown outside of code blocks; domains become plain folder names."
     pages = {k: data.decode() for k, data in left.items() if k.endswith(".html")}
-    assert len(pages) > 5 and any("alert" in x for x in pages.values())  # it is quoted, so escaping is what is tested
     assert {k: found for k, x in pages.items() if (found := [f for f in runs(x) if "alert" in f])} == {}
     for k in [k for k in left if k.endswith(".ipynb")]:
         for cell in nbformat.reads(left[k].decode(), 4).cells:
             for out in cell.get("outputs", ()): assert not [f for f in runs("".join(out.get("data", {}).get("text/html", ""))) if "alert" in f], k
-    outside = "".join(re.split(r"^(`{3,}).*?^\1", left["ws/reports/report.md"].decode(), flags=re.M | re.S)[::2])  # without code blocks
-    assert not re.search(r"(?<!\\)<(script|img)", outside) and "](javascript:" not in outside.replace("\\]", "")
-    domains = {k.split("/")[2] for k in left if k.startswith("ws/deduped/") and k.count("/") > 2}
-    assert domains == {"web_b", "뉴스"}
+    texts = {k: data.decode() for k, data in left.items() if k.endswith(".md") and k.startswith("ws/")}
+    assert texts and any("alert" in x for x in (texts | pages).values())  # it is quoted, so escaping is what is tested
+    for k, x in texts.items():
+        outside = "".join(re.split(r"^(`{3,}|~{3,}).*?^\1", x, flags=re.M | re.S)[::2])
+        assert not [f for f in runs(re.sub(r"`[^`\n]*`|\\<", "", outside)) if "alert" in f], k
+    assert {k.split("/")[2] for k in left if k.startswith("ws/deduped/") and k.count("/") > 2} == {"web_b", "뉴스"}
+
+def test_markup_in_the_corpus_does_not_run(bucket_run): check_markup(bucket_run[0])
 
 
-def test_no_cell_of_a_table_is_a_formula(bucket_run):
+def check_formulas(left):
     "A spreadsheet runs what begins with = + - @; numbers may be negative."
-    import csv
-    left, _, _, _ = bucket_run
     tables = {k: list(csv.reader(io.StringIO(data.decode()))) for k, data in left.items() if k.endswith(".csv")}
     assert tables
     assert [(k, c) for k, rows in tables.items() for row in rows for c in row if c[:1] in ("=", "@", "+", "\t") or (c[:1] == "-" and not re.fullmatch(r"-[\d.e+-]+|-inf|-", c))] == []
+
+def test_no_cell_of_a_table_is_a_formula(bucket_run): check_formulas(bucket_run[0])
+
+
+@pytest.mark.slow
+def test_a_run_of_several_phases_with_its_site(s3_server, tmp_path):
+    "The same of format, report and the site of it all."
+    left, said, _, _ = run_in_a_bucket(s3_server, tmp_path, "dedup,format,report", "tokenizer.vocab_size=512", "format.benchmark_rows=16", "format.benchmark_repeats=1", "report.renderer=smalldocs")
+    check_secrets(left, said, "ws/ledger/format.parquet.json", "ws/reports/report.md", "ws/reports/site/index.html")
+    check_markup(left); check_formulas(left)
+    assert sum(k.endswith(".html") for k in left) > 5
 
 
 # -- loading
