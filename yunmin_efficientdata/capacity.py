@@ -15,10 +15,10 @@ from .core.settings import Settings, UserError, project_root
 from .core.store import Store, open_store, source_keys
 
 # %% auto #0
-__all__ = ['NEAR', 'FOLDERS', 'CHUNK', 'SPILL', 'DOC', 'PARTITION', 'EXACT', 'TASKS', 'PER_TASK', 'COUNTED', 'PART_RAM',
-           'PART_HELD', 'ID_BYTES', 'KINDS', 'SLICE', 'ALONE', 'PRICES', 'RATES', 'SCRATCH', 'GLUE', 'QUICK', 'LIMIT',
-           'MEANING', 'stage_costs', 'read_point', 'cuts', 'features', 'fit', 'predict', 'growth', 'corpus',
-           'component_bytes', 'memory', 'driver_rates', 'requests', 'slices_of', 'stage_row', 'disk_rows',
+__all__ = ['NEAR', 'FOLDERS', 'CHUNK', 'SPILL', 'DOC', 'PARTITION', 'EXACT', 'TASKS', 'PER_TASK', 'COUNTED', 'PROFILED',
+           'PART_RAM', 'PART_HELD', 'ID_BYTES', 'KINDS', 'SLICE', 'ALONE', 'PRICES', 'RATES', 'SCRATCH', 'GLUE',
+           'QUICK', 'LIMIT', 'MEANING', 'stage_costs', 'read_point', 'cuts', 'features', 'fit', 'predict', 'growth',
+           'corpus', 'component_bytes', 'memory', 'driver_rates', 'requests', 'slices_of', 'stage_row', 'disk_rows',
            'parse_prices', 'check_sizes', 'make_plan', 'doubts', 'warnings', 'thin', 'run_point', 'slice_seconds',
            'calibrate', 'describe', 's3_points', 'from_workspace', 'bundled', 'load_calibration', 'save_calibration',
            'to_json', 'sample_corpus', 'calibration_of', 'plan_tables']
@@ -81,7 +81,8 @@ def cuts(
             "dedup.prepare": ranges * spills, "dedup.exact": parts * exact, "dedup.near.build": parts * partitions, "dedup.near.query": verify * partitions}
 
 # %% ../nbs/06h_capacity.ipynb #c014
-COUNTED = ("dedup.exact", "dedup.near.build", "dedup.near.decide", "dedup.audit")  # look at rows of tables, not at text
+COUNTED = ("dedup.exact", "dedup.near.build", "dedup.near.decide")  # look at rows of tables, not at text
+PROFILED = 5000  # documents whose words and tokens the profile looks at
 
 def features(
     stage: str, at: dict, # a point, or a corpus to come: documents, bytes, candidates
@@ -90,6 +91,8 @@ def features(
     "What the cost of a stage follows."
     n, size = at["documents"], at["bytes"]
     if stage == "format.tokenizer": return np.array([1.0, 0.0, min(size, settings.tokenizer.sample_bytes) / 1e9])
+    if stage == "dedup.audit": return np.array([1.0, 0.0, 0.0])
+    if stage == "format.profile": return np.array([1.0, n / 1e6, min(n, PROFILED) * size / max(1, n) / 1e9])
     if stage == "format.benchmark": n, size = min(n, settings.format.benchmark_rows), size / n * min(n, settings.format.benchmark_rows)
     if stage == "dedup.near.query": return np.array([1.0, 0.0, at["candidates"] * size / max(1, n) / 1e9])
     return np.array([1.0, n / 1e6, 0.0 if stage in COUNTED else size / 1e9])
