@@ -88,7 +88,7 @@ def preload(phases=PHASES) -> None:
     "Import phases and what they import late; one thread each, so that a fork is safe."
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"): os.environ.setdefault(name, "1")
     os.environ.update(TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", YUNMIN_BATCH="1", COLUMNS="200")
-    late = ["yunmin_efficientdata.cli", "boto3", "botocore.session", "matplotlib.pyplot"] + [f"yunmin_efficientdata.{PHASES[p]}.phase" for p in phases]
+    late = ["yunmin_efficientdata.cli", "encodings.utf_8_sig", "boto3", "botocore.session", "matplotlib.pyplot"] + [f"yunmin_efficientdata.{PHASES[p]}.phase" for p in phases]
     if "dem" in phases: late += ["accelerate", "peft", "safetensors.torch", "sacrebleu", "rouge_score.rouge_scorer", "torch._dynamo", "transformers.models.mamba2.modeling_mamba2", "transformers.models.auto.modeling_auto",
                                  "transformers.models.auto.tokenization_auto", "transformers.generation.utils"]
     for name in late: importlib.import_module(name)

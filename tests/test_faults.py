@@ -41,6 +41,20 @@ def test_ledger_ahead_of_the_files_makes_them_again(tmp_path):
     assert ledger.run("s", parts(store, did=did), outputs=["out/"])[0]["counts"] == {"bytes": 3} and did == ["c", "a", "b", "c"]
 
 
+def test_an_output_that_only_finished_parts_made_is_made_again(tmp_path):
+    store = open_store(tmp_path); ledger, did = Ledger(store), []
+    def work(stage, upto=None):
+        for p in "abc":
+            if stage.done_part(p): continue
+            if p == upto: raise KeyboardInterrupt
+            store.write(f"{p}/x", p); stage.mark_part(p); did.append(p)
+        return {}
+    with pytest.raises(KeyboardInterrupt): ledger.run("s", lambda stage: work(stage, "c"), outputs=["a/", "c/"])
+    store.delete("a/x")
+    assert ledger.run("s", work, outputs=["a/", "c/"])[0]["status"] == "done" and did == list("ab" + "c" + "abc")
+    with pytest.raises(RuntimeError, match="ended without"): ledger.run("t", lambda stage: {}, outputs=["none"])
+
+
 def test_a_missing_input_is_not_tried_twice(tmp_path):
     store, tries = open_store(tmp_path), []
     def work(stage): tries.append(1); return store.read("raw/none")

@@ -192,8 +192,8 @@ def run(self: Ledger, name: str, work: Callable[[Stage], dict], # called with a 
         try:
             stage = Stage(self.store, name, print_, meter)
             stage.guard = self.guard
-            counts = self._work(stage, work)
-            entry["outputs_asked"], entry["outputs"], entry["discard"] = sorted(outputs), _sizes(self.store, outputs), stage.discarded
+            counts = self._work(stage, work, outputs)
+            entry["outputs_asked"], entry["outputs"], entry["discard"] = sorted({*outputs}), _sizes(self.store, outputs), stage.discarded
             if entry["outputs"] is None: raise RuntimeError(f"stage {name} ended without one of its outputs: {', '.join(outputs)}")
         except BaseException as e: error = e
     entry |= meter.asdict() | {"status": "failed" if error else "done", "counts": counts}
@@ -204,10 +204,12 @@ def run(self: Ledger, name: str, work: Callable[[Stage], dict], # called with a 
 
 # %% ../../nbs/00d_ledger.ipynb #c024
 @patch
-def _work(self: Ledger, stage: Stage, work: Callable) -> dict: # counts
+def _work(self: Ledger, stage: Stage, work: Callable, outputs) -> dict: # counts
     "Work, resuming by part; from the beginning when files are missing that finished parts should have left (deleted, or lost with a disk)."
     inherited = bool(stage.parts)
-    try: return work(stage)
+    try:
+        counts = work(stage)
+        if not inherited or _sizes(self.store, outputs) is not None: return counts
     except FileNotFoundError:
         if not inherited: raise
     self.store.delete_prefix(f"ledger/parts/{stage.name}/")

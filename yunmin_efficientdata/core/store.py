@@ -450,6 +450,8 @@ def _client(
     "The S3 client for the current environment. Raises `UserError` for an endpoint that is no address."
     which = (*sorted(kv for kv in os.environ.items() if kv[0].startswith(("AWS_", "YUNMIN_S3_"))), os.getpid(), quick)
     if which not in _clients:
+        if "@" in (os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""): # it would stand in messages, and S3 has no use for it
+            raise UserError("AWS_ENDPOINT_URL: no user and no password in the address; put the keys into AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
         import boto3
         from botocore.config import Config
         config = Config(connect_timeout=5, read_timeout=min(5, _timeout()) if quick else _timeout(), retries={"mode": "standard", "total_max_attempts": 2 if quick else 4})
@@ -482,6 +484,7 @@ def _s3_why(e: Exception) -> tuple[str, str] | None: # (why, remedy); None when 
         return next(((f"{why} ({code})", remedy) for codes, why, remedy in _S3_WHY if code in codes), (f"{code} {message}", "see the server's log"))
     if isinstance(e, (b.NoCredentialsError, b.PartialCredentialsError, b.CredentialRetrievalError, b.ProfileNotFound)): return "no credentials", "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
     if isinstance(e, (b.ConnectionError, b.HTTPClientError, HTTPError)): return f"cannot be reached at {_client().meta.endpoint_url} ({type(e).__name__})", "check AWS_ENDPOINT_URL and the network"
+    if isinstance(e, b.FlexibleChecksumError): return "what arrives is damaged (checksum), several times", "check the network and the proxies on the way, then run again"
     return (str(e), "check the address") if isinstance(e, b.BotoCoreError) else None
 
 # %% ../../nbs/00b_store.ipynb #c046

@@ -7,7 +7,7 @@ from __future__ import annotations
 import csv, io, re
 from typing import Callable, Iterable
 import numpy as np, orjson, pyarrow as pa, pyarrow.compute as pc, pyarrow.parquet as pq, xxhash
-from ..core.ledger import digest
+from ..core.ledger import _entry, digest
 from ..core.records import make_id
 from ..core.settings import DedupSettings, UserError
 from ..core.store import Store, open_store
@@ -568,7 +568,8 @@ def remember_keepers(store: Store, gone: set[str]) -> None:
 def report_keepers(ctx) -> None:
     "After a removal: whose keeper is another one now."
     if not ctx.store.exists(KEEPERS_BEFORE): return
-    was = orjson.loads(ctx.store.read(KEEPERS_BEFORE))
+    was = _entry(ctx.store, KEEPERS_BEFORE, ())
+    if was is None: ctx.log(f"{KEEPERS_BEFORE}: damaged, so dedup_ready/keepers_changed.csv does not tell what the removal changed"); was = {}
     now = {r["id"]: r["keeper"] for k in ctx.store.list("minhash_lsh/clusters/") for r in pq.read_table(ctx.store.fetch(k), columns=["id", "keeper"]).to_pylist() if r["id"] in was}
     write_changed(ctx, [(i, k, now.get(i, i)) for i, k in sorted(was.items()) if now.get(i, i) != k])
     ctx.store.delete(KEEPERS_BEFORE)

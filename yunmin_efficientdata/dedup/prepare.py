@@ -14,7 +14,7 @@ import numpy as np, orjson, pyarrow as pa, pyarrow.parquet as pq
 from fastcore.basics import patch
 from ..core.settings import CleanSettings, UserError
 from ..core.store import Store, open_store
-from ..core.ledger import code_digest, digest
+from ..core.ledger import _entry, code_digest, digest
 from ..core.records import FIELDS, BadLine, Document, JsonlWriter, Span, dump_line, is_jsonl, make_id, quarantine_record, read_jsonl, validate
 from .clean import Cleaner, white_space
 from .minhash import BASE, KEYS, SPACE, Lines, _code_points, _find_words, _fmix64, _hash_words, _jit, _mix, njit, word_hash
@@ -934,9 +934,13 @@ def read_crawls(store: Store, upto: int) -> list[dict]: # entries of the first c
 def files_key(crawl: int) -> str: return f"ledger/crawls/{crawl:04d}.json"
 
 def read_files(store: Store, crawls: int) -> list[dict]: # fingerprint, lineage, files, quarantine, ignored, sources of each
-    "What the crawls were made of; [] when one is not known."
+    "What the crawls were made of; [] when one is not known. Raises `UserError` for a damaged record where raw files of earlier days may be gone by now."
     keys = [files_key(i) for i in range(crawls)]
-    return [orjson.loads(store.read(k)) for k in keys] if all(map(store.exists, keys)) else []
+    if not all(map(store.exists, keys)): return []
+    found = [_entry(store, k, ("fingerprint", "lineage", "files", "quarantine", "ignored", "sources")) for k in keys]
+    if None not in found: return found
+    if crawls > 1: raise UserError(f"{store.uri}: {keys[found.index(None)]}: damaged; restore it, or, if the raw files of all days are still there, remove it and run again: everything is then prepared anew")
+    return []
 
 def write_crawl(store: Store, number: int, entry: dict, files: dict) -> None:
     "Record a crawl; it counts when `publish` has been told of its parts."
