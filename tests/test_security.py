@@ -21,7 +21,7 @@ EVIL = '<script>alert("inj")</script> <img src=x onerror=alert(1)> [눌러](java
 
 def run_in_a_bucket(server, folder, phases: str, *more):
     "(all that a run left: name -> bytes, what it printed, how to run more, address); the corpus holds markup, .env holds secrets."
-    (folder/"raw").mkdir(); name = f"canary-{os.getpid()}-{len(phases)}"; client = server.client(); client.create_bucket(Bucket=name)
+    (folder/"raw").mkdir(); name = f"leaks-{os.getpid()}-{len(phases)}"; client = server.client(); client.create_bucket(Bucket=name)
     docs = [fuzz.good_line(i, "d") | {"text": fuzz.sentence(i % 30, 60) + (f" {EVIL} {i % 3}" if i % 4 == 0 else ""), "domain": "web<b>" if i % 2 else "../뉴스"} for i in range(90)]
     (folder/"raw/web.jsonl").write_bytes(fuzz.lines(docs) + b'{"text": "broken <script>alert(2)</script>\n')
     (folder/".env").write_text("".join(f"{k}={v}\n" for k, v in CANARIES.items()) + f"AWS_SECRET_ACCESS_KEY={SECRET}\n")
