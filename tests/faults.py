@@ -700,6 +700,7 @@ def s3_doors(world: S3World, rows: list, phase: str) -> None:
 # ---------------------------------------------------------------- the table
 def anonymous(text) -> str: # no paths of the trial, no ports
     text = re.sub(r"\S*/faults-[^/ \"]*(?:/(?!(?:raw|dedup_ready|minhash_lsh|deduped|parquet_ready|tokenizer|models|checkpoints|results|reports|ledger)\b)[^/ :\"]+)*", "WS", re.sub(r"\x1b\[[0-9;]*m", "", str(text)))
+    text = re.sub(r"/[^\s\"]*?/(?=(?:yunmin_efficientdata|configs|tests)/)", "", text)
     return re.sub(r"127\.0\.0\.1:\d{4,}", "127.0.0.1:PORT", text)
 
 
