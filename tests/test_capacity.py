@@ -1,6 +1,6 @@
 """The plan for a large corpus: arithmetic, growth, prices, messages; and, slow, what a tenth of a corpus says of the whole.
 
-Slow ones: `scripts/run_tests.sh -m slow -s tests/test_capacity.py`, with YUNMIN_CORPUS=FOLDER for the one on real text."""
+The slow one: `YUNMIN_CORPUS=FOLDER scripts/run_tests.sh -m slow -s tests/test_capacity.py`."""
 from __future__ import annotations
 import json, pickle
 import pytest
@@ -176,12 +176,7 @@ def report(plan: dict, real: dict) -> dict[str, float]: # what -> predicted / me
     return ratios
 
 @pytest.mark.slow
-def test_a_tenth_of_the_sample_predicts_the_whole(tmp_path, s3):
-    write_sample(open_store(str(tmp_path)), documents=30_000)
-    compare(tmp_path, str(tmp_path/"raw"), 2.6e6, s3)
-
-@pytest.mark.slow
 def test_a_tenth_of_dev_predicts_the_whole(corpus, tmp_path, s3):
-    "Every tenth document of dev against all of it: cheaper than dev ten times."
+    "Every tenth document of dev (22 MB) against all of it. With less, nearly all that is measured is start-up: 2.5 MB of the sample corpus missed its tenfold by a third."
     if not (corpus/"dev").is_dir(): pytest.skip(f"{corpus}/dev does not exist")
     compare(tmp_path, str(corpus/"dev"), 23e6, s3)
