@@ -7,7 +7,7 @@ import torch
 from yunmin_efficientdata.core.settings import BaseSettings
 from yunmin_efficientdata.dem.base import demo_config, make_deterministic, pretrain, quiet, save_model
 from yunmin_efficientdata.dem.vectors import difference
-from yunmin_efficientdata.dem.weights import Goal, Mixture, advice_text, best, mean, mixture_advice, mixture_loss, nelder_mead, search_weights, weight_curves
+from yunmin_efficientdata.dem.weights import Goal, Mixture, advice_text, at_the_floor, best, mean, mixture_advice, mixture_loss, nelder_mead, search_weights, weight_curves
 
 STEPS = {"a": 3, "b": 5, "c": 7}
 
@@ -67,6 +67,18 @@ def test_floor_and_retention(mix):
     general = {**found, "general": np.random.default_rng(3).integers(0, 64, (16, 32))}; base, _ = mixture_loss(mix, [0, 0, 0], general, gradient=False)
     lost = [best(search_weights(mix, general, 12, goal=g), g)["losses"]["general"] for g in (Goal(base), Goal(base, retention=5.))]
     assert lost[1] <= lost[0] + 1e-6
+
+
+def test_a_short_search_that_went_too_far_comes_back_to_the_floor(mix):
+    entry = lambda a, b, w: {"weights": {"x": w, "y": .5}, "loss": (a + b)/2, "losses": {"a": a, "b": b}}
+    goal = Goal({"a": 1., "b": 1.}, floor=np.expm1(.05)); start = entry(1., 1., .2)
+    np.testing.assert_allclose(at_the_floor([start, entry(.5, 1.1, .6), entry(.9, 1.06, .3)], goal), [.4, .5])    # half of the way to the better one
+    assert at_the_floor([start, entry(.9, 1.04, .3)], goal) is None and at_the_floor([start, entry(1.2, 1.1, .3)], goal) is None
+    found = windows(0); base, _ = mixture_loss(mix, [0, 0, 0], found, gradient=False); free = search_weights(mix, found, 8); equal, end = free[0]["losses"], best(free)["losses"]
+    d = min(end, key=lambda d: end[d] - equal[d]); tight = Goal({**base, d: equal[d] + .3*(end[d] - equal[d])}, floor=0.).relaxed(equal)
+    for n in (2, 3, 5):
+        path = search_weights(mix, found, n, goal=tight); chosen = best(path, tight)
+        assert max(tight.over(chosen["losses"]).values()) == 0 and len(path) <= n + 1 and tight.score(chosen["losses"]) <= tight.score(equal)
 
 
 def test_goal_slopes():

@@ -14,8 +14,9 @@ from .lora import token_loss
 from .vectors import Source, Weights, open_vector
 
 # %% auto #0
-__all__ = ['frozen_head_loss', 'plain_head', 'Mixture', 'mixture_loss', 'mean', 'Goal', 'search_weights', 'best', 'nelder_mead',
-           'weight_curves', 'mixture_advice', 'advice_text', 'plot_weights', 'plot_path', 'plot_curves', 'plot_table']
+__all__ = ['frozen_head_loss', 'plain_head', 'Mixture', 'mixture_loss', 'mean', 'Goal', 'search_weights', 'best', 'at_the_floor',
+           'nelder_mead', 'weight_curves', 'mixture_advice', 'advice_text', 'plot_weights', 'plot_path', 'plot_curves',
+           'plot_table']
 
 # %% ../../nbs/03e_weights.ipynb #c006
 class _FrozenHead(torch.autograd.Function):
@@ -133,18 +134,20 @@ def search_weights(
     goal: Goal | None = None, # None: the mean over domains, with no floor
     log=None # called with each entry of the path
 ) -> list[dict]: # path: {"weights", "loss", "losses"}, first uniform, in the order of evaluation
-    "Gradient search over the K weights. `best` picks the result."
+    "Gradient search over the K weights; where it ends beyond the floor, one evaluation more, without slopes, on the way back. `best` picks the result."
     from scipy.optimize import minimize
-    path: list[dict] = []; goal = goal or Goal(dict.fromkeys(windows, math.inf))
-    def evaluate(w):
-        if len(path) >= steps: raise _Enough
-        losses, slopes = mixture_loss(mix, w, windows)
+    path: list[dict] = []; goal = goal or Goal(dict.fromkeys(windows, math.inf)); k = len(mix.names)
+    def look(w, gradient=True):
+        losses, slopes = mixture_loss(mix, w, windows, gradient)
         path.append(_entry(mix, w, losses, goal))
         if log: log(path[-1])
-        return goal.value(losses, slopes)
-    k = len(mix.names)
+        return losses, slopes
+    def evaluate(w):
+        if len(path) >= steps: raise _Enough
+        return goal.value(*look(w))
     try: minimize(evaluate, np.full(k, 1/len(mix.domains)), jac=True, method="L-BFGS-B", bounds=[(low, high)]*k)
     except _Enough: pass
+    if (w := at_the_floor(path, goal)) is not None: look(w, False)
     return path
 
 def _entry(mix: Mixture, w, losses: dict, goal: Goal) -> dict:
@@ -164,6 +167,21 @@ def best(
     return {**found, "floor_met": bool(kept)}
 
 # %% ../../nbs/03e_weights.ipynb #c016
+def at_the_floor(
+    path: list[dict], goal: Goal # as from the search
+) -> np.ndarray | None: # weights, or None where nothing better lies beyond the floor
+    "From the best entry that keeps the floor towards one beyond it with a better score: as far as the floor allows, by linear interpolation of each domain's loss."
+    kept = best(path, goal); here, found = goal.score(kept["losses"]), []
+    if not kept["floor_met"]: return None
+    for e in path:
+        over = {d: x for d, x in goal.over(e["losses"]).items() if x > 0}; gain = here - goal.score(e["losses"])
+        if gain <= 0 or not over: continue
+        t = min(1 - x/(e["losses"][d] - kept["losses"][d]) for d, x in over.items()); found.append((t*gain, t, e))
+    if not found or max(f[0] for f in found) < 1e-4: return None
+    _, t, e = max(found, key=lambda f: f[0])
+    return np.array([(1 - t)*kept["weights"][d] + t*e["weights"][d] for d in kept["weights"]])
+
+# %% ../../nbs/03e_weights.ipynb #c018
 def nelder_mead(
     mix: Mixture, # the model as a function of its weights
     windows: dict[str, np.ndarray], # validation: domain (and "general") -> int64 [n, tokens]
@@ -186,7 +204,7 @@ def nelder_mead(
     except _Enough: pass
     return path
 
-# %% ../../nbs/03e_weights.ipynb #c023
+# %% ../../nbs/03e_weights.ipynb #c025
 def weight_curves(
     mix: Mixture, # the model as a function of its weights
     windows: dict[str, np.ndarray], # a few validation windows of each domain
@@ -199,7 +217,7 @@ def weight_curves(
     grid = [float(x) for x in np.linspace(0, high, points)]; here = at(weights)
     return {d: sorted([(x, at({**weights, d: x})) for x in grid] + [(weights[d], here)]) for d in mix.names}
 
-# %% ../../nbs/03e_weights.ipynb #c025
+# %% ../../nbs/03e_weights.ipynb #c027
 def mixture_advice(
     weights: dict[str, float], # as found
     tokens: dict[str, int] # training tokens of each domain
@@ -218,7 +236,7 @@ def advice_text(rows: list[dict]) -> str: # Markdown
     head = "| domain | weight | share of weights | share of training tokens | advice for a mixture |\n|---|--:|--:|--:|---|\n"
     return head + "".join(f"| {r['domain']} | {r['weight']:.3f} | {r['share_of_weights']:.1%} | {r['share_of_tokens']:.1%} | {r['advice']} |\n" for r in rows)
 
-# %% ../../nbs/03e_weights.ipynb #c028
+# %% ../../nbs/03e_weights.ipynb #c030
 def plot_weights(
     table: dict[str, dict[str, float]] # "uniform", "configured", "searched" -> domain -> weight
 ): # matplotlib figure
@@ -240,7 +258,7 @@ def plot_path(
     left.set(title="가중치", xlabel="평가 횟수"); right.set(title="검증 손실 (nats/토큰)", xlabel="평가 횟수"); left.legend(fontsize=7); right.legend(fontsize=8); fig.tight_layout()
     return fig
 
-# %% ../../nbs/03e_weights.ipynb #c029
+# %% ../../nbs/03e_weights.ipynb #c031
 def plot_curves(
     curves: dict[str, list[tuple[float, float]]], # from `weight_curves`
     found: dict[str, float] # weights
