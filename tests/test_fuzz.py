@@ -76,6 +76,16 @@ def test_a_header_that_promises_too_much_and_a_dead_process_are_seen(monkeypatch
     assert [r["case"] for r in rows] == list(range(12)) and {"crash", "same"} <= {r["end"] for r in rows}
 
 
+def test_the_written_table_is_clean_and_whole():
+    "reports/fuzz.md, as the last campaign left it."
+    text = (fuzz.project()/"reports/fuzz.md").read_text(encoding="utf-8")
+    assert "Faults: 0." in text and "| 10000 |" in text
+    rows = [[c.strip() for c in line.strip("|\n").split("|")] for line in text.splitlines() if line.startswith("| ")]
+    files = {r[0]: list(map(int, r[1:])) for r in rows if r[0] in fuzz.TARGETS or r[0] == "all"}
+    assert files.keys() == fuzz.TARGETS.keys() | {"all"} and files["all"][0] >= 1000 and not sum(files["all"][5:])
+    assert "/tmp" not in text and "/work" not in text
+
+
 @pytest.mark.slow
 def test_10_000_lines_and_1_000_files():
     "Zero tracebacks, zero silent losses; the table is the one in reports/."
