@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse, contextlib, copy, gzip, hashlib, io, json, os, random, re, resource, shutil, signal, struct, subprocess, sys, tempfile, time, traceback, zipfile, zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 
@@ -584,7 +584,6 @@ def embeddings():
         (d/"v").mkdir(); x = np.random.default_rng(0).normal(size=(20, 8)).astype("f4"); np.save(d/"v/a.npy", x); (d/"v/a.ids.txt").write_text("".join(f"d{i}\n" for i in range(20)))
         pq.write_table(pa.table({"id": [f"e{i}" for i in range(20)], "embedding": pa.array(x.tolist(), pa.list_(pa.float32()))}), d/"v/b.parquet")
     def read(d):
-        import numpy as np
         from yunmin_efficientdata.dedup.semantic import list_embeddings, read_ids, read_vectors
         return [([i for ids in read_ids(f) for i in ids], [x.tolist() for x in read_vectors(f)]) for f in list_embeddings(str(d/"v"))]
     return make, read
@@ -632,7 +631,7 @@ def report():
 @target("resume", ["ledger/x.json", "ledger/parts/x/p.json"], weight=2)
 def resume():
     def make(d):
-        from yunmin_efficientdata.core.ledger import Ledger, digest as part_digest
+        from yunmin_efficientdata.core.ledger import Ledger
         from yunmin_efficientdata.core.store import open_store
         store = open_store(d)
         def work(stage): stage.mark_part("a", {"n": 1}); store.write("out.txt", "x"); return {"n": 1}

@@ -1,5 +1,5 @@
 "The audit: its numbers agree with each other and with a plain recount; its texts are escaped, and absent where they must be; nothing it shows depends on luck."
-import csv, html, json, random, re, time
+import csv, json, random, re, time
 from html.parser import HTMLParser
 import duckdb, numpy as np, pyarrow as pa, pyarrow.parquet as pq, pytest
 from hypothesis import given, settings as hyp, strategies as st

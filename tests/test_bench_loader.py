@@ -1,11 +1,10 @@
 """The loader benchmark: everybody gets the same windows, wrong tokens are found, what cannot run is a row, one whole run."""
-import json, sys, types
-from pathlib import Path
+import json, sys
 import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
 from yunmin_efficientdata.bench import loader_peers
-from yunmin_efficientdata.bench.loader import ALL, ENVIRONMENT, OWN, Task, bench_loader, field_of, find_corpus, goals, prepare, table_of, write_input, wrong_windows
-from yunmin_efficientdata.bench.loader_peers import Entry, Reader, batches_of, measure, sums, tokens_of
+from yunmin_efficientdata.bench.loader import ENVIRONMENT, OWN, Task, bench_loader, field_of, find_corpus, goals, prepare, write_input, wrong_windows
+from yunmin_efficientdata.bench.loader_peers import Entry, Reader, batches_of, measure, sums
 from yunmin_efficientdata.core.settings import UserError
 from yunmin_efficientdata.format.loader import TokenPages
 

@@ -1,11 +1,10 @@
 """The merge benchmark: every form means the same, a wrong merge is found, what cannot run is a row; mergekit and peft agree where they are installed."""
-import json, math, shutil
+import math, shutil
 from pathlib import Path
-import numpy as np, pytest, torch
+import numpy as np, pytest
 from safetensors.torch import load_file, save_file
-from yunmin_efficientdata.bench import merge as module
 from yunmin_efficientdata.bench.harness import run_once
-from yunmin_efficientdata.bench.merge import FIELD, MEMBERS, WEIGHTS, Anonymous, bench_merge, compare, field_of, goals, run_naive, run_ours, shape_of, table_of, tensors_of, write_models, write_reference
+from yunmin_efficientdata.bench.merge import FIELD, MEMBERS, Anonymous, bench_merge, compare, field_of, goals, run_naive, run_ours, shape_of, table_of, tensors_of, write_models, write_reference
 from yunmin_efficientdata.core.settings import UserError
 
 

@@ -1,12 +1,12 @@
 "Parts of objects on S3 through a bounded cache: the same tokens as local, whatever happens to server, disk or processes."
-import ctypes, multiprocessing, os, re, signal, subprocess, sys, threading, time
+import ctypes, multiprocessing, os, signal, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np, pyarrow as pa, pyarrow.parquet as pq, pytest
 from yunmin_efficientdata.core.settings import UserError
 from yunmin_efficientdata.core.store import MissingKey, TEMP
 from yunmin_efficientdata.format import cache as cache_module
-from yunmin_efficientdata.format.cache import ChangedObject, PageCache, TRAILER, map_part
+from yunmin_efficientdata.format.cache import ChangedObject, PageCache, map_part
 from yunmin_efficientdata.format.pages import DamagedFile, PageSet, TokenFile
 
 ELEMENT = pa.field("element", pa.int32(), nullable=False)

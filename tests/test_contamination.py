@@ -1,8 +1,8 @@
 "Contamination: planted leaks are found whatever they wear, unrelated text never, reports add up."
 from __future__ import annotations
-import gzip, json, random, sys, unicodedata
+import gzip, json, random, unicodedata
 from collections import defaultdict
-import numpy as np, pytest, zstandard
+import pytest, zstandard
 from hypothesis import given, settings as hyp, strategies as st
 from stages import Ctx, Stage
 from yunmin_efficientdata.core.settings import ContaminationSettings, UserError

@@ -1,5 +1,5 @@
 """Settings, ledger, executor and locks: the edge cases."""
-import os, signal, subprocess, sys, textwrap, time
+import os, signal, subprocess, sys, textwrap
 import pytest
 from yunmin_efficientdata.core.settings import UserError, describe, load_settings
 from yunmin_efficientdata.core.store import open_store

@@ -1,8 +1,8 @@
 "Daily crawls: days one after another are one batch; what is removed is gone, with its consequences; killed runs end the same."
 from __future__ import annotations
-import gzip, json, os, random, shutil, signal, subprocess, sys, time
+import gzip, json, os, random, shutil, signal, subprocess, sys
 from pathlib import Path
-import numpy as np, pytest
+import pytest
 from hypothesis import HealthCheck, given, settings as hyp, strategies as st
 from test_dedup import WORDS, clusters_of, corpus_lines, files, pairs_of, texts_of, write_raw
 from yunmin_efficientdata.core.settings import UserError

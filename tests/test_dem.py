@@ -1,17 +1,16 @@
 """Phase 3: bases that cannot be had, adapters, vectors and merges that must be refused, and a whole small run: killed, repeated, one domain again."""
-import csv, json, os, signal, subprocess, sys, time
+import csv, json, signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
-from yunmin_efficientdata.core.settings import BaseSettings, LoraSettings, UserError, load_settings
-from yunmin_efficientdata.dem.base import check_tokenizer, demo_config, find_base, load_model, quiet, save_model
-from yunmin_efficientdata.dem.lora import adapt, adapter_parameters, check_gradients, domain_model, precision, save_adapter
-from yunmin_efficientdata.dem.merge import merge
+from yunmin_efficientdata.core.settings import BaseSettings, LoraSettings, UserError
+from yunmin_efficientdata.dem.base import demo_config, find_base, load_model, quiet, save_model
+from yunmin_efficientdata.dem.lora import adapt, adapter_parameters, domain_model, precision
 from yunmin_efficientdata.dem.phase import run
-from yunmin_efficientdata.dem.vectors import Vector, cosines, difference, vector_stats
+from yunmin_efficientdata.dem.vectors import Vector
 
 quiet()
 DOMAINS = ("main_data", "web", "social")

@@ -1,10 +1,9 @@
 "Instruction data: recognition, templates of many models, loss mask, the border between prompt and answer, files, faults."
-import json, math, os, subprocess, sys
-from pathlib import Path
+import json, math
 from types import SimpleNamespace
 import duckdb, numpy as np, pandas as pd, pyarrow.parquet as pq, pytest, torch
 from hypothesis import HealthCheck, given, settings as hypothesis_settings, strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from yunmin_efficientdata.core.ledger import Ledger
 from yunmin_efficientdata.core.records import dump_line

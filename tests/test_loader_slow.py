@@ -5,7 +5,7 @@ import numpy as np, pyarrow as pa, pyarrow.parquet as pq, pytest, torch
 from yunmin_efficientdata.core.store import open_store
 from yunmin_efficientdata.core.records import read_jsonl
 from yunmin_efficientdata.format.cache import PageCache
-from yunmin_efficientdata.format.loader import TextRows, TokenLoader, TokenPages, Windows, local_order, order_perplexity
+from yunmin_efficientdata.format.loader import TokenLoader, TokenPages, local_order, order_perplexity
 from yunmin_efficientdata.format.tokenizer import Encoder, as_pretrained, train_bpe
 from test_loader import SCHEMA, upload, write
 

@@ -1,5 +1,5 @@
 """Adapters that learn and merge on every kind of model; training that resumes, stops, accumulates and runs in several processes."""
-import copy, csv, json, os, signal, subprocess, sys, textwrap, time
+import copy, csv, json, signal, subprocess, sys, textwrap
 from pathlib import Path
 import numpy as np
 import pytest

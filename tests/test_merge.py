@@ -1,5 +1,5 @@
 """Merging: equal to naive sums for every method, type, form and thread count; killed and resumed; full disks, missing or cut shards, NaN; what is there stays until the new model is whole."""
-import errno, json, os, resource, shutil, signal, subprocess, sys, threading
+import errno, json, os, shutil, signal, subprocess, sys, threading
 from pathlib import Path
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from safetensors.torch import load_file as load_torch, save_file as save_torch
 from yunmin_efficientdata.core.settings import UserError
 from yunmin_efficientdata.dem import merge as module
 from yunmin_efficientdata.dem.merge import merge, merge_tensors, merge_with, threshold
-from yunmin_efficientdata.dem.vectors import Vector, Weights, difference, manifest_file
+from yunmin_efficientdata.dem.vectors import Vector, difference, manifest_file
 
 
 def one_line(error): return "\n" not in str(error.value)

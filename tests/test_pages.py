@@ -1,10 +1,9 @@
 "Page reader: the same tokens whichever way, every damage found, cheap to open."
-import json, os, resource, subprocess, sys, threading, time
-from pathlib import Path
+import json, subprocess, sys, threading, time
 import duckdb, numpy as np, pyarrow as pa, pyarrow.parquet as pq, pytest
 from hypothesis import HealthCheck, given, settings as hypothesis_settings, strategies as st
 from yunmin_efficientdata.core.settings import UserError
-from yunmin_efficientdata.format.pages import DamagedFile, MappedFile, OtherLayout, PageSet, TokenFile, as_python, check_pages, page_parts, page_table, read_footer, read_struct, _parse
+from yunmin_efficientdata.format.pages import DamagedFile, MappedFile, PageSet, TokenFile, as_python, check_pages, page_parts, page_table, read_footer, read_struct
 
 ELEMENT = pa.field("element", pa.int32(), nullable=False)
 SCHEMA = pa.schema([pa.field("text", pa.string(), nullable=False), pa.field("tokens", pa.list_(ELEMENT), nullable=False), pa.field("lang", pa.string(), nullable=False)])

@@ -3,8 +3,7 @@ import hashlib, json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import nbformat, pytest
 from yunmin_efficientdata import pipeline
-from yunmin_efficientdata.core.ledger import Ledger
-from yunmin_efficientdata.core.settings import UserError, project_root
+from yunmin_efficientdata.core.settings import project_root
 from yunmin_efficientdata.core.store import open_store
 
 YUNMIN = [str(Path(sys.executable).with_name("yunmin"))]

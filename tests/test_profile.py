@@ -1,6 +1,5 @@
 "Profile: every query against pandas, foreign Parquet, bounded memory, the script in a fresh DuckDB, S3, the command line."
-import datetime, re, subprocess, sys
-from pathlib import Path
+import datetime, subprocess, sys
 import duckdb, numpy as np, pandas as pd, pyarrow as pa, pyarrow.parquet as pq, pytest
 from yunmin_efficientdata.core.figures import figure_png, korean_style
 from yunmin_efficientdata.core.settings import FormatSettings, UserError

@@ -1,8 +1,8 @@
 """What must not happen with secrets, with files of strangers and with texts of strangers. Static checks of loading are in test_toolchain.py, damaged files in test_fuzz.py."""
-import ast, csv, http.client, io, json, os, re, shutil, subprocess, sys, threading, time
+import ast, csv, io, json, os, re, shutil, subprocess, sys, threading, time
 from html.parser import HTMLParser
 from pathlib import Path
-import nbformat, numpy as np, pytest
+import nbformat, pytest
 from conftest import KEY, SECRET
 from yunmin_efficientdata.core import hub
 from yunmin_efficientdata.core.settings import UserError

@@ -1,5 +1,5 @@
 "The folder for the Hub: loads offline with datasets, says what the records say, is never half made."
-import json, os, re, socket, subprocess, sys
+import json, re, socket, subprocess
 from pathlib import Path
 import duckdb, numpy as np, pyarrow as pa, pyarrow.parquet as pq, pytest, yaml
 from hypothesis import given, settings as hypothesis_settings, strategies as st
@@ -9,7 +9,7 @@ from yunmin_efficientdata.core.store import open_store
 from yunmin_efficientdata.format import share as H
 from yunmin_efficientdata.format.instructions import FOLDER, InstructionWriter, row_of, Example
 from yunmin_efficientdata.format.parquet import SCHEMA, schema_text
-from yunmin_efficientdata.format.share import Census, escaped, hub_license, languages_of, license_verdict, md_table, planned, safe_name, share, verify_share
+from yunmin_efficientdata.format.share import Census, escaped, hub_license, languages_of, license_verdict, md_table, planned, share, verify_share
 
 LICENSES = {"web": ["CC BY 4.0"], "textbook": ["https://creativecommons.org/licenses/by/4.0/"], "social": ["CC BY 4.0", None]}
 

@@ -1,13 +1,11 @@
 "Phase 1, paragraphs and sentences: segmentation, exact join, Bloom filter, cutting."
 from __future__ import annotations
-import json, os, random, subprocess, sys, time
-from pathlib import Path
+import json, random, subprocess, sys, time
 import numpy as np, pytest
 from hypothesis import given, settings as hyp, strategies as st
 from yunmin_efficientdata.core.executor import make_executor
 from yunmin_efficientdata.core.settings import SpanSettings, UserError, load_settings
 from yunmin_efficientdata.core.store import open_store
-from yunmin_efficientdata.dedup import spans as module
 from yunmin_efficientdata.dedup.prepare import FATES, Corpus, list_raw, load_array, normal_source, prepare, write_fate
 from yunmin_efficientdata.dedup.spans import Bloom, cut, find_all, find_spans, group_spans, least_left, losers, paragraphs, sentence_rows, sentences
 

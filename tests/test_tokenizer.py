@@ -1,10 +1,9 @@
 "Tokenizer: exact round trips, no special token out of any text, the same vocabulary whatever the threads, samples by a stated rule, the audit's numbers."
 import json, os, subprocess, sys, unicodedata
-from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings as hypothesis_settings, strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from yunmin_efficientdata.core.settings import UserError
 from yunmin_efficientdata.format.tokenizer import (SPECIAL_TOKENS, Encoder, as_pretrained, domain_budgets, fertility, injected, load_tokenizer, sample_plan, sample_stream, sampled,

@@ -1,5 +1,5 @@
 """Difference vectors: both forms hold the same numbers, conversions lose what they say, damaged or wrong files never pass, a full disk leaves nothing."""
-import errno, json, os, subprocess, sys, zipfile
+import json, subprocess, sys, zipfile
 from pathlib import Path
 import numpy as np
 import pytest

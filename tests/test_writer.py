@@ -1,5 +1,5 @@
 "Phase 2, writer and driver: schema, nulls, layout, readers, held-out split, any cut of the work, kills, bounded memory."
-import importlib.util, json, os, re, resource, shutil, signal, subprocess, sys, tempfile
+import importlib.util, json, os, shutil, signal, subprocess, sys, tempfile
 from pathlib import Path
 import duckdb, numpy as np, pandas as pd, pyarrow as pa, pyarrow.parquet as pq, pytest, xxhash
 from hypothesis import HealthCheck, example, given, settings as hypothesis_settings, strategies as st

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 import numpy as np, pandas as pd
 from ..core.figures import figure_png, korean_style
-from ..core.settings import UserError, project_root
+from ..core.settings import project_root
 
 # %% auto #0
 __all__ = ['Contestant', 'bench_folder', 'peer', 'limited_environment', 'run_once', 'take_turns', 'summarise', 'cell', 'markdown',

@@ -12,7 +12,7 @@ from ..core.figures import korean_style
 from ..core.hub import load_weights
 from ..core.settings import UserError, project_root
 from .harness import Contestant, goal, machine, peer, run_once, summarise, write_report
-from .loader_peers import cpu, size_mb
+from .loader_peers import cpu
 from ..dem.merge import merge
 from ..dem.vectors import Weights, difference
 

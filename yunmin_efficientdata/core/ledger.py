@@ -4,9 +4,8 @@
 
 # %% ../../nbs/00d_ledger.ipynb #c004
 from __future__ import annotations
-import hashlib, importlib.util, os, resource, time
+import hashlib, importlib.util, resource, time
 from collections import Counter
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable
 import orjson

@@ -7,7 +7,7 @@ from __future__ import annotations
 import io, unicodedata
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Iterable, Iterator, NamedTuple
+from typing import Any, Iterator, NamedTuple
 import numpy as np, orjson
 from ..core.settings import ContaminationSettings, UserError, project_root
 from ..core.store import Stat, Store, open_store

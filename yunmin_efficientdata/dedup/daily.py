@@ -13,7 +13,7 @@ from ..core.settings import DedupSettings, UserError
 from ..core.store import Store, open_store
 from .cluster import EXACT_ROWS, Decision, copies, fate_part, publish_decision, read_edges
 from .lsh import (ALIVE, HOT, OUT, SIGN_DOCUMENTS, band_keys, bucket_pairs, contaminated, keeper_order, npy_header, partition_count, partition_of, read_bucket, read_signatures, role_of, sign_part, star_pairs, unpack, write_buckets, write_pairs)
-from .prepare import (FATES, INDEX, REMOVED, Corpus, RawFile, Spill, _renumber, base_id, check_domains, crawl_entry, dump_line, id_hash, large_file, load_array, load_fate, number_ids, publish, purge_quarantine, read_crawls, read_files,
+from .prepare import (FATES, INDEX, REMOVED, Corpus, RawFile, Spill, _renumber, base_id, check_domains, crawl_entry, id_hash, large_file, load_array, load_fate, number_ids, publish, purge_quarantine, read_crawls, read_files,
     read_ids, read_removed, resumable, sort_in, sorted_parts, spill_table, sweep, take_in, write_crawl, write_ids, write_parquet)
 
 # %% auto #0

@@ -6,7 +6,6 @@
 from __future__ import annotations
 import multiprocessing, os, unicodedata
 from functools import lru_cache
-from itertools import islice
 from typing import Iterable, Iterator
 import numpy as np, orjson
 from ..core.settings import UserError

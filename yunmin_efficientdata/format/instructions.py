@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 from ..core.records import BadLine, JsonlWriter, RAW_BYTES, dump_line, is_jsonl, quarantine_record, read_jsonl
-from ..core.settings import InstructionSettings, UserError
+from ..core.settings import UserError
 from ..core.store import Stat, Store, source_keys
 from .loader import TokenPages
 from .pages import HASH_KEY, TokenFile, metadata_hash

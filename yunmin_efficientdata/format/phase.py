@@ -19,7 +19,7 @@ from ..core.store import Store, open_store
 from .parquet import (CLUSTERS, MANIFEST, RULE, SPILLS, SPLITS, FileTask, Heldout, Splitter, bytes_per_char, choose_heldout, column_sizes, documents, domain_keys,
                                                  file_layout, parquet_files, pieces, plan_files, read_manifest, scan, schema_text, shared_clusters, smallest, write_clusters,
                                                  write_heldout, write_training)
-from .tokenizer import Encoder, as_pretrained, fertility, load_tokenizer, sample_plan, sampled, save_tokenizer, shortened, tokenizer_hash, train_bpe
+from .tokenizer import Encoder, as_pretrained, fertility, load_tokenizer, sample_plan, sampled, save_tokenizer, shortened, train_bpe
 
 # %% auto #0
 __all__ = ['SMALL', 'SAMPLE', 'WRITTEN', 'PARQUET_CODE', 'INSTRUCTIONS', 'READING', 'DECIDED', 'spread', 'all_pieces',

@@ -6,7 +6,6 @@
 from __future__ import annotations
 import csv, hashlib, io, json, os, re, shutil
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 import yaml
