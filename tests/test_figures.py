@@ -50,7 +50,7 @@ def style(): G.korean_style()
 
 
 def test_a_figure_is_written_twice_and_the_korean_one_keeps_its_words(tmp_path, monkeypatch):
-    store, seen = open_store(str(tmp_path)), drawn(monkeypatch)
+    store, seen = open_store(str(tmp_path)), drawn(monkeypatch); plt.close("all")
     fig, (ax, low) = plt.subplots(2, 1)
     ax.barh(["전체", "표본일보"], [1, 2], label="본문"); ax.set(title="사람이 매긴 점수 (세로선: 95 % 구간)", xlabel="기준 아래:\n쌍을 기록하지 않음"); ax.legend(title="모델"); fig.suptitle("병합 가중치")
     low.plot([1, 100], [1, 2]); low.set_xscale("log"); low.set_xticks([1, 100], ["1만", "100만"])

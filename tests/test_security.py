@@ -13,6 +13,7 @@ import test_prepare as T
 
 ROOT = Path(__file__).resolve().parents[1]
 YUNMIN = str(Path(sys.executable).with_name("yunmin"))
+WRONG = "canary-wrong-secret"
 CANARIES = {"YUNMIN_JUDGE_KEY": "canary-judge-8f1c2b", "HF_TOKEN": "hf_canary9d27aa", "MY_OTHER_SECRET": "canary-other-55ae"}
 EVIL = '<script>alert("inj")</script> <img src=x onerror=alert(1)> [눌러](javascript:alert(1)) =HYPERLINK("http://x")'
 
@@ -53,8 +54,8 @@ def test_no_secret_is_left_anywhere(bucket_run):
 def test_errors_do_not_tell_secrets(bucket_run):
     "Wrong keys, an address with a password, a judge's address with one."
     _, _, run, uri = bucket_run
-    for args, env in ((("status", uri), {"AWS_SECRET_ACCESS_KEY": "canary-wrong-secret"}), (("status", uri), {"AWS_ENDPOINT_URL": "http://user:canary-wrong-secret@127.0.0.1:9"}),
-                      (("evaluate", uri, "--set", "evaluation.judge.endpoint=http://user:canary-wrong-secret@127.0.0.1:9/v1", "--set", "evaluation.judge.model=x"), {})):
+    for args, env in ((("status", uri), {"AWS_SECRET_ACCESS_KEY": WRONG}), (("status", uri), {"AWS_ENDPOINT_URL": f"http://user:{WRONG}@127.0.0.1:9"}),
+                      (("evaluate", uri, "--set", f"evaluation.judge.endpoint=http://user:{WRONG}@127.0.0.1:9/v1", "--set", "evaluation.judge.model=x"), {})):
         done = run(*args, **env)
         assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.count("\n") <= 2, done.stderr
         assert not any(s in done.stdout + done.stderr for s in (SECRET, "canary"))
