@@ -268,6 +268,7 @@ def exact_more(ctx, stage, state: dict) -> dict: # counts
     store.delete_prefix(SPILL)
     return counts
 
+# %% ../../nbs/01k_daily.ipynb #c021b
 def hashes_of(corpus: Corpus, docs: np.ndarray) -> np.ndarray: # uint64, of sorted numbers
     return np.concatenate([np.empty(0, np.uint64)] + [corpus.columns(p, ["hash"])["hash"][rows] for p, rows in corpus.groups(docs)])
 

@@ -380,6 +380,7 @@ def _put(made: Unfinished, key: str, t: Tensor, x, method: str):
     with open(made.part/t.file.name, "rb+", buffering=0) as f: _write_at(f.fileno(), y, t.start); os.fsync(f.fileno())
     if made.key is not None: made.mark(key, xxh3_64_hexdigest(y), len(y))
 
+# %% ../../nbs/03d_merge.ipynb #c030b
 def _raw(made: Unfinished, t: Tensor) -> np.ndarray: # uint8
     return read_into(made.part/t.file.name, t.start, np.empty(t.stop - t.start, np.uint8))
 

@@ -127,6 +127,7 @@ CAPTIONS: dict[str, tuple[str, str]] = {
     "evaluation_inference": ("추론 속도 (`results/inference.csv`)", "Inference speed (`results/inference.csv`)"),
 }
 
+# %% ../../nbs/05f_page.ipynb #c018b
 @patch
 def figures_of(self: Page, phase: str) -> None:
     "Add every figure that a phase drew, in the order of `CAPTIONS`, then by name."
