@@ -12,7 +12,7 @@ from ..core.figures import korean_style
 from ..core.hub import load_weights
 from ..core.settings import UserError, project_root
 from .harness import Contestant, goal, machine, peer, run_once, summarise, write_report
-from .loader_peers import cpu
+from .loader_peers import _peak_mb, cpu
 from ..dem.merge import merge
 from ..dem.vectors import Weights, difference
 
@@ -173,8 +173,7 @@ def main() -> None:
     torch.set_num_threads(job["threads"]); c, w = cpu(), time.perf_counter()
     with Anonymous() as gauge: run(job)
     wall, spent = time.perf_counter() - w, cpu() - c
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
-    print("\n" + json.dumps({"wall": wall, "cpu": spent, "gigabytes": job["size"]/1e9, "rss_mb": peak, "anonymous_mb": gauge.peak - gauge.start}))
+    print("\n" + json.dumps({"wall": wall, "cpu": spent, "gigabytes": job["size"]/1e9, "rss_mb": _peak_mb(), "anonymous_mb": gauge.peak - gauge.start}))
 
 RUNS = {"ours": (run_ours, ()), "naive": (run_naive, ("safetensors.torch",)), "peft": (run_peft, ("peft", "transformers")), "mergekit": (run_mergekit, ("mergekit.merge",))}
 

@@ -328,10 +328,10 @@ def _file_sum(path: Path) -> str: # 16 hexadecimal digits
         while data := f.read(1 << 20): found.update(data)
     return found.hexdigest()
 
-def _commit(folder: Path):
-    "Write the marker: size, checksum and name of every file."
+def _commit(folder: Path, sums: dict[str, str] = {}):
+    "Write the marker: size, checksum and name of every file; `sums` holds those that are known."
     names = [n for n in _files(folder) if n != COMMIT]
-    (folder/COMMIT).write_text("".join(f"{(folder/n).stat().st_size} {_file_sum(folder/n)} {n}\n" for n in names), encoding="utf-8")
+    (folder/COMMIT).write_text("".join(f"{(folder/n).stat().st_size} {sums.get(n) or _file_sum(folder/n)} {n}\n" for n in names), encoding="utf-8")
 
 _compared: set[tuple] = set() # folders that this process has compared with their markers, with the files' times and sizes
 

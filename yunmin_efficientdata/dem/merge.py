@@ -4,20 +4,21 @@
 
 # %% ../../nbs/03d_merge.ipynb #c004
 from __future__ import annotations
-import errno, fcntl, hashlib, json, math, os, shutil, threading
+import errno, fcntl, hashlib, json, math, mmap, os, shutil, threading
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 import numpy as np, torch
 from numba import njit
-from xxhash import xxh3_64_hexdigest, xxh3_128_hexdigest
+from xxhash import xxh3_64, xxh3_64_hexdigest
 from ..core.settings import UserError
-from ..core.store import _commit
-from .vectors import BLOCK, FLOATS, Source, Tensor, Weights, disk_error, domain_of, fingerprint, manifest_file, open_vector, read_header, read_into, read_native, shards, thin_product, tied_keys
+from ..core.store import _commit, _file_sum
+from .vectors import BLOCK, FLOATS, Source, Tensor, Weights, disk_error, domain_of, fingerprint, manifest_file, open_vector, read_header, read_into, read_native, scratch, shards, thin_product, tied_keys
 
 # %% auto #0
-__all__ = ['WEIGHTS', 'OURS', 'METHODS', 'CALIBRATED', 'merge_weights', 'threshold', 'Combine', 'merged_chunk', 'write_shard',
-           'shard_sum', 'check_vectors', 'model_card', 'Unfinished', 'merge_with', 'merge_tensors', 'labels', 'merge']
+__all__ = ['PAGE', 'WEIGHTS', 'OURS', 'METHODS', 'CALIBRATED', 'merge_weights', 'threshold', 'Combine', 'add_into',
+           'merged_chunk', 'Pages', 'Digest', 'write_shard', 'check_vectors', 'model_card', 'Unfinished', 'merge_with',
+           'merge_tensors', 'labels', 'merge']
 
 # %% ../../nbs/03d_merge.ipynb #c006
 def merge_weights(
@@ -51,7 +52,7 @@ def threshold(
     keep, prefix = max(1, int(density*v.size(key))), 0
     for high in (True, False):
         counts = np.zeros(1 << 16, np.int64)
-        for i in range(0, v.size(key), chunk): _count(v.read(key, i, min(v.size(key), i + chunk)), high, prefix, counts)
+        for i in range(0, v.size(key), chunk): j = min(v.size(key), i + chunk); _count(v.read(key, i, j, scratch("difference", j - i)), high, prefix, counts)
         above = np.cumsum(counts[::-1]); top = int(np.searchsorted(above, keep))
         digit = (1 << 16) - 1 - top; keep -= int(above[top - 1]) if top else 0
         prefix = digit if high else prefix << 16 | digit
@@ -87,8 +88,10 @@ def _elect(x, weights, cuts, normalize, total):
 def _add(total, x, weight):
     for i in range(len(x)): total[i] += weight*x[i]
 
+def _zeros(n: int) -> np.ndarray: x = scratch("total", n); x[:] = 0; return x
+
 class Combine:
-    "Sum up differences chunk by chunk: `combine(key, start, stop)` -> float32, or None where nothing changes the tensor. Safe in threads."
+    "Sum up differences chunk by chunk: `combine(key, start, stop)` -> float32, or None where nothing changes the tensor. Safe in threads; what it gives is overwritten by the thread's next chunk."
     parallel = True
     def __init__(self, vectors: list[tuple[Source, float]], method="linear", normalize=True, density=.2, seed=0, chunk=BLOCK):
         self.vectors, self.method, self.normalize, self.density, self.seed, self.chunk = vectors, method, normalize, density, seed, chunk
@@ -97,16 +100,17 @@ class Combine:
         parts = [(n, v, w) for n, (v, w) in enumerate(self.vectors) if w and v.changed(key)]
         return getattr(self, f"_{self.method}")(parts, key, start, stop) if parts else None
     def _linear(self, parts, key, start, stop):
-        low, dense = self._stacked(parts, key)
-        total = thin_product(*low, start, stop) if low else np.zeros(stop - start, np.float32)
-        for v, w in dense: _add(total, v.read(key, start, stop), np.float32(w))
+        low, dense = self._stacked(parts, key); x = scratch("difference", stop - start)
+        total = thin_product(*low, start, stop, "stacked") if low else _zeros(stop - start)
+        for v, w in dense: _add(total, v.read(key, start, stop, x), np.float32(w))
         return total
     def _dare(self, parts, key, start, stop):
-        total = np.zeros(stop - start, np.float32)
-        for n, v, w in parts: _drop_and_add(total, v.read(key, start, stop), np.float32(w/self.density), np.uint64(math.ceil(self.density*2**53)), _salt(self.seed, n), v.offset(key) + start)
+        total, x = _zeros(stop - start), scratch("difference", stop - start)
+        for n, v, w in parts: _drop_and_add(total, v.read(key, start, stop, x), np.float32(w/self.density), np.uint64(math.ceil(self.density*2**53)), _salt(self.seed, n), v.offset(key) + start)
         return total
     def _ties(self, parts, key, start, stop):
-        x, total = np.stack([v.read(key, start, stop) for _, v, _ in parts]), np.empty(stop - start, np.float32)
+        x, total = scratch("differences", len(parts)*(stop - start)).reshape(len(parts), -1), scratch("total", stop - start)
+        for row, (_, v, _) in zip(x, parts): v.read(key, start, stop, row)
         _elect(x, np.array([w for *_, w in parts], np.float32), np.array([self._cut(n, v, key) for n, v, _ in parts], np.float32), self.normalize, total)
         return total
 
@@ -131,18 +135,22 @@ def _cut(self: Combine, n, v, key) -> float:
 Combine._stacked, Combine._cut = _stacked, _cut
 
 # %% ../../nbs/03d_merge.ipynb #c016
-def _checked(x: torch.Tensor, name: str) -> torch.Tensor: # of the stored type
-    "Cast back. Raises `ValueError` when something is or becomes infinite or NaN."
-    low, high = (float(v) for v in torch.aminmax(x)); y = x.to(FLOATS[name])
-    if not (math.isfinite(low) and math.isfinite(high)): raise ValueError("not finite")
-    if max(-low, high) > torch.finfo(y.dtype).max and not torch.isfinite(y).all(): raise ValueError("overflow")
-    return y
+def add_into(
+    data: np.ndarray, # uint8: elements as they are stored; the sum replaces them
+    dtype: str, # their type
+    delta: np.ndarray # float32 [elements]
+) -> None:
+    "Add in float32 (float64 in float64) and cast back once, to nearest. Raises `ValueError` when something is or becomes infinite or NaN."
+    stored = torch.from_numpy(data).view(FLOATS[dtype])
+    wide = stored if dtype in ("F32", "F64") else torch.from_numpy(scratch("wide", len(delta))).copy_(stored)
+    _finite(wide.add_(torch.from_numpy(delta)), stored)
 
-def merged_chunk(t: Tensor, key: str, i: int, j: int, delta: np.ndarray, combine) -> np.ndarray: # uint8
-    "Bytes of base plus difference. Raises `UserError` naming who brought a NaN."
-    base = read_native(t, i, j); wide = base.double() if t.dtype == "F64" else base.float()
-    try: return _checked(wide.add_(torch.from_numpy(delta)), t.dtype).view(torch.uint8).numpy()
-    except ValueError: raise UserError(_nan_message(key, combine, t, i, j)) from None
+def _finite(wide: torch.Tensor, stored: torch.Tensor) -> None:
+    "Cast `wide` into `stored`. Raises `ValueError` for NaN, infinity and overflow."
+    low, high = (float(v) for v in torch.aminmax(wide)); narrower = max(-low, high) > torch.finfo(stored.dtype).max
+    if wide is not stored: stored.copy_(wide)
+    if not (math.isfinite(low) and math.isfinite(high)): raise ValueError("not finite")
+    if narrower and not torch.isfinite(stored).all(): raise ValueError("overflow")
 
 def _nan_message(key: str, combine, t: Tensor, i: int, j: int) -> str:
     "Which file brought the NaN."
@@ -157,60 +165,119 @@ def _tasks(header: dict, at: int, source: Path, chunk: int): # (key, Tensor, fir
         tensor = Tensor(source, t["dtype"], tuple(t["shape"]), at + t["data_offsets"][0], at + t["data_offsets"][1])
         for i in range(0, tensor.size, chunk): yield key, tensor, i, min(tensor.size, i + chunk)
 
-def _chunk_bytes(key: str, t: Tensor, i: int, j: int, combine) -> np.ndarray: # uint8
-    "What goes into the merged file: base plus difference, or the base's bytes as they are."
-    delta = combine(key, i, j) if t.dtype in FLOATS else None
-    if delta is not None: return merged_chunk(t, key, i, j, delta, combine)
+def _place(t: Tensor, i: int, j: int) -> tuple[int, int]: # byte in the file, bytes
     width = (t.stop - t.start)//t.size
-    data = read_into(t.file, t.start + i*width, np.empty((j - i)*width, np.uint8))
-    if t.dtype in FLOATS and math.isnan(float(torch.aminmax(torch.from_numpy(data).view(FLOATS[t.dtype]))[0])): raise UserError(f"{t.file}: {key} of the base holds NaN")
+    return t.start + i*width, (j - i)*width
+
+def merged_chunk(key: str, t: Tensor, i: int, j: int, combine) -> np.ndarray: # uint8, in `scratch`
+    "What goes into the merged file: base plus difference, or the base's bytes as they are. Raises `UserError` naming who brought a NaN."
+    delta = combine(key, i, j) if t.dtype in FLOATS else None; at, size = _place(t, i, j)
+    data = read_into(t.file, at, scratch("merged", PAGE + size, np.uint8)[at % PAGE:at % PAGE + size])
+    if delta is not None:
+        try: add_into(data, t.dtype, delta)
+        except ValueError: raise UserError(_nan_message(key, combine, t, i, j)) from None
+    elif t.dtype in FLOATS and math.isnan(float(torch.aminmax(torch.from_numpy(data).view(FLOATS[t.dtype]))[0])): raise UserError(f"{t.file}: {key} of the base holds NaN")
     return data
+
+# %% ../../nbs/03d_merge.ipynb #c019
+PAGE = 4096 # bytes that the disk takes at once, and a multiple of what memory must be aligned to
 
 def _write_at(fd: int, data, at: int):
     view = memoryview(data)
     while len(view): n = os.pwrite(fd, view, at); view, at = view[n:], at + n
 
-# %% ../../nbs/03d_merge.ipynb #c018
+class Pages:
+    "A new file of known size, written in any order from any thread; past the system's cache where file system and kernel allow for that."
+    def __init__(self, path: Path, size: int):
+        self.size, self.lock, self.open_pages, direct = size, threading.Lock(), {}, getattr(os, "O_DIRECT", 0)
+        try: self.fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | direct, 0o666)
+        except OSError as e:
+            if e.errno != errno.EINVAL or not direct: raise
+            self.fd, direct = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), 0
+        self.direct = bool(direct)
+        try: _claim(self.fd, size)
+        except OSError: os.close(self.fd); raise
+    def __enter__(self): return self
+    def __exit__(self, *failed):
+        try:
+            if not failed[0]: self._finish()
+        finally: os.close(self.fd)
+    def write(self, data: np.ndarray, at: int): # uint8; memory of whole pages must be aligned as the file is
+        if not self.direct: return _write_at(self.fd, data, at)
+        head = min(len(data), -at % PAGE); whole = (len(data) - head)//PAGE*PAGE
+        self._part(data[:head], at); self._pages(data[head:head + whole], at + head); self._part(data[head + whole:], at + head + whole)
+
+# %% ../../nbs/03d_merge.ipynb #c020
+def _part(self: Pages, data, at: int):
+    "Bytes of one page: it is written when its last byte has come."
+    if not len(data): return
+    with self.lock:
+        page, filled = self.open_pages.pop(at//PAGE, None) or (np.frombuffer(mmap.mmap(-1, PAGE), np.uint8), 0)
+        page[at % PAGE:at % PAGE + len(data)] = data; filled += len(data)
+        if filled < PAGE: self.open_pages[at//PAGE] = page, filled; return
+    self._pages(page, at//PAGE*PAGE)
+
+def _pages(self: Pages, data, at: int):
+    "Whole pages. A file system that takes the flag and refuses the write gets it as any other."
+    try: _write_at(self.fd, data, at)
+    except OSError as e:
+        if e.errno != errno.EINVAL: raise
+        fcntl.fcntl(self.fd, fcntl.F_SETFL, fcntl.fcntl(self.fd, fcntl.F_GETFL) & ~os.O_DIRECT); _write_at(self.fd, data, at)
+
+def _finish(self: Pages):
+    for n, (page, _) in sorted(self.open_pages.items()): self._pages(page, n*PAGE)
+    os.ftruncate(self.fd, self.size); os.fsync(self.fd)
+
 def _claim(fd: int, size: int):
     "Take the room on the disk now, where the file system can."
     try: os.posix_fallocate(fd, 0, size)
     except OSError as e:
         if e.errno not in (errno.EOPNOTSUPP, errno.EINVAL): raise
 
-def _each(pool: ThreadPoolExecutor | None, work, tasks) -> list:
-    "Results in the order of tasks; after a failure nothing runs on."
-    if pool is None: return [work(t) for t in tasks]
-    futures = [pool.submit(work, t) for t in tasks]
-    try: return [f.result() for f in futures]
+Pages._part, Pages._pages, Pages._finish = _part, _pages, _finish
+
+# %% ../../nbs/03d_merge.ipynb #c023
+def _each(pool: ThreadPoolExecutor | None, work, tasks) -> None:
+    "One after another, or in threads that begin in this order; after a failure nothing runs on."
+    if pool is None:
+        for t in tasks: work(*t)
+        return
+    futures = [pool.submit(work, *t) for t in tasks]
+    try:
+        for f in futures: f.result()
     except BaseException:
         for f in futures: f.cancel()
         wait(futures); raise
 
+class Digest:
+    "xxh3 of chunks that threads bring in any order: each waits for the one before it. So a shard's checksum is known without reading it again."
+    def __init__(self): self.hash, self.done, self.turn, self.failed = xxh3_64(), 0, threading.Condition(), False
+    def add(self, n: int, data):
+        with self.turn:
+            self.turn.wait_for(lambda: self.done == n or self.failed)
+            if not self.failed: self.hash.update(data); self.done += 1; self.turn.notify_all()
+    def fail(self):
+        with self.turn: self.failed = True; self.turn.notify_all()
+
+# %% ../../nbs/03d_merge.ipynb #c024
 def write_shard(
     source: Path, # shard of the base
     target: Path, # new file
     combine, # (key, start, stop) -> float32 difference or None
     chunk: int = BLOCK, # elements in memory at a time, for each thread and vector
     pool: ThreadPoolExecutor | None = None # None: one chunk after another
-) -> str: # checksum, as `shard_sum` finds it
+) -> str: # xxh3 of the file, 16 hexadecimal digits
     "Write one merged shard: the base's header as it is, then every tensor at the place of its bytes."
-    header, at = read_header(source)
-    with open(target, "wb", buffering=0) as f:
-        _claim(f.fileno(), source.stat().st_size); _write_at(f.fileno(), read_into(source, 0, np.empty(at, np.uint8)), 0)
-        def work(task):
-            key, t, i, j = task; data = _chunk_bytes(key, t, i, j, combine)
-            _write_at(f.fileno(), data, t.start + i*((t.stop - t.start)//t.size))
-            return xxh3_64_hexdigest(data)
-        sums = _each(pool, work, list(_tasks(header, at, source, chunk)))
-        os.fsync(f.fileno())
-    return xxh3_128_hexdigest("".join(sums).encode())
+    header, at = read_header(source); digest = Digest()
+    def work(n, key, t, i, j):
+        try: data = merged_chunk(key, t, i, j, combine); digest.add(n, data); out.write(data, _place(t, i, j)[0])
+        except BaseException: digest.fail(); raise
+    with Pages(target, source.stat().st_size) as out:
+        for i in range(0, at, 4*BLOCK): part = read_into(source, i, scratch("merged", min(at - i, 4*BLOCK), np.uint8)); digest.hash.update(part); out.write(part, i)
+        _each(pool, work, [(n, *task) for n, task in enumerate(_tasks(header, at, source, chunk))])
+    return digest.hash.hexdigest()
 
-def shard_sum(file: Path, chunk: int) -> str:
-    "Checksum of a finished shard: of the checksums of its chunks."
-    header, at = read_header(file)
-    return xxh3_128_hexdigest("".join(xxh3_64_hexdigest(read_into(file, t.start + i*(w := (t.stop - t.start)//t.size), np.empty((j - i)*w, np.uint8))) for _, t, i, j in _tasks(header, at, file, chunk)).encode())
-
-# %% ../../nbs/03d_merge.ipynb #c020
+# %% ../../nbs/03d_merge.ipynb #c026
 def check_vectors(
     base: Weights, # the base
     vectors: list[Source] # to be added
@@ -228,7 +295,7 @@ def check_vectors(
         if lost > .05: warnings.append(f"{v.file.name} is a truncation that lost {lost:.1%} of the difference's norm")
     return {"left_out": sorted(left_out), "warnings": warnings}
 
-# %% ../../nbs/03d_merge.ipynb #c021
+# %% ../../nbs/03d_merge.ipynb #c027
 def _check_out(out: Path, base: Path, others=(), done: int = 0):
     "Never write over something that is no model, nor over what is read. `done` bytes are there from a killed merge."
     if out.exists() and not out.is_dir(): raise UserError(f"{out}: is a file; name a new folder for the merged model")
@@ -238,7 +305,7 @@ def _check_out(out: Path, base: Path, others=(), done: int = 0):
     need = sum(f.stat().st_size for f in shards(base)) - done; free = shutil.disk_usage(next(p for p in (out, *out.absolute().parents) if p.exists())).free
     if free < need: raise UserError(f"{out}: the merged model needs {need/1e9:.2f} GB, the disk has {free/1e9:.2f} GB left; free some room or name a folder elsewhere")
 
-# %% ../../nbs/03d_merge.ipynb #c023
+# %% ../../nbs/03d_merge.ipynb #c029
 def model_card(
     recipe: dict # as returned by `merge`
 ) -> str: # README.md
@@ -252,7 +319,7 @@ def model_card(
             f"| difference vector | weight |\n|---|---|\n{rows}\n\n- weights divided by their sum: {'yes' if recipe.get('normalize') else 'no'}\n- fingerprint of the base: `{recipe['base']}`\n"
             f"- tensors changed: {recipe['changed']} of {recipe['tensors']}\n- left out: {left}\n- tied to another tensor: {', '.join(recipe['tied']) or 'none'}{notes}\n")
 
-# %% ../../nbs/03d_merge.ipynb #c025
+# %% ../../nbs/03d_merge.ipynb #c031
 class Unfinished:
     "The folder `.NAME.partial` beside the target, its lock and its notes."
     def __init__(self, out: Path, key: str | None):
@@ -271,15 +338,15 @@ class Unfinished:
         if kind and not issubclass(kind, KeyboardInterrupt): shutil.rmtree(self.part, ignore_errors=True)
         os.close(self.fd)
         if isinstance(e, OSError): raise disk_error(self.out, e) from None
-    def done(self, name: str, chunk: int) -> bool:
+    def done(self, name: str) -> bool:
         file, noted = self.part/name, self.shards.get(name)
-        try: return bool(noted) and file.stat().st_size == noted["bytes"] and shard_sum(file, chunk) == noted["sum"]
+        try: return bool(noted) and file.stat().st_size == noted["bytes"] and _file_sum(file) == noted["sum"]
         except (OSError, UserError): return False
     def mark(self, name: str, sum_: str, size: int | None = None): # a shard, or a tensor with its bytes
         self.shards[name] = {"bytes": (self.part/name).stat().st_size if size is None else size, "sum": sum_}
         temporary = self.notes.with_suffix(".new"); _synced(temporary, json.dumps({"key": self.key, "shards": self.shards})); os.replace(temporary, self.notes)
 
-# %% ../../nbs/03d_merge.ipynb #c026
+# %% ../../nbs/03d_merge.ipynb #c032
 def _synced(path: Path, text: str):
     with open(path, "w", encoding="utf-8") as f: f.write(text); f.flush(); os.fsync(f.fileno())
 
@@ -297,16 +364,16 @@ def _recover(out: Path):
     "A swap that was cut in two: the old model comes back, or what is left of it goes."
     if _old(out).exists(): shutil.rmtree(_old(out)) if out.exists() else os.rename(_old(out), out)
 
-def _swap(part: Path, out: Path):
+def _swap(part: Path, out: Path, sums: dict[str, str]):
     "Put the finished folder in place. The old model is there until the new one is."
-    _commit(part)
+    _commit(part, sums)
     for f in part.iterdir():
         fd = os.open(f, os.O_RDONLY); os.fsync(fd); os.close(fd)
     _sync_folder(part)
     if out.exists(): os.rename(out, _old(out))
     os.rename(part, out); _sync_folder(out.absolute().parent); shutil.rmtree(_old(out), ignore_errors=True)
 
-# %% ../../nbs/03d_merge.ipynb #c027
+# %% ../../nbs/03d_merge.ipynb #c033
 WEIGHTS, OURS = (".safetensors", ".bin", ".pt", ".pth", ".msgpack", ".h5", ".onnx", ".gguf"), ("README.md", "merge_recipe.json", "_COMMIT")
 
 def _finish(made: Unfinished, base: Path, recipe: dict):
@@ -316,7 +383,7 @@ def _finish(made: Unfinished, base: Path, recipe: dict):
     made.notes.unlink(missing_ok=True)
     (made.part/"README.md").write_text(model_card(recipe), encoding="utf-8")
     (made.part/"merge_recipe.json").write_text(json.dumps(recipe, indent=1) + "\n", encoding="utf-8")
-    _swap(made.part, made.out)
+    _swap(made.part, made.out, {n: s["sum"] for n, s in made.shards.items() if n.endswith(".safetensors")})
 
 @contextmanager
 def _workers(threads: int): # a pool, or None for one thread
@@ -328,7 +395,7 @@ def _workers(threads: int): # a pool, or None for one thread
             with ThreadPoolExecutor(threads, "merge", initializer=torch.set_num_threads, initargs=(1,)) as pool: yield pool
     finally: torch.set_num_threads(before)
 
-# %% ../../nbs/03d_merge.ipynb #c029
+# %% ../../nbs/03d_merge.ipynb #c035
 def _complete(recipe: dict | None, model: Weights) -> dict:
     return {"method": "custom", "base": fingerprint(model), "tensors": len(model.tensors), "changed": 0, "tied": tied_keys(model), "left_out": [], "warnings": []} | (recipe or {})
 
@@ -345,7 +412,7 @@ def merge_with(
     "Write `base + combine` as a model folder, streaming, resumable, atomic. Raises `UserError` naming file and key."
     base, out = Path(base), Path(out); model = Weights(base); recipe = _complete(recipe, model); threads = threads or min(4, os.cpu_count() or 1)
     with Unfinished(out, resume_key) as made, _workers(threads if getattr(combine, "parallel", False) else 1) as pool:
-        kept = [s for s in shards(base) if made.done(s.name, chunk)]
+        kept = [s for s in shards(base) if made.done(s.name)]
         _check_out(out, base, done=sum(s.stat().st_size for s in kept))
         for n, shard in enumerate(shards(base), 1):
             if shard not in kept: made.mark(shard.name, write_shard(shard, made.part/shard.name, combine, chunk, pool))
@@ -353,7 +420,7 @@ def merge_with(
         _finish(made, base, recipe)
     return recipe
 
-# %% ../../nbs/03d_merge.ipynb #c030
+# %% ../../nbs/03d_merge.ipynb #c036
 def merge_tensors(
     base: Path, # the base, HF folder
     out: Path, # folder of the merged model; replaced as a whole if it holds a model
@@ -375,12 +442,13 @@ def merge_tensors(
 
 def _put(made: Unfinished, key: str, t: Tensor, x, method: str):
     "Write a tensor at its place and note its checksum."
-    try: y = _checked(torch.from_numpy(np.ascontiguousarray(x)).reshape(-1), t.dtype).view(torch.uint8).numpy()
+    wide = torch.from_numpy(np.ascontiguousarray(x)).reshape(-1); stored = torch.empty(len(wide), dtype=FLOATS[t.dtype]); y = stored.view(torch.uint8).numpy()
+    try: _finite(wide, stored)
     except ValueError: raise UserError(f"merge: {key} holds NaN or infinity, or leaves the range of {t.dtype}, after merging by {method}; more calibration windows or a larger ridge may help") from None
     with open(made.part/t.file.name, "rb+", buffering=0) as f: _write_at(f.fileno(), y, t.start); os.fsync(f.fileno())
     if made.key is not None: made.mark(key, xxh3_64_hexdigest(y), len(y))
 
-# %% ../../nbs/03d_merge.ipynb #c030b
+# %% ../../nbs/03d_merge.ipynb #c038
 def _raw(made: Unfinished, t: Tensor) -> np.ndarray: # uint8
     return read_into(made.part/t.file.name, t.start, np.empty(t.stop - t.start, np.uint8))
 
@@ -404,7 +472,7 @@ def _sound(made: Unfinished, key: str, t: Tensor, sizes: dict) -> bool:
     try: return (made.part/t.file.name).stat().st_size == sizes[t.file.name] and made.shards[key] == {"bytes": t.stop - t.start, "sum": xxh3_64_hexdigest(_raw(made, t))}
     except (OSError, UserError, KeyError): return False
 
-# %% ../../nbs/03d_merge.ipynb #c032
+# %% ../../nbs/03d_merge.ipynb #c040
 METHODS, CALIBRATED = ("linear", "ties", "dare"), ("regmean", "seqmean")
 
 def _check_method(method: str, density: float, calibration, names: list[str]):
@@ -429,10 +497,10 @@ def _resume_key(base: Weights, vectors: dict, rest: dict) -> str:
         path = Path(path)
         if path.is_dir(): return [stat(f) for f in sorted(path.iterdir()) if f.is_file()]
         return [stat(path), hashlib.sha256(manifest_file(path).read_bytes()).hexdigest()]
-    rows = {"version": 2, "base": [fingerprint(base), *(stat(f) for f in shards(base.folder))], "vectors": [[str(f), of(f), w] for f, w in vectors.items()], **rest}
+    rows = {"version": 3, "base": [fingerprint(base), *(stat(f) for f in shards(base.folder))], "vectors": [[str(f), of(f), w] for f, w in vectors.items()], **rest}
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
-# %% ../../nbs/03d_merge.ipynb #c033
+# %% ../../nbs/03d_merge.ipynb #c041
 def merge(
     base: Path, # the base, HF folder
     out: Path, # folder of the merged model; replaced as a whole if it holds a model

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/03c_vectors.ipynb #c004
 from __future__ import annotations
-import csv, errno, hashlib, io, json, math, os, re, threading, zipfile
+import csv, errno, hashlib, io, json, math, mmap, os, re, threading, zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from ..core.records import parse_json
 from ..core.settings import UserError, reading
 
 # %% auto #0
-__all__ = ['FLOATS', 'CHUNK', 'WIDTHS', 'BLOCK', 'EDGES', 'Tensor', 'read_header', 'read_index', 'shards', 'read_into',
+__all__ = ['FLOATS', 'CHUNK', 'WIDTHS', 'BLOCK', 'EDGES', 'Tensor', 'read_header', 'read_index', 'shards', 'read_into', 'scratch',
            'read_native', 'read_flat', 'subtract', 'Weights', 'fingerprint', 'Source', 'thin_product', 'ModelVector',
            'tied_keys', 'Adapter', 'checksums', 'manifest_file', 'domain_of', 'read_manifest', 'manifest_check',
            'Vector', 'matrix_shape', 'open_vector', 'whole_file', 'disk_error', 'truncated', 'form_of', 'write_vector',
@@ -104,26 +104,42 @@ def read_into(
             done += n
     return out
 
-# %% ../../nbs/03c_vectors.ipynb #c011
+# %% ../../nbs/03c_vectors.ipynb #c012
+_memory = threading.local()
+
+def scratch(
+    name: str, # what for: who asks for the same name next, in the same thread, overwrites it
+    count: int, # elements
+    dtype=np.float32
+) -> np.ndarray: # [count], begins at a page of memory
+    "Memory of this thread that is used again and again."
+    held, size = _memory.__dict__, count*np.dtype(dtype).itemsize
+    if name not in held or len(held[name]) < size: held[name] = np.frombuffer(mmap.mmap(-1, max(1, size)), np.uint8)
+    return held[name][:size].view(dtype)
+
+# %% ../../nbs/03c_vectors.ipynb #c014
 def read_native(
     t: Tensor, # where it lies
     start: int, # first element
-    stop: int # one past the last
+    stop: int, # one past the last
+    buffer: str | None = None # name of the `scratch` to read into; None: new memory
 ) -> torch.Tensor: # [stop - start] of the stored type
     "Elements of a flattened tensor as they are stored."
-    width = (t.stop - t.start)//max(1, t.size)
-    return torch.from_numpy(read_into(t.file, t.start + start*width, np.empty((stop - start)*width, np.uint8))).view(FLOATS[t.dtype])
+    width = (t.stop - t.start)//max(1, t.size); size = (stop - start)*width
+    return torch.from_numpy(read_into(t.file, t.start + start*width, scratch(buffer, size, np.uint8) if buffer else np.empty(size, np.uint8))).view(FLOATS[t.dtype])
 
 def read_flat(t: Tensor, start: int, stop: int) -> np.ndarray: # float32 [stop - start]
     "Elements of a flattened tensor as float32."
     return read_native(t, start, stop).to(torch.float32).numpy()
 
-def subtract(a: Tensor, b: Tensor, start: int, stop: int) -> np.ndarray: # float32 [stop - start]
+def subtract(a: Tensor, b: Tensor, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray: # float32 [stop - start]; `out` if given
     "a - b, in float64 where one of them is; half precision is widened first, so the difference is exact."
-    wide = torch.float64 if "F64" in (a.dtype, b.dtype) else torch.float32
-    return read_native(a, start, stop).to(wide).sub_(read_native(b, start, stop).to(wide)).to(torch.float32).numpy()
+    x, y, out = read_native(a, start, stop, "minuend"), read_native(b, start, stop, "subtrahend"), np.empty(stop - start, np.float32) if out is None else out
+    if "F64" in (a.dtype, b.dtype): torch.from_numpy(out).copy_(x.double() - y.double())
+    else: torch.from_numpy(out).copy_(x).sub_(y)
+    return out
 
-# %% ../../nbs/03c_vectors.ipynb #c013
+# %% ../../nbs/03c_vectors.ipynb #c016
 class Weights:
     "The tensors of a model folder by name; reads float32 chunks, never a whole model."
     def __init__(self, folder: Path):
@@ -144,7 +160,7 @@ class Weights:
     def read(self, key, start, stop) -> np.ndarray: return read_flat(self.tensors[key], start, stop)
     def changed(self, key) -> bool: return True
 
-# %% ../../nbs/03c_vectors.ipynb #c016
+# %% ../../nbs/03c_vectors.ipynb #c019
 def fingerprint(
     model: Weights # of any size
 ) -> str: # 16 hexadecimal digits
@@ -157,9 +173,9 @@ def fingerprint(
                 f.seek(at); h.update(f.read(min(4096, t.stop - at)))
     return h.hexdigest()[:16]
 
-# %% ../../nbs/03c_vectors.ipynb #c018
+# %% ../../nbs/03c_vectors.ipynb #c021
 class Source:
-    "A difference to a base: `keys`, `shape`, `changed`, `read(key, start, stop)` as float32, `factors(key)` when it is a thin product."
+    "A difference to a base: `keys`, `shape`, `changed`, `read(key, start, stop)` as float32 (into `out` if it is given), `factors(key)` when it is a thin product."
     file: Path
     manifest: dict = {}
     def size(self, key) -> int: return math.prod(self.shape(key))
@@ -170,14 +186,15 @@ class Source:
 
 def thin_product(
     left: np.ndarray, right: np.ndarray, # float32 [rows, r], [r, columns]
-    start: int, stop: int # elements of the flattened product
+    start: int, stop: int, # elements of the flattened product
+    buffer: str | None = None # name of the `scratch` to multiply into; None: new memory
 ) -> np.ndarray: # float32 [stop - start]
     "A range of `left @ right`: only the rows that it touches are multiplied out."
     width = right.shape[1]; first, last = start//width, -(-stop//width)
-    rows = torch.from_numpy(left[first:last]) @ torch.from_numpy(right)
-    return rows.view(-1).numpy()[start - first*width:stop - first*width]
+    rows = torch.from_numpy(scratch(buffer, (last - first)*width)).view(-1, width) if buffer else None
+    return torch.mm(torch.from_numpy(left[first:last]), torch.from_numpy(right), out=rows).view(-1).numpy()[start - first*width:stop - first*width]
 
-# %% ../../nbs/03c_vectors.ipynb #c019
+# %% ../../nbs/03c_vectors.ipynb #c022
 class ModelVector(Source):
     "A full domain model as difference to its base, subtracted as it is read."
     def __init__(self, folder: Path, base: Weights):
@@ -186,9 +203,9 @@ class ModelVector(Source):
     def keys(self) -> list[str]: return self._keys
     def shape(self, key) -> tuple[int, ...]: return self.model.shape(key)
     def changed(self, key) -> bool: return key in self.shared
-    def read(self, key, start, stop) -> np.ndarray: return subtract(self.tensors[key], self.base.tensors[key], start, stop)
+    def read(self, key, start, stop, out=None) -> np.ndarray: return subtract(self.tensors[key], self.base.tensors[key], start, stop, out)
 
-# %% ../../nbs/03c_vectors.ipynb #c020
+# %% ../../nbs/03c_vectors.ipynb #c023
 def _where(model, key: str): # the file that holds a tensor, else the folder
     t = getattr(model, "tensors", {}).get(key)
     return getattr(t, "file", model.folder)
@@ -205,7 +222,7 @@ def tied_keys(model: Weights) -> list[str]: # names that live only as a copy of 
     "The output layer of a model with tied embeddings is stored once; it follows the embeddings through any merge."
     return ["lm_head.weight"] if model.config.get("tie_word_embeddings", False) and "lm_head.weight" not in model.tensors else []
 
-# %% ../../nbs/03c_vectors.ipynb #c022
+# %% ../../nbs/03c_vectors.ipynb #c025
 class Adapter(Source):
     "A LoRA folder (peft's layout) as differences to its base: `read` gives float32 elements of `scale * B @ A`."
     def __init__(self, folder: Path, base: Weights):
@@ -244,7 +261,7 @@ class Adapter(Source):
         if m: self.low.setdefault(key, {})[m[2]] = t
         else: self.full[key] = t
 
-# %% ../../nbs/03c_vectors.ipynb #c023
+# %% ../../nbs/03c_vectors.ipynb #c026
 def _scale(config: dict, key: str, rank: int) -> float:
     "alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA; patterns of peft by module name."
     module = key.removesuffix(".weight")
@@ -263,7 +280,7 @@ def _factors(self: Adapter, key: str) -> tuple[np.ndarray, np.ndarray] | None: #
         raise UserError(f"{self.folder/'adapter_model.safetensors'} (or fan_in_fan_out in adapter_config.json): the adapter of {key} is {len(left)} x {right.shape[1]}, the base's tensor is {' x '.join(map(str, shape))}")
     return np.ascontiguousarray(left), np.ascontiguousarray(right)
 
-# %% ../../nbs/03c_vectors.ipynb #c024
+# %% ../../nbs/03c_vectors.ipynb #c027
 class _Held:
     "Factors of the last few tensors: chunks of one tensor come one after another, from several threads."
     def __init__(self, load, most: int = 2): self.load, self.most, self.lock, self.kept = load, most, threading.Lock(), {}
@@ -274,11 +291,15 @@ class _Held:
                 self.kept[key] = self.load(key)
             return self.kept[key]
 
-def _adapter_read(self: Adapter, key: str, start: int, stop: int) -> np.ndarray:
+def _into(out: np.ndarray | None, x) -> np.ndarray: # `out` if given, else x
+    if out is None: return x
+    out[:] = x
+    return out
+
+def _adapter_read(self: Adapter, key: str, start: int, stop: int, out=None) -> np.ndarray:
     "Elements of the difference."
-    if key in self.full: return subtract(self.full[key], self.base.tensors[key], start, stop)
-    if key not in self.low: return np.zeros(stop - start, np.float32)
-    return thin_product(*self.factors(key), start, stop)
+    if key in self.full: return subtract(self.full[key], self.base.tensors[key], start, stop, out)
+    return _into(out, thin_product(*self.factors(key), start, stop, "product" if out is not None else None) if key in self.low else np.zeros(stop - start, np.float32))
 
 def _adapter_factors(self: Adapter, key: str):
     if not hasattr(self, "_held"): self._held = _Held(lambda k: _factors(self, k))
@@ -289,7 +310,7 @@ Adapter.keys = lambda self: self.base.keys()
 Adapter.shape = lambda self, key: self.base.shape(key)
 Adapter.changed = lambda self, key: key in self.low or key in self.full
 
-# %% ../../nbs/03c_vectors.ipynb #c026
+# %% ../../nbs/03c_vectors.ipynb #c029
 BLOCK = 1 << 18  # elements of a checksummed block: 1 MB
 
 def checksums(x: np.ndarray) -> str: # 16 hexadecimal digits a block
@@ -304,7 +325,7 @@ def domain_of(
     "The name that a file of a vector stands for."
     return re.sub(r"^(diff|lora)_|(\.lowrank)?\.np[yz]$", "", Path(file).name)
 
-# %% ../../nbs/03c_vectors.ipynb #c027
+# %% ../../nbs/03c_vectors.ipynb #c030
 def read_manifest(
     file: Path # the vector
 ) -> dict: # its manifest
@@ -329,7 +350,7 @@ def manifest_check(
     "xxh3 of a manifest's canonical JSON: a tensor that damage declares unchanged would be left out of a merge without a word."
     return xxh3_64_hexdigest(json.dumps({k: v for k, v in manifest.items() if k != "check"}, sort_keys=True, separators=(",", ":")).encode())
 
-# %% ../../nbs/03c_vectors.ipynb #c028
+# %% ../../nbs/03c_vectors.ipynb #c031
 class Vector(Source):
     "A difference vector on disk, dense or low-rank; elements and factors are read when asked for."
     def __init__(self, file: Path):
@@ -343,20 +364,21 @@ class Vector(Source):
     def shape(self, key) -> tuple[int, ...]: return tuple(self.tensors[key]["shape"])
     def offset(self, key) -> int: return self.tensors[key]["offset"]
     def changed(self, key) -> bool: return key in self.tensors and self.tensors[key].get("changed", True)
-    def read(self, key, start, stop) -> np.ndarray:
-        if not self.changed(key): return np.zeros(stop - start, np.float32)
-        return self._read_low(key, start, stop) if self.lowrank else self._read_flat(key, start, stop)
+    def read(self, key, start, stop, out=None) -> np.ndarray:
+        if not self.changed(key): return _into(out, np.zeros(stop - start, np.float32))
+        return self._read_low(key, start, stop, out) if self.lowrank else self._read_flat(key, start, stop, out)
 
-# %% ../../nbs/03c_vectors.ipynb #c029
+# %% ../../nbs/03c_vectors.ipynb #c032
 def _open_flat(self: Vector):
     with reading(self.file, "it is no .npy file of numbers, or cut off: make the vector again"): self.flat = np.lib.format.open_memmap(self.file, mode="r")
     if self.flat.ndim != 1 or len(self.flat) != self.manifest["elements"] or self.flat.dtype.kind != "f": raise UserError(f"{self.file}: {self.flat.dtype} of shape {list(self.flat.shape)}, its manifest says {self.manifest['elements']} elements; make the vector again")
 
-def _read_flat(self: Vector, key, start, stop) -> np.ndarray: # float32 [stop - start]
+def _read_flat(self: Vector, key, start, stop, out=None) -> np.ndarray: # float32 [stop - start]
     "Elements as they lie in the file; whole blocks are checked."
     at, sums = self.tensors[key]["offset"], self.tensors[key].get("sums", "")
     plain = self.flat.dtype == np.dtype("<f4")
-    x = read_into(self.file, self.flat.offset + 4*(at + start), np.empty(stop - start, np.float32)) if plain else np.asarray(self.flat[at + start:at + stop], dtype=np.float32)
+    if out is None: out = np.empty(stop - start, np.float32)
+    x = read_into(self.file, self.flat.offset + 4*(at + start), out) if plain else _into(out, self.flat[at + start:at + stop])
     for b in range(-(-start//BLOCK), -(-stop//BLOCK)) if sums else ():
         i, j = b*BLOCK, min(self.size(key), (b + 1)*BLOCK)
         if j <= stop and xxh3_64_hexdigest(x[i - start:j - start]) != sums[16*b:16*b + 16]: raise UserError(f"{self.file}: {key} is damaged between its elements {i} and {j}; make the vector again")
@@ -364,7 +386,7 @@ def _read_flat(self: Vector, key, start, stop) -> np.ndarray: # float32 [stop - 
 
 Vector._open_flat, Vector._read_flat = _open_flat, _read_flat
 
-# %% ../../nbs/03c_vectors.ipynb #c030
+# %% ../../nbs/03c_vectors.ipynb #c033
 def _open_factors(self: Vector):
     with reading(self.file, "it is no .npz file, or cut off: make the vector again"): self.members = np.load(self.file, allow_pickle=False)
     if not hasattr(self.members, "files"): raise UserError(f"{self.file}: not a .npz file; make the vector again")
@@ -385,10 +407,10 @@ def _sum(x: np.ndarray) -> str: return xxh3_64_hexdigest(np.ascontiguousarray(x,
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]: return (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
 
-# %% ../../nbs/03c_vectors.ipynb #c031
-def _read_low(self: Vector, key, start, stop) -> np.ndarray: # float32 [stop - start]
+# %% ../../nbs/03c_vectors.ipynb #c034
+def _read_low(self: Vector, key, start, stop, out=None) -> np.ndarray: # float32 [stop - start]
     found = self._held(key)
-    return thin_product(*found, start, stop) if len(found) == 2 else found[0].reshape(-1)[start:stop]
+    return _into(out, thin_product(*found, start, stop, "product" if out is not None else None) if len(found) == 2 else found[0].reshape(-1)[start:stop])
 
 def _vector_factors(self: Vector, key):
     found = self._held(key) if self.lowrank and self.changed(key) else ()
@@ -405,7 +427,7 @@ def open_vector(
     if path.is_dir(): return Adapter(path, base) if (path/"adapter_config.json").is_file() else ModelVector(path, base)
     return Vector(path)
 
-# %% ../../nbs/03c_vectors.ipynb #c033
+# %% ../../nbs/03c_vectors.ipynb #c036
 @contextmanager
 def whole_file(
     out: Path # its final name
@@ -430,7 +452,7 @@ def _write_atomic(path: Path, text: str):
 def _chunks(size: int, chunk: int):
     return ((i, min(size, i + chunk)) for i in range(0, size, chunk))
 
-# %% ../../nbs/03c_vectors.ipynb #c034
+# %% ../../nbs/03c_vectors.ipynb #c037
 def _norm(source: Source, keys: list[str], chunk: int) -> float:
     "L2 norm of the whole difference. Raises `UserError` at NaN or infinity."
     total = 0.
@@ -446,7 +468,7 @@ def _sums(x): # sum, sum of squares in float64
     for v in x: total += v; squares += np.float64(v)*v
     return total, squares
 
-# %% ../../nbs/03c_vectors.ipynb #c035
+# %% ../../nbs/03c_vectors.ipynb #c038
 def _write_dense(source: Source, keys: list[str], out: Path, scale: float, chunk: int) -> dict: # entries of the manifest
     "All tensors one after another, streaming; a checksum a block."
     sizes = [math.prod(source.shape(k)) for k in keys]; table, at, step = {}, 0, max(BLOCK, chunk//BLOCK*BLOCK)
@@ -463,7 +485,7 @@ def _write_dense(source: Source, keys: list[str], out: Path, scale: float, chunk
         f.truncate(head + 4*at)
     return table
 
-# %% ../../nbs/03c_vectors.ipynb #c037
+# %% ../../nbs/03c_vectors.ipynb #c040
 def _small_svd(source: Source, key: str, rank: int) -> tuple[np.ndarray, np.ndarray]:
     rows, columns = matrix_shape(source.shape(key))
     u, s, v = torch.linalg.svd(torch.from_numpy(source.read(key, 0, rows*columns)).view(rows, columns).double(), full_matrices=False)
@@ -491,7 +513,7 @@ def truncated(
     u, s, v = torch.linalg.svd(z.T, full_matrices=False)
     return ((q @ u)[:, :rank]*s[:rank]).numpy(), v[:rank].contiguous().numpy()
 
-# %% ../../nbs/03c_vectors.ipynb #c038
+# %% ../../nbs/03c_vectors.ipynb #c041
 def _thin(source: Source, key: str, rank: int, chunk: int) -> tuple[list[np.ndarray], float | None]: # (left, right) or (dense,); squared error of a truncation
     "Exact factors when the source has them; else truncated ones; the tensor itself when that is no larger."
     pair, (rows, columns) = source.factors(key), matrix_shape(source.shape(key))
@@ -515,7 +537,7 @@ def _write_lowrank(source: Source, keys: list[str], out: Path, scale: float, chu
                 with z.open(f"{key}.{name}.npy", "w", force_zip64=True) as f: np.lib.format.write_array(f, x, allow_pickle=False)
     return table
 
-# %% ../../nbs/03c_vectors.ipynb #c039
+# %% ../../nbs/03c_vectors.ipynb #c042
 def form_of(out: Path, form: str | None) -> str:
     "dense or lowrank, from the name of the file. Raises `UserError` when form and name disagree."
     found = {".npy": "dense", ".npz": "lowrank"}.get(Path(out).suffix)
@@ -540,7 +562,7 @@ def write_vector(
     full["check"] = manifest_check(full); _write_atomic(manifest_file(out), json.dumps(full, indent=1) + "\n")
     return full
 
-# %% ../../nbs/03c_vectors.ipynb #c040
+# %% ../../nbs/03c_vectors.ipynb #c043
 def difference(
     base: Path, # the base, HF folder
     domain: Path, # the domain's model or adapter, HF folder
@@ -557,7 +579,7 @@ def difference(
     left_out = source.left_out if isinstance(source, ModelVector) else _shared(base, source)[1]
     return write_vector(source, Path(out), {"tied": tied_keys(base), "left_out": left_out, "base": fingerprint(base)}, normalize, chunk, rank)
 
-# %% ../../nbs/03c_vectors.ipynb #c041
+# %% ../../nbs/03c_vectors.ipynb #c044
 def _convert(file: Path, out: Path, chunk: int, rank: int = 16) -> dict:
     v = Vector(file); form_of(out, "lowrank" if not v.lowrank else "dense")
     return write_vector(v, Path(out), {k: v.manifest[k] for k in ("tied", "left_out", "base", "normalized") if k in v.manifest}, chunk=chunk, rank=rank)
@@ -570,7 +592,7 @@ def to_lowrank(file: Path, out: Path, rank: int = 16, chunk: int = CHUNK) -> dic
     "A .npy as .lowrank.npz by truncated SVD, tensor by tensor. What came from an adapter of at most this rank loses nothing but rounding."
     return _convert(file, out, chunk, rank)
 
-# %% ../../nbs/03c_vectors.ipynb #c052
+# %% ../../nbs/03c_vectors.ipynb #c055
 EDGES = np.linspace(-6, 6, 121)  # histogram bins, in standard deviations
 
 def _moments(v: Source, keys, chunk: int) -> dict[str, tuple[int, float, float]]:
@@ -589,7 +611,7 @@ def _summary(moments) -> dict:
     mean = total/max(1, n)
     return {"elements": n, "mean": mean, "variance": max(0., squares/max(1, n) - mean*mean), "norm": math.sqrt(squares)}
 
-# %% ../../nbs/03c_vectors.ipynb #c053
+# %% ../../nbs/03c_vectors.ipynb #c056
 @njit(nogil=True, cache=True)
 def _look(x, mean, sigma, counts): # elements beyond 3 sigma, sum of fourth powers
     "One pass in units of sigma; `counts` is the histogram between -6 and 6, ends included."
@@ -611,7 +633,7 @@ def _tails(v: Source, keys, rows: list[tuple[dict, int]], chunk: int):
         n, b, f = max(1, row["elements"]), *(_look(np.zeros(1, np.float32), row["mean"], math.sqrt(row["variance"]), np.zeros(len(EDGES) - 1, np.int64)) if row["variance"] > 0 else (0, 3.))
         row |= {"share_beyond_3sigma": (beyond + b*zeros)/n, "excess_kurtosis": (fourth + f*zeros)/n - 3 if row["variance"] > 0 else 0., "histogram": counts.tolist()}
 
-# %% ../../nbs/03c_vectors.ipynb #c054
+# %% ../../nbs/03c_vectors.ipynb #c057
 def layer_of(
     key: str # a tensor's name
 ) -> str: # "layer 3", or the name without its last part
@@ -622,7 +644,7 @@ def layer_of(
 def _base_squares(base: Weights, key: str, chunk: int) -> float:
     return math.fsum(_sums(base.read(key, i, j))[1] for i, j in _chunks(math.prod(base.shape(key)), chunk))
 
-# %% ../../nbs/03c_vectors.ipynb #c055
+# %% ../../nbs/03c_vectors.ipynb #c058
 def vector_stats(
     file: Path, # diff_<domain>.npy or .lowrank.npz
     base: Path | None = None, # for norms relative to the base
@@ -646,7 +668,7 @@ def vector_stats(
         out["tensor_relative_norms"] = {k: norms[k]/math.sqrt(squares[k]) if squares[k] else None for k in changed}
     return out | {"sanity": sanity(out, max_norm, max_relative_norm, max_tail, max_mean)}
 
-# %% ../../nbs/03c_vectors.ipynb #c056
+# %% ../../nbs/03c_vectors.ipynb #c059
 def sanity(
     stats: dict, # from `vector_stats`
     max_norm: float, # absolute limit
@@ -661,7 +683,7 @@ def sanity(
     checks = {k: {"value": v, "limit": limit, "ok": v < limit} for k, (v, limit) in rows.items()}
     return checks | {"not_zero": {"value": stats["norm"], "limit": 0., "ok": stats["norm"] > 0}}
 
-# %% ../../nbs/03c_vectors.ipynb #c059
+# %% ../../nbs/03c_vectors.ipynb #c062
 def _gram(vectors: list[Source], key: str, chunk: int) -> np.ndarray: # float64 [vectors, vectors]
     "Inner products of one tensor. Between factors they need no element: <L1 R1, L2 R2> = sum of (L1' L2) * (R1 R2')."
     pairs = [tuple(x.astype(np.float64) for x in p) if v.changed(key) and (p := v.factors(key)) is not None else None for v in vectors]
@@ -685,7 +707,7 @@ def cosines(
     norms = np.sqrt(np.diag(gram)); norms[norms == 0] = 1
     return gram/np.outer(norms, norms)
 
-# %% ../../nbs/03c_vectors.ipynb #c060
+# %% ../../nbs/03c_vectors.ipynb #c063
 def cosine_table(
     names: list[str], # domains
     matrix: np.ndarray # [domains, domains]
@@ -695,7 +717,7 @@ def cosine_table(
     for name, row in zip(names, matrix): w.writerow([name, *(f"{x:.6f}" for x in row)])
     return out.getvalue()
 
-# %% ../../nbs/03c_vectors.ipynb #c063
+# %% ../../nbs/03c_vectors.ipynb #c066
 def plot_layer_norms(
     stats: dict[str, dict] # domain -> statistics
 ): # matplotlib figure
@@ -708,7 +730,7 @@ def plot_layer_norms(
     fig.tight_layout()
     return fig
 
-# %% ../../nbs/03c_vectors.ipynb #c064
+# %% ../../nbs/03c_vectors.ipynb #c067
 def plot_histogram(
     stats: dict[str, dict] # domain -> statistics
 ): # matplotlib figure
@@ -723,7 +745,7 @@ def plot_histogram(
     ax.set(title="차이 벡터의 원소 분포", xlabel="표준편차", ylabel="밀도", yscale="log", ylim=(1e-5, 2)); ax.yaxis.set_major_formatter(lambda y, _: f"{y:g}"); ax.legend(fontsize=7); fig.tight_layout()
     return fig
 
-# %% ../../nbs/03c_vectors.ipynb #c065
+# %% ../../nbs/03c_vectors.ipynb #c068
 def plot_cosines(
     names: list[str], # domains
     matrix: np.ndarray # [domains, domains]
