@@ -419,18 +419,18 @@ class S3World:
     def stop(self): self.proxy.stop(); self.server.stop()
 
 
-def through(world: S3World, plan: dict, phases=("dedup", "format"), name: str = "") -> dict:
-    "Phases through the proxy with a plan; if one is refused, it is run again without the plan."
-    ws, shown, hits, requests, cpu, differs = world.workspace(), None, 0, 0, 0., []
+def through(world: S3World, plan: dict, phases=("dedup", "format"), name: str = "") -> list[dict]: # a row each phase
+    "Phases through the proxy with a plan, one after another; a phase that is refused is run again without the plan."
+    ws, rows = world.workspace(), []
     for phase in phases:
         world.fresh_scratch(); world.proxy.plan(plan)
-        done = run(phase, ws)
-        shown, cpu, hits, requests = shown if shown and shown.code else done, cpu + done.cpu, hits + len(world.proxy.hits()), requests + len(world.proxy.log())
+        shown = done = run(phase, ws); hits, requests = len(world.proxy.hits()), len(world.proxy.log())
         world.proxy.plan(None)
         if done.code: done = run(phase, ws)
-        if done.code: return shown.row(name, phase=", ".join(phases), hits=hits, requests=requests, cpu=cpu, differs=[f"resumed: {done.said()}"], account="")
-        differs += world.differs(phase, ws)
-    return shown.row(name, phase=", ".join(phases), hits=hits, requests=requests, cpu=cpu, differs=differs, account=world.accounted(ws))
+        rows.append(shown.row(name, phase=phase, hits=hits, requests=requests, cpu=shown.cpu, differs=[f"resumed: {done.said()}"] if done.code else world.differs(phase, ws), account="" if done.code else world.accounted(ws)))
+        if done.code: break
+    return rows
+
 
 
 # ---------------------------------------------------------------- one verb of the store at a time
@@ -633,7 +633,8 @@ def s3_runs(folder, rows: list, phases=("dedup",), plans=PLANS) -> None:
     try:
         world.finish(phases)
         if len(plans) == len(PLANS): s3_doors(world, rows, phases[0]); s3_deaths(world, rows, phases[0])
-        for name, plan in plans.items(): rows.append(through(world, plan, phases, name))
+        for name, plan in plans.items():
+            for row in through(world, plan, phases, name): rows.append(row)
     finally: world.stop()
 
 
@@ -777,7 +778,7 @@ def main(argv=None):
             if "ledgers" in wanted: ledgers(world, found["ledgers"])
             if "machine" in wanted: machine(world, found["machine"], phases)
         if "s3" in wanted:
-            phases = [p for p in phases if p in ("dedup", "format")]
+            phases = list(PHASES)[:max(map(list(PHASES).index, phases)) + 1]
             preload(phases); s3_runs(Path(folder)/"s3", found["s3"], phases, {n: p for n, p in PLANS.items() if not a.only or n in a.only.split(",")})
 
 

@@ -349,7 +349,8 @@ from yunmin_efficientdata.cli import main
 try: main()
 finally:
     u = resource.getrusage(resource.RUSAGE_SELF)
-    print(json.dumps({"cpu": u.ru_utime + u.ru_stime, "peak": u.ru_maxrss / 1024, "read": int(open("/proc/self/io").read().split()[1]) / 1e6}), file=sys.stderr)
+    peak = next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM")) / 1024  # ru_maxrss begins with that of the process that started this one
+    print(json.dumps({"cpu": u.ru_utime + u.ru_stime, "peak": peak, "read": int(open("/proc/self/io").read().split()[1]) / 1e6}), file=sys.stderr)
 """
 
 def measured(*arguments) -> dict: # CPU seconds, peak MB, MB read by read() (pages of memory maps are not counted)

@@ -132,6 +132,7 @@ def search_weights(
     steps: int = 16, # evaluations at most, each one forward and backward over all windows
     low: float = 0., high: float = 1.5, # bounds of each weight
     goal: Goal | None = None, # None: the mean over domains, with no floor
+    gain: float = 2e-4, # share of the loss; an iteration that gains less is the last
     log=None # called with each entry of the path
 ) -> list[dict]: # path: {"weights", "loss", "losses"}, first uniform, in the order of evaluation
     "Gradient search over the K weights; where it ends beyond the floor, one evaluation more, without slopes, on the way back. `best` picks the result."
@@ -145,7 +146,7 @@ def search_weights(
     def evaluate(w):
         if len(path) >= steps: raise _Enough
         return goal.value(*look(w))
-    try: minimize(evaluate, np.full(k, 1/len(mix.domains)), jac=True, method="L-BFGS-B", bounds=[(low, high)]*k)
+    try: minimize(evaluate, np.full(k, 1/len(mix.domains)), jac=True, method="L-BFGS-B", bounds=[(low, high)]*k, options={"ftol": gain})
     except _Enough: pass
     if (w := at_the_floor(path, goal)) is not None: look(w, False)
     return path
