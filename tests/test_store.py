@@ -193,7 +193,7 @@ def test_publish(store, tmp_path):
 def test_fetch(store):
     store.write("a/1.bin", b"1"*1000); store.write("a/b/2", b"2")
     path = store.fetch("a/1.bin"); assert path.name == "1.bin" and path.read_bytes() == b"1"*1000
-    folder = store.fetch("a/"); assert (folder/"b/2").read_bytes() == b"2" and (folder/"1.bin").exists()
+    folder = store.fetch("a/"); assert folder.name == "a" and (folder/"b/2").read_bytes() == b"2" and (folder/"1.bin").exists()
     store.write("a/1.bin", b"3"*1000); assert store.fetch("a/1.bin").read_bytes() == b"3"*1000 and (store.fetch("a")/"1.bin").read_bytes() == b"3"*1000
 
 

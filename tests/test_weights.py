@@ -41,13 +41,12 @@ def test_slopes_of_every_set_are_those_of_the_loss(mix):
 
 
 def test_never_worse_than_uniform_and_as_good_as_nelder_mead_at_half_the_cost(mix):
-    found = windows(0); path = search_weights(mix, found, 8); chosen = best(path)
+    "Each until it ends by itself; an evaluation with slopes counts as three without."
+    found = windows(0); path = search_weights(mix, found); chosen = best(path)
     assert path[0]["weights"] == dict.fromkeys(STEPS, 1/3) and chosen["loss"] <= path[0]["loss"]
-    plain = nelder_mead(mix, found, path[0]["weights"], 60)
-    assert chosen["loss"] <= best(plain)["loss"] + .01
-    reached = next(n for n, e in enumerate(plain, 1) if e["loss"] <= chosen["loss"] + .01)            # evaluations that Nelder-Mead needs to come as close
-    needed = next(n for n, e in enumerate(path, 1) if e["loss"] <= chosen["loss"] + .01)
-    print(f"within .01 nats: gradients after {needed} evaluations (forward and backward), Nelder-Mead after {reached} (forward)")
+    plain = nelder_mead(mix, found, path[0]["weights"], 60); print(f"gradients {len(path)} evaluations, {chosen['loss']:.4f}; Nelder-Mead {len(plain)}, {best(plain)['loss']:.4f}")
+    assert chosen["loss"] <= best(plain)["loss"] + .01 and 3*len(path) <= len(plain)/2 and len(plain) < 60
+
 
 
 def test_two_draws_of_validation_text_agree(mix):

@@ -890,7 +890,7 @@ def _download(store: S3Store, stats: list[Stat], base: str, entry: Path):
             _make_room(folder, need, f"{store.uri}: {base}")
             with io.open(temp/"reserve", "wb") as f: f.truncate(need)
         made = temp/"entry"
-        _each(lambda s: _download_file(store, s, made/(s.key[len(base)+1:] or base.rpartition("/")[2])), stats)
+        _each(lambda s: _download_file(store, s, made/s.key[base.rfind("/")+1:]), stats)
         try: os.rename(made, entry)
         except OSError:
             if not entry.is_dir(): raise
@@ -900,14 +900,14 @@ def _download(store: S3Store, stats: list[Stat], base: str, entry: Path):
 def fetch(self: S3Store, key: str) -> Path: # to read, never to write
     "A local copy of a key or folder, downloaded only when this version is not in scratch. Raises `MissingKey`."
     key = check_key(key.rstrip("/"))
-    try: stats, is_file = [self.stat(key)], True
-    except MissingKey: stats, is_file = self.stats(key + "/"), False
+    try: stats = [self.stat(key)]
+    except MissingKey: stats = self.stats(key + "/")
     if not stats: raise MissingKey(f"{self.uri}: {key}: does not exist")
-    name = hashlib.sha256("\0".join([_client().meta.endpoint_url, self.uri, *(f"{s.key}\0{s.size}\0{s.version}" for s in stats)]).encode()).hexdigest()[:32]
+    name = hashlib.sha256("\0".join(["under its name", _client().meta.endpoint_url, self.uri, *(f"{s.key}\0{s.size}\0{s.version}" for s in stats)]).encode()).hexdigest()[:32]
     entry = scratch_folder()/name
     with _fetching:
         while not _hold(entry): _download(self, stats, key, entry)
-    return entry/key.rpartition("/")[2] if is_file else entry
+    return entry/key.rpartition("/")[2]  # the name that it has in the store: some of it gets into what is made from it
 
 # %% ../../nbs/00b_store.ipynb #c076
 @patch

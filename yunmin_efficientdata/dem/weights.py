@@ -189,7 +189,9 @@ def nelder_mead(
     start: dict[str, float], # weights to begin with
     steps: int = 30, # evaluations at most, each one forward over all windows
     low: float = 0., high: float = 1.5, # bounds of each weight
-    goal: Goal | None = None, size: float = .2, log=None # goal, edge of the first simplex, called with each entry
+    goal: Goal | None = None, size: float = .2, # None: the mean over domains; edge of the first simplex
+    gain: float = 2e-4, # share of the loss; it ends when the corners of the simplex differ by less
+    log=None # called with each entry
 ) -> list[dict]: # path, first the start
     "Search without gradients (Nelder and Mead 1965)."
     from scipy.optimize import minimize
@@ -199,9 +201,9 @@ def nelder_mead(
         losses, _ = mixture_loss(mix, w, windows, gradient=False)
         path.append(_entry(mix, w, losses, goal))
         if log: log(path[-1])
-        return goal.value(losses, np.zeros((len(losses), 1)))[0]
+        return goal.value(losses, np.zeros((len(losses), 1)))[0]/path[0]["loss"]
     w0 = np.array([start[d] for d in mix.names]); simplex = np.clip(np.vstack([w0, w0 + size*np.eye(len(w0))]), low, high)
-    try: minimize(evaluate, w0, method="Nelder-Mead", bounds=[(low, high)]*len(w0), options={"initial_simplex": simplex, "maxfev": steps, "xatol": 1e-3, "fatol": 1e-4})
+    try: minimize(evaluate, w0, method="Nelder-Mead", bounds=[(low, high)]*len(w0), options={"initial_simplex": simplex, "maxfev": steps, "xatol": math.inf, "fatol": gain})
     except _Enough: pass
     return path
 
