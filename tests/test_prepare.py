@@ -292,6 +292,14 @@ def test_gather(ws, data):
     some = np.array(sorted(set(docs)), np.int64)
     assert list(corpus.texts(some)) == [rows[d]["text"] for d in some] and corpus.gather(some, ["id"])["id"] == [rows[d]["id"] for d in some]
 
+def test_what_was_read_over_is_not_kept(ws, monkeypatch):
+    "On S3 a read goes over the lines between two wanted ones; only the wanted ones stay in memory."
+    corpus = Corpus(ws); docs = np.arange(0, sum(p["docs"] for p in corpus.parts), 7); near = corpus.gather_lines(docs)
+    monkeypatch.setattr(P, "GAP_LOCAL", 1 << 30); far = Corpus(ws).gather_lines(docs)
+    assert [far.data[i:j].tobytes() for i, j in zip(far.starts, far.ends)] == [near.data[i:j].tobytes() for i, j in zip(near.starts, near.ends)]
+    assert len(far.data) == (far.ends - far.starts).sum()
+
+
 def test_part_texts_and_cache(ws, monkeypatch):
     corpus = Corpus(ws)
     rows = [json.loads(line)["text"] for line in (Path(ws)/f"dedup_ready/{corpus.parts[1]['name']}.jsonl").read_bytes().splitlines()]
