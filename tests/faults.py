@@ -759,7 +759,7 @@ def main(argv=None):
     ap = argparse.ArgumentParser(description=main.__doc__)
     ap.add_argument("what", help="some of chain, machine, ledgers, verbs, s3; or table"); ap.add_argument("--phases", default=",".join(PHASES)); ap.add_argument("--most", type=int, default=0, help="about so many kills a phase; 0: at every point")
     ap.add_argument("--found", help="with `table`: JSON of all trials so far")
-    ap.add_argument("--only", default="", help="names of S3 plans or verbs"); ap.add_argument("--out")
+    ap.add_argument("--only", default="", help="names of S3 plans or verbs, between semicolons"); ap.add_argument("--out")
     a = ap.parse_args(argv)
     if a.what == "table": return write_table(a.found, a.out)
     wanted, phases = a.what.split(","), a.phases.split(",")
@@ -769,7 +769,7 @@ def main(argv=None):
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None, prefix="faults-") as folder:
         if "verbs" in wanted:
             world = S3World(Path(folder)/"verbs")
-            try: found["verbs"] += probe(world.proxy, store_of("s3://faults/p"), folder, only=a.only.split(",") if a.only else None)
+            try: found["verbs"] += probe(world.proxy, store_of("s3://faults/p"), folder, only=a.only.split(";") if a.only else None)
             finally: world.stop(); save()
         if {*wanted} & {"chain", "machine", "ledgers"}:
             order = list(PHASES)[:max(map(list(PHASES).index, phases)) + 1]
@@ -779,7 +779,7 @@ def main(argv=None):
             if "machine" in wanted: machine(world, found["machine"], phases)
         if "s3" in wanted:
             phases = list(PHASES)[:max(map(list(PHASES).index, phases)) + 1]
-            preload(phases); s3_runs(Path(folder)/"s3", found["s3"], phases, {n: p for n, p in PLANS.items() if not a.only or n in a.only.split(",")})
+            preload(phases); s3_runs(Path(folder)/"s3", found["s3"], phases, {n: p for n, p in PLANS.items() if not a.only or n in a.only.split(";")})
 
 
 if __name__ == "__main__": main()
