@@ -15,6 +15,6 @@ python scripts/check_export.py
 say "notebook tests"
 nbdev_test --n_workers 2 --timing
 say "pytest"
-# two processes, a file each at a time; the longest file begins
-python -m pytest -q --durations=15 -n "${YUNMIN_TEST_PROCESSES:-2}" --dist loadfile tests/test_pipeline.py tests
+# two processes, a file each at a time, in this order: the longest file begins
+python -m pytest -q --durations=15 -n "${YUNMIN_TEST_PROCESSES:-2}" --dist loadfile --no-loadscope-reorder tests/test_pipeline.py tests
 say "done"

@@ -540,7 +540,7 @@ def trial(world: World, fault: str, phase: str, *patches, name: str = "trial", h
     "A phase under a fault, then (after `heal`) once more without: what was said, and whether the end is that of a clean run."
     ws = workspace or world.copy(phase, name)
     done = run(phase, ws, *patches)
-    if heal: heal()
+    if heal and done.code: heal()
     again = run(phase, ws) if done.code else done
     well = again.code == 0
     return done.row(fault, phase=phase, end=again.code, differs=world.differs(phase, ws) if well else [again.said()], account=account(ws) if well else "")
@@ -595,27 +595,25 @@ def flip(path, where: float = .5) -> None:
     os.utime(path, ns=(old.st_atime_ns, old.st_mtime_ns))
 
 
-def ledgers(world: World, rows: list, phase: str = "dedup", stage: str = "dedup.near") -> None:
-    "A ledger that is ahead of the files, behind them, cut off, or not JSON."
-    world.advance(phase)
-    stage_points = [(s, w) for s, w in world.points[phase] if s == stage]
-    at = stage_points[len(stage_points) * 2 // 3]
-    def killed(name):
-        ws = world.copy(phase, name); run(phase, ws, Points(ws, die_at(*at)).install); return ws
+def ledgers(world: World, rows: list, phases=("dedup",)) -> None:
+    "A ledger that is ahead of the files, behind them, cut off, or not JSON. A phase that is refused because the earlier ones are not recorded is run after them."
     def each(folder, what):
         for p in sorted(folder.rglob("*")):
             if p.is_file(): what(p)
     def cut(p): os.truncate(p, p.stat().st_size // 2)
-    cases = {"ledger ahead: spilled files are gone": lambda ws: shutil.rmtree(ws/"minhash_lsh/spill", ignore_errors=True),
-             "ledger ahead: signatures are gone": lambda ws: shutil.rmtree(ws/"minhash_lsh/signatures", ignore_errors=True),
-             "ledger behind: its parts are gone": lambda ws: shutil.rmtree(ws/"ledger/parts", ignore_errors=True),
+    ahead = {"ledger ahead: spilled files are gone": lambda ws: shutil.rmtree(ws/"minhash_lsh/spill", ignore_errors=True),
+             "ledger ahead: signatures are gone": lambda ws: shutil.rmtree(ws/"minhash_lsh/signatures", ignore_errors=True)}
+    wrong = {"ledger behind: its parts are gone": lambda ws: shutil.rmtree(ws/"ledger/parts", ignore_errors=True),
              "ledger gone altogether": lambda ws: shutil.rmtree(ws/"ledger"),
              "every record cut in half": lambda ws: each(ws/"ledger", cut),
              "every record empty": lambda ws: each(ws/"ledger", lambda p: os.truncate(p, 0)),
              "every record is JSON, but no record": lambda ws: each(ws/"ledger", lambda p: p.write_text("[1]"))}
-    for name, damage in cases.items():
-        ws = killed("ledger"); damage(ws)
-        rows.append(trial(world, name, phase, workspace=ws))
+    for phase in phases:
+        world.advance(phase); points = [p for p in world.points[phase] if phase != "dedup" or p[0] == "dedup.near"]; at = points[len(points) * 2 // 3]
+        for name, damage in (ahead | wrong if phase == "dedup" else wrong).items():
+            ws = world.copy(phase, "ledger"); run(phase, ws, Points(ws, die_at(*at)).install); damage(ws)
+            rows.append(trial(world, name, phase, workspace=ws, heal=lambda: [run(p, ws) for p in world.phases[:world.phases.index(phase)]]))
+
 
 
 # ---------------------------------------------------------------- S3: whole phases under each fault, and a server that dies
@@ -775,7 +773,7 @@ def main(argv=None):
             order = list(PHASES)[:max(map(list(PHASES).index, phases)) + 1]
             preload(order); world = World(Path(folder)/"w", order)
             if "chain" in wanted: kill_everywhere(world, found["chain"], phases, a.most)
-            if "ledgers" in wanted: ledgers(world, found["ledgers"])
+            if "ledgers" in wanted: ledgers(world, found["ledgers"], phases)
             if "machine" in wanted: machine(world, found["machine"], phases)
         if "s3" in wanted:
             phases = list(PHASES)[:max(map(list(PHASES).index, phases)) + 1]
