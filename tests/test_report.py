@@ -91,6 +91,10 @@ def test_a_domain_with_zero_perplexity_or_nan_does_not_crash(store):
 def test_a_damaged_file_is_named(store):
     store.write("results/gains.json", "{broken")
     with pytest.raises(UserError, match="results/gains.json: damaged"): F.executive(F.Facts(store))
+    store.write("ledger/report.figures.json", b"[1]")
+    assert F.Facts(store).json("ledger/report.figures.json") is None  # of this phase itself: it is written anew
+    store.write("ledger/dedup.near.json", b"[1]")
+    with pytest.raises(UserError, match="ledger/dedup.near.json: damaged"): F.Facts(store).json("ledger/dedup.near.json")
 
 
 # --- report.md

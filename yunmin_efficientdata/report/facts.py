@@ -44,7 +44,10 @@ class Facts:
         self._used.pop(key, None); self._used[key] = True
         return self._cache[key]
     def json(self, key: str) -> Any: # parsed JSON
-        return self._load(key, _ledger_entry if key.startswith("ledger/") else json.loads)
+        try: return self._load(key, _ledger_entry if key.startswith("ledger/") else json.loads)
+        except UserError:
+            if key.startswith("ledger/report."): return None # this phase's own: written anew at its end
+            raise
     def jsonl(self, key: str) -> list | None: # one object a line
         return self._load(key, lambda b: [json.loads(line) for line in b.decode().splitlines() if line.strip()])
     def csv(self, key: str) -> pd.DataFrame | None: # a table; an empty one counts as missing
