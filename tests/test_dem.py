@@ -144,6 +144,10 @@ def test_second_run_skips_and_only_equals_a_full_run(done, capsys):
     changed = [d for d, t in stamp.items() if (done/f"checkpoints/lora_{d}/_COMMIT").stat().st_mtime_ns != t]
     assert changed == ["web"] and content(done) == before
     with pytest.raises(UserError, match="no such domain; there are main_data, social, web"): run(str(done), overrides=SMALL, only="webb")
+    kept = (done/"tokenizer/tokenizer.json").read_bytes(); (done/"tokenizer/tokenizer.json").write_bytes(kept + b" ")
+    try:
+        with pytest.raises(UserError, match="--only web: tokenizer/ is another one than models/base/ was trained with"): run(str(done), overrides=SMALL, only="web")
+    finally: (done/"tokenizer/tokenizer.json").write_bytes(kept)
 
 
 def test_killed_run_ends_with_the_same_bytes(done, tmp_path):

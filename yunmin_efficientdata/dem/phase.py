@@ -25,7 +25,7 @@ from ..format.loader import TokenLoader
 # %% auto #0
 __all__ = ['Corpus', 'read_manifest', 'read_corpus', 'Cost', 'base_stage', 'domain_shares', 'Steps', 'count_steps', 'Training',
            'adapter_stages', 'vector_key', 'vector_stage', 'configured_weights', 'weight_stage', 'answer',
-           'check_merged', 'polish_stages', 'merge_stage', 'method_stage', 'figure_stage', 'run']
+           'check_merged', 'polish_stages', 'merge_stage', 'method_stage', 'figure_stage', 'check_only', 'run']
 
 # %% ../../nbs/03_dem.ipynb #c006
 @dataclass
@@ -474,7 +474,15 @@ def figure_stage(ctx, domains: list[str]) -> dict:
     return ctx.stage("dem.figures", lambda stage: _figures(ctx, domains), settings=domains, after=["dem.vectors", "dem.weights", *(f"dem.lora.{d}" for d in domains), *(["dem.mixed"] if ctx.settings.dem.mixed_baseline else [])],
         outputs=[f"reports/figures/dem_{n}.png" for n in names], code=["dem"])
 
-# %% ../../nbs/03_dem.ipynb #c041
+# %% ../../nbs/03_dem.ipynb #c042
+def check_only(ctx, only: str, domains: list[str]) -> None:
+    "Whether one domain can be trained again beside what is kept. Raises `UserError`."
+    if only not in domains: raise UserError(f"--only {only}: no such domain; there are {', '.join(domains)}")
+    now, then = "tokenizer/tokenizer.json", "models/base/tokenizer.json"
+    if not ctx.settings.dem.base.path and all(map(ctx.store.exists, (now, then))) and ctx.store.read(now) != ctx.store.read(then):
+        raise UserError(f"--only {only}: tokenizer/ is another one than models/base/ was trained with, so nothing that is there can be kept: run `yunmin dem` without --only (`yunmin dedup --append` keeps the tokenizer)")
+
+# %% ../../nbs/03_dem.ipynb #c043
 def run(
     workspace: str = "workspace", # folder or s3://bucket/prefix
     config: str = "configs/demo", # config folder
@@ -487,7 +495,7 @@ def run(
     with open_phase("dem", workspace, config=config, overrides=overrides, executor=executor, workers=workers) as ctx:
         s = ctx.settings.dem; corpus = read_corpus(ctx.store, s.domains, s.lora.seq_len); domains = list(corpus.files)
         for d, why in corpus.skipped.items(): ctx.warn(f"domain {d} is skipped: {why}")
-        if only and only not in domains: raise UserError(f"--only {only}: no such domain; there are {', '.join(domains)}")
+        if only: check_only(ctx, only, domains)
         configured_weights(s.merge.weights, domains, s.merge.normalize); steps = count_steps(ctx, corpus)
         costs = {"base": (_kept(ctx, "dem.base", "models/base/_COMMIT") if only else None) or base_stage(ctx)}
         costs |= adapter_stages(ctx, corpus, steps, only)
