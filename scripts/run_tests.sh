@@ -16,5 +16,5 @@ say "notebook tests"
 nbdev_test --n_workers 2 --timing
 say "pytest"
 # two processes, a file each at a time, in this order: the longest file begins
-python -m pytest -q --durations=15 -n "${YUNMIN_TEST_PROCESSES:-2}" --dist loadfile --no-loadscope-reorder tests/test_pipeline.py tests
+python -m pytest -q --durations=15 -n "${YUNMIN_TEST_PROCESSES:-2}" --dist loadfile --no-loadscope-reorder tests/test_pipeline.py $(ls tests/test_*.py | grep -v test_pipeline.py)
 say "done"
