@@ -17,12 +17,12 @@ from .store import Store
 __all__ = ['DIGIT_FINAL', 'LATIN_FINAL', 'JOSA', 'VOWELS', 'CONTRACT', 'B_IRREGULAR', 'S_IRREGULAR', 'D_IRREGULAR', 'SLOT',
            'COMMON', 'NEWS_WORDS', 'WIKI_WORDS', 'MAIN_TEXT', 'TECH_WORDS', 'TECH_TEXT', 'SCIENCE', 'LAW_WORDS',
            'COURT_TEXT', 'MINUTES_TEXT', 'WEB_WORDS', 'WEB_TEXT', 'PETITION_TEXT', 'SOCIAL_WORDS', 'SOCIAL_TEXT',
-           'ENGLISH', 'KINDS', 'ENGLISH_KIND', 'DOMAIN_WEIGHTS', 'TYPOS', 'FILLERS', 'BOILERPLATE', 'NOISE', 'SUFFIX',
-           'BAD_KINDS', 'final_sound', 'josa', 'split_syllable', 'syllable', 'with_final', 'soft_stem', 'infinitive',
-           'merge', 'join_eu', 'join_a', 'conjugate', 'parse_table', 'compile_phrase', 'inflect', 'Grammar', 'Kind',
-           'grammar', 'loosen', 'compose', 'shingles', 'jaccard', 'edit_words', 'near_copy', 'respace',
-           'resident_number', 'personal', 'plan_copies', 'Writer', 'copy_of', 'planned', 'generate', 'write_sample',
-           'bad_line', 'bad_lines']
+           'ENGLISH', 'KINDS', 'ENGLISH_KIND', 'DOMAIN_WEIGHTS', 'TYPOS', 'FILLERS', 'BOILERPLATE', 'NOISE',
+           'WEB_OTHER', 'SUFFIX', 'BAD_KINDS', 'final_sound', 'josa', 'split_syllable', 'syllable', 'with_final',
+           'soft_stem', 'infinitive', 'merge', 'join_eu', 'join_a', 'conjugate', 'parse_table', 'compile_phrase',
+           'inflect', 'Grammar', 'Kind', 'grammar', 'loosen', 'compose', 'shingles', 'jaccard', 'edit_words',
+           'near_copy', 'respace', 'resident_number', 'personal', 'plan_copies', 'Writer', 'copy_of', 'planned',
+           'generate', 'write_sample', 'bad_line', 'bad_lines']
 
 # %% ../../nbs/00f_sample.ipynb #c006
 DIGIT_FINAL = dict(zip("0123456789", (21, 8, 0, 16, 0, 0, 1, 8, 8, 0)))  # 영 일 이 삼 사 오 육 칠 팔 구
@@ -687,6 +687,8 @@ def _key(text: str) -> bytes:
     return blake2b(re.sub(r"[^가-힣a-z0-9]", "", text.lower()).encode(), digest_size=10).digest()
 
 # %% ../../nbs/00f_sample.ipynb #c085
+WEB_OTHER = .1 # of the web's documents are of any register
+
 class Writer:
     "Writes documents one by one and remembers what may be copied."
     def __init__(self, seed: int):  # same seed, same corpus
@@ -705,10 +707,11 @@ class Writer:
         "A new document: mostly clean Korean, some of it dirty, incomplete or English."
         r = self.rng
         english = domain == "textbook" and r.random() < .04
-        kind = ENGLISH_KIND if english else r.choices(self.kinds[domain], [k.weight for k in self.kinds[domain]])[0]
+        kinds = self.kinds[r.choice(DOMAINS) if domain == "web" and r.random() < WEB_OTHER else domain]
+        kind = ENGLISH_KIND if english else r.choices(kinds, [k.weight for k in kinds])[0]
         while (key := _key(text := compose(kind, r))) in self.seen: pass
         self.seen.add(key)
-        rec, chance = self.record(kind, text, "en" if english else "ko"), r.random()
+        rec, chance = self.record(kind._replace(domain=domain), text, "en" if english else "ko"), r.random()
         if chance < .06:
             noise = r.choice(list(NOISE))
             rec["text"] = NOISE[noise](text, r)
