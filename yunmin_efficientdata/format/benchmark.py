@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from tokenizers import Tokenizer
 from torch.utils.data import DataLoader, IterableDataset
 from ..core.figures import korean_style
-from .loader import TextRows, TokenLoader
+from .loader import TextRows, TokenLoader, as_is
 
 # %% auto #0
 __all__ = ['READERS', 'MEASURES', 'JsonlRows', 'read_jsonl_text', 'read_jsonl_orjson', 'read_jsonl_carrying', 'read_parquet_text',
@@ -37,9 +37,7 @@ class JsonlRows(IterableDataset):
         if batch: yield {self.field: batch}
 
 def _lines(job: dict, files: str = "jsonl", field: str = "text", loads=json.loads) -> Iterator[list]:
-    for batch in DataLoader(JsonlRows(job[files], job["batch"], field, loads), batch_size=None, collate_fn=_as_is): yield batch[field]
-
-def _as_is(batch): return batch # DataLoader would make a tensor of every number
+    for batch in DataLoader(JsonlRows(job[files], job["batch"], field, loads), batch_size=None, collate_fn=as_is): yield batch[field]
 
 def read_jsonl_text(job: dict) -> Iterator[tuple[int, int]]: # (rows, tokens) of each batch
     for texts in _lines(job): yield len(texts), 0
@@ -52,7 +50,7 @@ def read_jsonl_carrying(job: dict) -> Iterator[tuple[int, int]]:
 
 def read_parquet_text(job: dict) -> Iterator[tuple[int, int]]:
     for path, rows in zip(job["parquet"], job["rows"]):
-        for batch in DataLoader(TextRows([path], ["text"], job["batch"]), batch_size=None):
+        for batch in DataLoader(TextRows([path], ["text"], job["batch"]), batch_size=None, collate_fn=as_is):
             n = min(len(batch["text"]), rows); rows -= n
             yield n, 0
             if not rows: break

@@ -21,7 +21,7 @@ from .pages import PageSet, TokenFile
 __all__ = ['TokenPages', 'UnderWay', 'domain_of', 'round_keys', 'permute', 'WindowGrid', 'WindowOrder', 'usual_group',
            'file_domains', 'mix_for', 'boundaries', 'cu_seqlens', 'Windows', 'WindowBatches', 'process_place',
            'TokenLoader', 'mixture', 'skip', 'made_of', 'fingerprint', 'state_dict', 'load_state_dict', 's3_filesystem',
-           'open_parquet', 'Deal', 'TextRows', 'local_order', 'ngram_model', 'order_perplexity']
+           'open_parquet', 'Deal', 'as_is', 'TextRows', 'local_order', 'ngram_model', 'order_perplexity']
 
 # %% ../../nbs/02d_loader.ipynb #c006
 try:
@@ -800,6 +800,8 @@ class Deal:
         return min(sum(self.batches[i] for w in range(self.workers) for i in self.mine(r * self.workers + w)) for r in range(self.world_size))
 
 # %% ../../nbs/02d_loader.ipynb #c093
+def as_is(batch): return batch # for DataLoader's collate_fn: strings stay what they are
+
 class TextRows(IterableDataset):
     "Batches of rows with only the columns asked for: {column: list}. Row groups are shared over ranks and workers."
     def __init__(self,
@@ -895,7 +897,7 @@ def _batches_of_rows(self,
     n = self._deal(workers)[1]; self._settle(workers, n)
     self._counted = True
     try:
-        for self._now[2], batch in enumerate(DataLoader(self, batch_size=None, num_workers=num_workers, generator=torch.Generator().manual_seed(0)), n + 1): yield batch
+        for self._now[2], batch in enumerate(DataLoader(self, batch_size=None, collate_fn=as_is, num_workers=num_workers, generator=torch.Generator().manual_seed(0)), n + 1): yield batch
         self._past, self._now = [], [self.world_size, workers, 0]
     finally: self._counted = False
 
