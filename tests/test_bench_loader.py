@@ -1,5 +1,5 @@
 """The loader benchmark: everybody gets the same windows, wrong tokens are found, what cannot run is a row, one whole run."""
-import json, sys
+import json, mmap, sys
 import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
 from yunmin_efficientdata.bench import loader_peers
@@ -82,8 +82,8 @@ def test_anonymous_and_mapped_memory_are_told_apart(task, tmp_path):
     def mapped(job):
         data = np.memmap(big, mode="r"); int(data[::4096].sum())
         return Reader(None, lambda: (np.zeros((4, 64), np.int32) + data[0] for _ in range(9)))
-    def copied(job):
-        data = np.fromfile(big, np.uint8)
+    def copied(job):  # into new pages: np.fromfile may find room in memory that earlier tests freed, and then nothing grows
+        data = np.frombuffer(mmap.mmap(-1, 32 << 20, mmap.MAP_PRIVATE), np.uint8); data[:] = np.memmap(big, mode="r")
         return Reader(None, lambda: (np.zeros((4, 64), np.int32) + data[0] for _ in range(9)))
     m, c = (measure(job_of(task, tmp_path, "sequential"), Entry(f)) for f in (mapped, copied))
     assert m["rss_growth_mb"] > 28 and m["anonymous_mb"] < 12 and c["anonymous_mb"] > 28

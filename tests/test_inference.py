@@ -1,6 +1,6 @@
 "Inference figures: what a request costs, percentiles, goodput, peaks, memory."
 from __future__ import annotations
-import math
+import math, mmap
 import numpy as np, pandas as pd, pytest, torch
 from yunmin_efficientdata.core.settings import InferenceSettings
 from yunmin_efficientdata.evaluation import inference, inputs
@@ -88,7 +88,7 @@ def test_rounds_end_when_their_time_is_over():
 def test_memory_sees_a_tensor_that_lives_during_the_generation():
     model = toy(); plain = model.forward
     def heavy(*args, **kwargs):
-        block = torch.ones(48 << 18); result = plain(*args, **kwargs)       # 48 MiB
+        block = torch.frombuffer(mmap.mmap(-1, 48 << 20, mmap.MAP_PRIVATE), dtype=torch.uint8).fill_(1); result = plain(*args, **kwargs)  # new pages, not freed ones
         import time; time.sleep(.01)
         return result if block.sum() else None
     heavy.__signature__ = __import__("inspect").signature(plain)

@@ -128,9 +128,9 @@ def test_memory_stays_within_the_limit(tmp_path):
         for i in range(1500):
             text = "\n".join(map("".join, rng.choice(letters, (160, 40))))
             w.add({"id": str(i), "text": text, "domain": "a", "date": ""}, np.zeros(1500, np.int32))
-    code = ("import resource, sys; from yunmin_efficientdata.format.profile import profile; before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; "
+    code = ("import sys; from yunmin_efficientdata.core.ledger import peak_rss_mb; from yunmin_efficientdata.format.profile import profile; before = peak_rss_mb(); "
             "t = profile(sys.argv[1], names=['repeated_lines', 'repeated_share', 'duplicates_left', 'outliers'], memory='256MB', threads=2); "
-            "print(len(t), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)")
+            "print(len(t), int(peak_rss_mb() - before))")
     out = subprocess.run([sys.executable, "-c", code, str(tmp_path/"big.parquet")], capture_output=True, text=True)
     tables, grown = map(int, out.stdout.split()) if out.returncode == 0 else pytest.fail(out.stderr)
     assert tables == 4 and grown < 400  # a limit that holds: DuckDB's 256 MB and what its allocator keeps

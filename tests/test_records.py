@@ -214,7 +214,8 @@ def test_any_damage_to_a_compressed_file_ends_in_words(store, suffix, where, jun
 def test_memory_is_bounded(tmp_path):
     "A line of 300 MB and a zstd bomb of 1 GB of blank space in one line."
     code = """
-import sys, resource, zstandard
+import sys, zstandard
+from yunmin_efficientdata.core.ledger import peak_rss_mb
 from yunmin_efficientdata.core.store import open_store
 from yunmin_efficientdata.core.records import read_jsonl
 s = open_store(sys.argv[1])
@@ -224,11 +225,11 @@ with s.writer("long.jsonl") as f:
 with s.writer("bomb.jsonl.zst") as f, zstandard.ZstdCompressor().stream_writer(f, closefd=False) as z:
     for _ in range(1000): z.write(bytes(1 << 20))
     z.write(b'\\n{"text": "a"}\\n')
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_rss_mb()
 for key in ("long.jsonl", "bomb.jsonl.zst"):
     a, b = read_jsonl(s, key, 4 << 20)
     assert a.reason == "line_too_long" and len(a.raw) == 4096 and b == (2, {"text": "a"})
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)"""
+print(int(peak_rss_mb() - before))"""
     grown = int(subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, capture_output=True, text=True).stdout)
     assert grown < 200, f"{grown} MB"
 

@@ -406,15 +406,15 @@ def test_fetch_in_parallel(s3):
 
 def test_memory_of_a_large_upload_is_bounded(s3):
     code = """
-import sys, resource; from yunmin_efficientdata.core.store import open_store
+import sys; from yunmin_efficientdata.core.ledger import peak_rss_mb; from yunmin_efficientdata.core.store import open_store
 s = open_store(sys.argv[1]); s.write('warm', b'x')
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; block = b'x'*(1 << 20)
+before = peak_rss_mb(); block = b'x'*(1 << 20)
 with s.writer('big') as f:
     for _ in range(150): f.write(block)
 with s.open('big') as f:
     n = 0
     while piece := f.read(1 << 20): n += len(piece)
 assert n == 150 << 20
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)"""
+print(int(peak_rss_mb() - before))"""
     grown = int(subprocess.run([sys.executable, "-c", code, s3.uri], check=True, capture_output=True, text=True).stdout)
     assert grown < 64, f"{grown} MB"
