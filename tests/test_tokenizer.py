@@ -190,6 +190,7 @@ def test_sample_takes_documents_by_their_id():
     assert set(sample_stream({"a": (["x"], .1)}, read)) <= set(sample_stream({"a": (["x"], .2)}, read))
     assert sampled("\ud800", .5) in (True, False)
 
+@example("\x80𐀀𐀀", 9)  # characters of four bytes
 @given(st.text(max_size=60), st.integers(4, 40))
 @quick
 def test_shortened(text, limit):

@@ -231,7 +231,7 @@ def sample_stream(
 
 def shortened(text: str, limit: int) -> str:
     "The beginning of a text: at most `limit` bytes, whole lines where the first is not longer."
-    if 3 * len(text) <= limit or len(raw := valid_text(text).encode()) <= limit: return text
+    if 4 * len(text) <= limit or len(raw := valid_text(text).encode()) <= limit: return text
     end = raw.rfind(b"\n", 0, limit) + 1
     return raw[:end or limit].decode("utf-8", "ignore")
 
