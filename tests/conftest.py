@@ -2,6 +2,11 @@
 import json, os, secrets, shutil, socket, subprocess, time
 from pathlib import Path
 import pytest
+from hypothesis import settings
+
+# the same examples in every run of the same tests; `pytest --hypothesis-profile=default` looks for new ones
+settings.register_profile("same", derandomize=True)
+settings.load_profile("same")
 
 KEY, SECRET = "ymkey", "ymsecret123"
 
