@@ -615,7 +615,6 @@ def ledgers(world: World, rows: list, phases=("dedup",)) -> None:
             rows.append(trial(world, name, phase, workspace=ws, heal=lambda: [run(p, ws) for p in world.phases[:world.phases.index(phase)]]))
 
 
-
 # ---------------------------------------------------------------- S3: whole phases under each fault, and a server that dies
 PLANS = {"500 on the first try of every request": {"fault": "500", "each": True}, "503": {"fault": "503", "each": True}, "SlowDown": {"fault": "SlowDown", "each": True},
          "no answer, request not passed on": {"fault": "drop", "each": True}, "no answer, request carried out": {"fault": "lost", "each": True},
